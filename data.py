@@ -1,0 +1,528 @@
+"""From a jsonl line to what the model eats: validated samples, prompts, pictures and video, token ids and labels.
+
+    python data.py check FILE.jsonl --images DIR [--model DIR]
+
+    jsonl line -> Sample -> messages -> Example (ids, labels, positions, patches, grids) -> Batch
+
+Training, rollouts, the reference and evaluation all take this one way, for pictures, many views and video alike.
+Only the prompt style differs: "localize" asks for boxes as JSON, "direct" for the bare answer, "thinking" for a chain
+of thought in <think></think> and the answer in <answer></answer>.
+"""
+
+import argparse
+import io
+import json
+import math
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from tokenizers import Tokenizer
+
+from checkpoint import read_json
+from model import Batch, mrope_positions
+from rewards import CHOICE_TYPES, NUMBER_TYPES, UserError, parse_choice, parse_number
+
+IGNORE = -100  # label of a token that is not trained
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of CLIP's pictures, RGB
+
+PROMPTS = {  # {question} and {options} are the slots; --prompts FILE replaces any of these texts
+    "system": "You are a helpful assistant.",
+    "localize": "{question}\nLocate every object that the question names: give its bounding box and label as JSON.",
+    "direct choice": "{question}\nOptions:\n{options}\nReply with the letter of the correct option only.",
+    "direct number": "{question}\nReply with a single number only.",
+    "thinking choice": "{question}\nOptions:\n{options}\nReason step by step between <think> and </think>, then write "
+                       "the letter of the correct option between <answer> and </answer>.",
+    "thinking number": "{question}\nReason step by step between <think> and </think>, then write a single number "
+                       "between <answer> and </answer>.",
+}
+STYLES = ("localize", "direct", "thinking")
+
+
+# ---------------------------------------------------------------------------------------------- rows
+
+
+@dataclass(frozen=True)
+class Media:
+    """One picture or one video of a prompt."""
+
+    kind: str  # "image" | "video"
+    source: object  # path or bytes of a picture; path of a video file, or a tuple of its frames' paths
+    seconds_per_frame: float | None = None  # true time between the frames of a list, where the row gives it
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One validated row. A row of chat `messages` keeps its turns; all others are a question with an answer."""
+
+    where: str  # "file.jsonl:17", how errors and logs name the row
+    id: str
+    question: str
+    question_type: str  # "localization", one of the seven types, a benchmark's own, or "chat"
+    answer: object  # text, or a tuple of boxes {"bbox_2d": pixels of the original file, "label"}
+    options: tuple = ()  # "A. left", "B. right", ...
+    media: tuple = ()
+    data_type: str = ""
+    prompt: str | None = None  # complete user text that replaces the template
+    solution: str | None = None  # the chain of thought that a cold start imitates
+    messages: tuple | None = None  # ((role, (text or Media, ...)), ...)
+
+
+def read_lines(path):
+    """(place, parsed object) of every line of a jsonl file; place is "file:line"."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    try:
+                        row = json.loads(line)
+                    except (ValueError, RecursionError) as error:
+                        raise UserError(f"{path}:{number}: not JSON ({error})") from None
+                    if not isinstance(row, dict):
+                        raise UserError(f"{path}:{number}: expected an object, found {type(row).__name__}")
+                    yield f"{path}:{number}", row
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not readable ({error})") from None
+
+
+def read_samples(path, images):
+    """All rows of one jsonl file in SpatialLadder-26k's formats or as chat messages.
+
+    Args:    path: the file. images: the folder that the rows' picture paths are relative to.
+    Raises:  UserError with file:line at the first row that is not valid.
+    """
+    return [parse_row(row, where, Path(images)) for where, row in read_lines(path)]
+
+
+def read_all(paths, images):
+    """The rows of several jsonl files; pictures lie in `images`, or in a folder of that name beside each file."""
+    samples = [s for path in paths for s in read_samples(path, images or Path(path).parent / "images")]
+    if not samples:
+        raise UserError(f"{', '.join(paths)}: no rows in it")
+    return samples
+
+
+def parse_row(row, where, images):
+    """One row: localization if its answer is a list of boxes, cold start if it has a solution, chat if messages."""
+    def need(key, kind, default=None):
+        value = row.get(key, default)
+        if not isinstance(value, kind):
+            names = " or ".join(k.__name__ for k in kind) if isinstance(kind, tuple) else kind.__name__
+            raise UserError(f"{where}: {key} is {json.dumps(value)[:80]}, expected {names}")
+        return value
+
+    row_id = str(need("question_id", (int, str), row.get("id", where)))
+    if "messages" in row:
+        turns = parse_messages(need("messages", list), where, images)
+        media = tuple(part for _, parts in turns for part in parts if isinstance(part, Media))
+        return Sample(where, row_id, "", "chat", "", media=media, messages=turns)
+
+    paths, data_type = need("image", list), need("data_type", str)
+    if data_type not in ("single_image", "multi_view", "video"):
+        raise UserError(f"{where}: data_type is {data_type!r}, expected single_image, multi_view or video")
+    if not paths or not all(isinstance(p, str) for p in paths):
+        raise UserError(f"{where}: image is {json.dumps(paths)[:80]}, expected a list of paths")
+    if data_type == "video":
+        is_file = len(paths) == 1 and Path(paths[0]).suffix.lower() not in (".jpg", ".jpeg", ".png", ".webp")
+        source = str(images / paths[0]) if is_file else tuple(str(images / p) for p in paths)
+        media = (Media("video", source, row.get("seconds_per_frame")),)
+    else:
+        media = tuple(Media("image", str(images / p)) for p in paths)
+
+    prompt, solution = row.get("prompt"), row.get("solution")
+    if solution is not None or "question" not in row:
+        need("solution", str)
+    question = need("question", str, "" if prompt else None).replace("<image>", "").strip()
+    answer, options = row.get("answer", ""), tuple(row.get("options") or ())
+    if isinstance(answer, list):
+        if len(media) != 1 or data_type != "single_image":
+            raise UserError(f"{where}: boxes need exactly one picture, found {len(paths)} ({data_type})")
+        return Sample(where, row_id, question, "localization", tuple(parse_box(b, where) for b in answer), (), media,
+                      data_type, prompt, solution)
+    question_type = need("question_type", str, "" if solution is not None else None)
+    if question_type not in CHOICE_TYPES + NUMBER_TYPES + (("",) if solution is not None else ()):
+        raise UserError(f"{where}: question_type is {question_type!r}, expected one of "
+                        f"{', '.join(CHOICE_TYPES + NUMBER_TYPES)}")
+    answer = str(need("answer", (str, int, float), ""))
+    if question_type in CHOICE_TYPES:
+        letters = [option[:1] for option in options if isinstance(option, str)]
+        if len(letters) != len(options) or parse_choice(answer) not in letters:
+            raise UserError(f"{where}: answer is {answer!r}, expected the letter of one of the options {list(options)}")
+    elif question_type in NUMBER_TYPES and parse_number(answer) is None:
+        raise UserError(f"{where}: answer is {answer!r}, expected a number for {question_type}")
+    return Sample(where, row_id, question, question_type, answer, options, media, data_type, prompt, solution)
+
+
+def parse_box(box, where):
+    """{"bbox_2d": [x1, y1, x2, y2], "label": text} with x1 < x2 and y1 < y2, in pixels of the original file."""
+    corners = box.get("bbox_2d") if isinstance(box, dict) else None
+    if not (isinstance(corners, list) and len(corners) == 4 and isinstance(box.get("label"), str)
+            and all(type(c) in (int, float) and math.isfinite(c) for c in corners)):
+        raise UserError(f"{where}: box is {json.dumps(box)[:80]}, expected bbox_2d with 4 numbers and a label")
+    x1, y1, x2, y2 = corners
+    if not (0 <= x1 < x2 and 0 <= y1 < y2):
+        raise UserError(f"{where}: bbox_2d is {corners}, expected 0 <= x1 < x2 and 0 <= y1 < y2")
+    return {"bbox_2d": corners, "label": box["label"]}
+
+
+def parse_messages(messages, where, images):
+    """Chat turns; content is text or a list of parts {"type": "text"|"image"|"video", "text"|"image"|"video": ...}."""
+    turns = []
+    for message in messages:
+        role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
+        if role not in ("system", "user", "assistant"):
+            raise UserError(f"{where}: role is {role!r}, expected system, user or assistant")
+        content = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        parts = []
+        for part in content if isinstance(content, list) else [content]:
+            kind = part.get("type") if isinstance(part, dict) else None
+            value = part.get(kind) if kind in ("text", "image", "video") else None
+            if kind == "video" and isinstance(value, list) and value and all(isinstance(p, str) for p in value):
+                parts.append(Media("video", tuple(str(images / p) for p in value), part.get("seconds_per_frame")))
+            elif isinstance(value, str) and (kind == "text" or role == "user"):
+                parts.append(value if kind == "text" else Media(kind, str(images / value)))
+            else:
+                raise UserError(f"{where}: content part {json.dumps(part)[:80]}, expected text, or in a user's turn "
+                                f"an image or a video")
+        turns.append((role, tuple(parts)))
+    if not turns or turns[-1][0] != "assistant":
+        raise UserError(f"{where}: messages must end with the assistant's turn")
+    return tuple(turns)
+
+
+# ---------------------------------------------------------------------------------------------- pictures
+
+
+def smart_resize(height, width, min_pixels, max_pixels, factor=28):
+    """The size a picture is shown at: multiples of 28 with an area within the limits, the aspect ratio about kept.
+
+    >>> smart_resize(968, 1296, 16 * 28 * 28, 128 * 28 * 28)
+    (252, 364)
+    """
+    if max(height, width) > 200 * min(height, width):
+        raise UserError(f"aspect ratio of {width}x{height} is above 200")
+    h, w = round(height / factor) * factor, round(width / factor) * factor
+    if h * w > max_pixels:
+        shrink = math.sqrt(height * width / max_pixels)
+        h, w = (max(factor, math.floor(side / shrink / factor) * factor) for side in (height, width))
+    elif h * w < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        h, w = (math.ceil(side * grow / factor) * factor for side in (height, width))
+    return h, w
+
+
+def open_picture(source):
+    """A picture as RGB, turned upright where EXIF says so. source: a path, or the bytes of an image file."""
+    name = "picture given as bytes" if isinstance(source, bytes) else source
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            image = ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{name}: not a readable picture ({error})") from None
+    if min(image.size) < 28:
+        raise UserError(f"{name}: {image.size[0]}x{image.size[1]} pixels, expected at least 28 on each side")
+    return image
+
+
+def read_video(path, num_frames, fps):
+    """Frames of a video file, spread evenly: num_frames of them (fewer if it is shorter), or `fps` a second.
+
+    Returns: list of RGB pictures, seconds between two of them.
+    """
+    try:
+        import decord
+    except ImportError:
+        raise UserError(f"{path}: reading video files needs decord (pip install decord; it has no build for ARM), "
+                        f"or give the frames as a list of pictures") from None
+    try:
+        reader = decord.VideoReader(str(path), num_threads=1)
+        total, rate = len(reader), float(reader.get_avg_fps())
+        count = num_frames if fps is None else max(1, round(total / rate * fps))
+        index = np.linspace(0, total - 1, min(count, total)).astype(int)
+        frames = reader.get_batch(index).asnumpy()
+        del reader  # decord keeps its decoder's memory as long as the reader lives
+    except (decord.DECORDError, OSError, RuntimeError, ValueError, ZeroDivisionError) as error:
+        raise UserError(f"{path}: not a readable video ({str(error).strip().splitlines()[0][:100]})") from None
+    if len(index) == 0:
+        raise UserError(f"{path}: the video has no frames")
+    return [Image.fromarray(frame) for frame in frames], total / rate / len(index)
+
+
+def to_patches(pictures, size):
+    """Resize (bicubic), normalize and cut pictures into patches; T pictures are T / 2 temporal slices of a video.
+
+    A still picture is given twice; an odd last frame is repeated.
+
+    Args:    pictures: RGB. size: (height, width), multiples of 28.
+    Returns: patches (N, 3 * 2 * 14 * 14) float32, flattened as (channel, time, height, width), in the order of
+             merge blocks; grid (t, h, w) in patches.
+    """
+    height, width = size
+    table = (np.arange(256) * (1 / 255)).astype(np.float32)[:, None]
+    table = (table - np.array(MEAN, np.float32)) / np.array(STD, np.float32)  # (256, 3): every value a pixel can have
+    pixels = np.stack([np.asarray(p.resize((width, height), Image.BICUBIC)) for p in pictures])  # (T, H, W, 3) uint8
+    if len(pixels) % 2:
+        pixels = np.concatenate((pixels, pixels[-1:]))
+    values = np.stack([table[pixels[..., c], c] for c in range(3)], axis=1)  # (T, 3, H, W)
+    t, h, w = len(values) // 2, height // 14, width // 14
+    blocks = values.reshape(t, 2, 3, h // 2, 2, 14, w // 2, 2, 14)
+    patches = blocks.transpose(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(t * h * w, 3 * 2 * 14 * 14)
+    return torch.from_numpy(patches), (t, h, w)
+
+
+# ---------------------------------------------------------------------------------------------- prompts
+
+
+def prompt_text(sample, style, prompts=PROMPTS):
+    """The user's text for a sample: its own prompt where it has one, else the template of the style.
+
+    >>> prompt_text(Sample("f:1", "1", "How many?", "object count", "2"), "direct")
+    'How many?\\nReply with a single number only.'
+    """
+    if sample.prompt is not None:
+        return sample.prompt
+    slot = style if style == "localize" else f"{style} {'choice' if sample.options else 'number'}"
+    return prompts[slot].replace("{question}", sample.question).replace("{options}", "\n".join(sample.options))
+
+
+def read_prompts(path):
+    """PROMPTS with the texts of a JSON file in place of ours."""
+    given = read_json(path)
+    if not isinstance(given, dict) or not all(isinstance(text, str) for text in given.values()):
+        raise UserError(f"{path}: expected an object from prompt names to texts")
+    for name, text in given.items():
+        if name not in PROMPTS:
+            raise UserError(f"{path}: unknown prompt {name!r}, expected one of {', '.join(PROMPTS)}")
+        for slot in ("{question}", "{options}"):
+            if slot in PROMPTS[name] and slot not in text:
+                raise UserError(f"{path}: prompt {name!r} lacks the slot {slot}")
+    return PROMPTS | given
+
+
+def answer_text(sample, style, scale):
+    """What the assistant is to say. scale: (x, y) factors from the original picture to the size the model sees.
+
+    >>> box = {"bbox_2d": [0, 8, 20, 36], "label": "lamp"}
+    >>> print(answer_text(Sample("f:1", "1", "?", "localization", (box,)), "localize", (0.5, 0.25)))
+    ```json
+    [{"bbox_2d": [0, 2, 10, 9], "label": "lamp"}]
+    ```
+    """
+    if style == "thinking":
+        if sample.solution is None:
+            raise UserError(f"{sample.where}: no solution (chain of thought) in this row")
+        return sample.solution
+    if sample.question_type != "localization":
+        return sample.answer
+    boxes = scale_boxes(sample.answer, scale)
+    return "```json\n[" + ",\n".join(json.dumps(box, ensure_ascii=False) for box in boxes) + "]\n```"
+
+
+def scale_boxes(boxes, scale):
+    """Boxes with corners multiplied by (x, y) factors and rounded to whole pixels."""
+    return tuple({"bbox_2d": [round(c * scale[i % 2]) for i, c in enumerate(box["bbox_2d"])], "label": box["label"]}
+                 for box in boxes)
+
+
+# ---------------------------------------------------------------------------------------------- token ids
+
+
+@dataclass
+class Example:
+    """One sample as the model takes it."""
+
+    ids: torch.Tensor  # (T,) int64
+    labels: torch.Tensor  # (T,) int64, IGNORE where not trained
+    positions: torch.Tensor  # (3, T) int64
+    patches: torch.Tensor  # (N, 1176)
+    grids: list  # [(t, h, w)]
+    boxes: tuple = ()  # a localization sample's boxes in pixels as the model sees them
+
+
+class Processor:
+    """Everything between a Sample and an Example: tokenizer, picture limits, prompts. One per model directory."""
+
+    def __init__(self, directory, config, args):
+        """args holds: min_pixels, max_pixels: per picture and frame; preprocessor_config.json's where None.
+        num_frames, fps: sampling of video files. video_seconds: "grid" takes one second per temporal patch of a
+        video, as the authors' runs had it; "real" takes the true times where they are known. prompts: file or None."""
+        directory = Path(directory)
+        try:
+            self.tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+        except Exception as error:  # tokenizers raises plain Exception for a missing file as for a broken one
+            raise UserError(f"{directory / 'tokenizer.json'}: not a readable tokenizer ({error})") from None
+        self.tokenizer.encode_special_tokens = True  # "<|image_pad|>" in a question is text
+        self.config, self.prompts = config, read_prompts(args.prompts) if args.prompts else PROMPTS
+        self.special = {}
+        for name in ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
+                     "<|video_pad|>"):
+            self.special[name] = self.tokenizer.token_to_id(name)
+            if self.special[name] is None:
+                raise UserError(f"{directory / 'tokenizer.json'}: no token {name} in it; not Qwen2.5-VL's tokenizer?")
+        limits = read_json(directory / "preprocessor_config.json")
+        edges = limits.get("size") or {}
+        self.min_pixels = args.min_pixels or limits.get("min_pixels") or edges.get("shortest_edge") or 56 * 56
+        self.max_pixels = args.max_pixels or limits.get("max_pixels") or edges.get("longest_edge") or 1280 * 28 * 28
+        self.num_frames, self.fps, self.video_seconds = args.num_frames, args.fps, args.video_seconds
+        generation = read_json(directory / "generation_config.json")
+        stops = generation.get("eos_token_id", self.special["<|im_end|>"])
+        self.stop_ids = tuple(stops) if isinstance(stops, list) else (stops,)
+
+    def banned(self, device):
+        """(V,) bool: vision tokens and rows beyond the tokenizer, which sampler, policy and reference never use."""
+        words = torch.arange(self.config.text.vocab_size, device=device) >= self.tokenizer.get_vocab_size()
+        for name in ("<|im_start|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"):
+            words[self.special[name]] = True
+        return words
+
+    def decode(self, ids):
+        """Text of a completion, without special tokens."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def load(self, media):
+        """-> patches (N, 1176), grid (t, h, w), seconds per temporal patch or None, (x, y) scale from the original."""
+        seconds = media.seconds_per_frame
+        if media.kind == "image":
+            pictures = [open_picture(media.source)] * 2
+        elif isinstance(media.source, tuple):
+            pictures = [open_picture(path) for path in media.source]
+        else:
+            pictures, seconds = read_video(media.source, self.num_frames, self.fps)
+        width, height = pictures[0].size
+        if any(picture.size != (width, height) for picture in pictures):
+            raise UserError(f"{media.source[0]}: the frames of one video differ in size")
+        size = smart_resize(height, width, self.min_pixels, self.max_pixels)
+        patches, grid = to_patches(pictures, size)
+        known = self.video_seconds == "real" and seconds is not None
+        return patches, grid, (2 * seconds if known else 1.0) if media.kind == "video" else None, \
+            (size[1] / width, size[0] / height)
+
+    def turns(self, sample, style, scale, answer):
+        """The conversation as ((role, (text or Media, ...)), ...)."""
+        if sample.messages is not None:
+            return sample.messages if answer else sample.messages[:-1]
+        turns = (("system", (self.prompts["system"],)),
+                 ("user", (*sample.media, prompt_text(sample, style, self.prompts))))
+        return turns + (("assistant", (answer_text(sample, style, scale),)),) if answer else turns
+
+    def example(self, sample, style, answer=True):
+        """Render one sample in the chat format. Only the assistant's text and its end-of-turn token are trained.
+
+        Args:    answer: with the answer and its labels (training), or up to where the assistant begins (generation).
+        Raises:  UserError that begins with the sample's file:line.
+        """
+        try:
+            loaded = [self.load(media) for media in sample.media]
+            scale = loaded[0][3] if loaded else (1, 1)
+            ids, labels, pictures = [], [], iter(loaded)
+
+            def add(tokens, trained=False):
+                ids.extend(tokens)
+                labels.extend(tokens if trained else [IGNORE] * len(tokens))
+
+            def add_text(text, trained=False):
+                add(self.tokenizer.encode(text, add_special_tokens=False).ids, trained)
+
+            start, end = [self.special["<|im_start|>"]], [self.special["<|im_end|>"]]
+            for role, parts in self.turns(sample, style, scale, answer):
+                add(start)
+                if role == "assistant":
+                    add_text("assistant\n")
+                    add_text("".join(parts), trained=True)
+                    add(end, trained=True)
+                else:
+                    text = role + "\n"  # text runs on until a special token, as when the whole chat is tokenized
+                    for part in parts:
+                        if isinstance(part, Media):
+                            add_text(text)
+                            t, h, w = next(pictures)[1]
+                            add([self.special["<|vision_start|>"]]
+                                + [self.special[f"<|{part.kind}_pad|>"]] * (t * h * w // 4)
+                                + [self.special["<|vision_end|>"]])
+                            text = ""
+                        else:
+                            text += part
+                    add_text(text)
+                    add(end)
+                add_text("\n")
+            if not answer:
+                add(start)
+                add_text("assistant\n")
+            ids = torch.tensor(ids)
+            grids = [item[1] for item in loaded]
+            positions = mrope_positions(ids, grids, [item[2] for item in loaded], self.config)
+        except UserError as error:
+            raise UserError(f"{sample.where}: {error}") from None
+        boxes = scale_boxes(sample.answer, scale) if sample.question_type == "localization" else ()
+        patches = torch.cat([item[0] for item in loaded]) if loaded else torch.empty(0, 1176)
+        return Example(ids, torch.tensor(labels), positions, patches, grids, boxes)
+
+
+def collate(examples, config):
+    """Right-pad examples to one Batch; see model.Batch for the shapes.
+
+    A batch without pictures gets a dummy picture of 2 x 2 patches whose features go nowhere.
+    """
+    T = max(len(e.ids) for e in examples)
+    ids = torch.zeros(len(examples), T, dtype=torch.long)
+    labels = torch.full((len(examples), T), IGNORE)
+    positions = torch.zeros(3, len(examples), T, dtype=torch.long)
+    for row, e in enumerate(examples):
+        ids[row, :len(e.ids)], labels[row, :len(e.ids)], positions[:, row, :len(e.ids)] = e.ids, e.labels, e.positions
+    flat = ids.flatten()
+    following = torch.cat((labels[:, 1:], torch.full_like(labels[:, :1], IGNORE)), dim=1).flatten()  # (B*T,) next token
+    predict_at = (following != IGNORE).nonzero()[:, 0]
+    grids = [grid for e in examples for grid in e.grids]
+    patches = torch.cat([e.patches for e in examples]) if grids else torch.zeros(4, 1176)
+    return Batch(ids, positions, torch.tensor([len(e.ids) for e in examples]), patches, grids or [(1, 2, 2)],
+                 ((flat == config.image_token_id) | (flat == config.video_token_id)).nonzero()[:, 0],
+                 predict_at, following[predict_at])
+
+
+# ---------------------------------------------------------------------------------------------- order
+
+
+def style_of(sample):
+    """How a row is asked when it is trained on: by what its answer is."""
+    if sample.question_type == "localization":
+        return "localize"
+    return "direct" if sample.solution is None else "thinking"
+
+
+def cost(sample):
+    """About how long a row is, in words and pictures: rows of like cost are padded together."""
+    pictures = sum(len(m.source) if isinstance(m.source, tuple) else 1 for m in sample.media)
+    return 100 * pictures + len(sample.question.split()) + len((sample.solution or "").split())
+
+
+def rows_of_step(step, count, batch_size, seed):
+    """Row numbers of optimizer step 1, 2, ...: a pure function, so any step can be repeated anywhere.
+
+    Epochs follow one another without a gap; each is a new permutation of all rows.
+
+    >>> sorted(rows_of_step(1, 6, 4, 0) + rows_of_step(2, 6, 4, 0)[:2])
+    [0, 1, 2, 3, 4, 5]
+    """
+    places = range((step - 1) * batch_size, step * batch_size)
+    orders = {epoch: np.random.default_rng((seed, epoch)).permutation(count) for epoch in {p // count for p in places}}
+    return [int(orders[place // count][place % count]) for place in places]
+
+
+def micro_batches(rows, costs, size, rank, world):
+    """This rank's share of one step: lists of (row, trained), equally many on every rank.
+
+    Rows of like cost stand together, so that little is padded. Fillers (trained False) make the shares equal.
+
+    >>> micro_batches([7, 8, 9], [3, 1, 2], 2, rank=1, world=2)
+    [[(7, True)]]
+    >>> micro_batches([7, 8, 9], [3, 1, 2], 2, rank=2, world=4)
+    [[(7, False)]]
+    """
+    ordered = [row for _, row in sorted(zip(costs, rows))]
+    batches = [[(row, True) for row in ordered[i:i + size]] for i in range(0, len(ordered), size)]
+    batches += [[(rows[0], False)]] * (-len(batches) % world)
+    return batches[rank::world]

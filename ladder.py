@@ -1,0 +1,270 @@
+"""The curriculum on one page: what every stage starts from, reads and how it trains; `main` climbs it.
+
+    python ladder.py                     # the whole ladder on procedural rooms and a tiny model, on a laptop
+    python ladder.py --smoke             # the same with hardly any steps, to see that everything works
+    python ladder.py --preset paper --model Qwen2.5-VL-3B-Instruct --data SpatialLadder-26k --nproc-per-node 4
+
+    see         stage 1   SFT: the boxes of the objects a question names, as JSON
+    understand  stage 2   SFT: seven kinds of spatial questions over pictures, sets of views and video
+    reason      cold      SFT: chains of thought that end in the right answer
+                grpo      RL: groups of sampled chains, rewarded for format and accuracy, held near the cold start
+
+main prints each command before it runs it: the same commands can be typed by hand. This file imports no other of
+the project; the trainers read their settings from RECIPES here.
+"""
+
+import argparse
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+FLAGS = {  # every setting of a run: (type, what it is). A list repeats, a tuple is a choice.
+    "model": (str, "model directory to start from"),
+    "data": ([str], "jsonl files to train on"),
+    "images": (str, "folder that picture paths are relative to (default: images beside each jsonl file)"),
+    "out": (str, "output directory, a model directory in the end"),
+    "replay": ([str], "jsonl files of earlier stages to mix in"),
+    "replay_ratio": (float, "share of all rows that are replayed"),
+    "epochs": (float, "passes over the data"),
+    "max_steps": (int, "stop after this many optimizer steps, whatever the epochs"),
+    "batch_size": (int, "examples per optimizer step, over all processes"),
+    "micro_batch": (int, "examples (SFT) or completions (GRPO) one device holds at once"),
+    "learning_rate": (float, "peak learning rate of AdamW"),
+    "lr_scheduler_type": (("cosine", "linear"), "decay to zero after the warm-up"),
+    "warmup_ratio": (float, "share of the steps in which the learning rate rises"),
+    "weight_decay": (float, "on matrices only"),
+    "betas": ([float], "AdamW's two decay rates"),
+    "max_grad_norm": (float, "clip the global gradient norm to this"),
+    "min_pixels": (int, "smallest area a picture or frame is shown at (default: the model's)"),
+    "max_pixels": (int, "largest area a picture or frame is shown at (default: the model's)"),
+    "num_frames": (int, "frames taken from a video file, spread evenly"),
+    "fps": (float, "frames per second taken from a video file, in place of --num-frames"),
+    "video_seconds": (("grid", "real"), "time of a video's frames: one second per pair, or the true times"),
+    "prompts": (str, "JSON file with prompt texts in place of ours"),
+    "prompts_per_step": (int, "prompts per rollout, over all processes"),
+    "num_generations": (int, "completions per prompt: the group"),
+    "max_completion_length": (int, "tokens a completion may have"),
+    "temperature": (float, "of sampling; log-probs are divided by it too"),
+    "beta": (float, "weight of the KL penalty; 0 needs no reference model"),
+    "epsilon": (float, "the ratio is clipped below 1 - epsilon"),
+    "epsilon_high": (float, "and above 1 + epsilon_high (default: epsilon)"),
+    "num_iterations": (int, "optimizer steps per rollout"),
+    "loss_type": (("grpo", "dr_grpo", "dapo"), "how token losses are averaged"),
+    "scale_rewards": (("group", "none"), "divide advantages by the group's standard deviation, or do not"),
+    "mask_truncated_completions": (bool, "leave completions that hit the length limit out of the loss"),
+    "reward_weights": ([float], "weights of the format and the accuracy reward"),
+    "seed": (int, "of data order and sampling"),
+    "save_every": (int, "optimizer steps between saved trainer states; 0 saves only when stopped"),
+    "keep_last": (int, "trainer states kept"),
+    "resume": (str, "auto continues the newest trainer state in --out, or starts; a path continues that one"),
+    "workers": (int, "processes that read and resize pictures"),
+    "device": (str, "cpu or cuda (default: cuda if there is one)"),
+    "dtype": (("float32", "bfloat16"), "what is computed in; the weights that are trained are float32 (default: "
+                                       "bfloat16 on a GPU)"),
+    "reshard_after_forward": (bool, "free gathered weights after each layer's forward: less memory, more traffic"),
+    "activation_checkpointing": (bool, "recompute layers in the backward: less memory, a third more work"),
+}
+
+RUN = dict(images=None, seed=0, save_every=0, keep_last=2, resume=None, workers=0, device=None, dtype=None,
+           prompts=None, min_pixels=None, max_pixels=None, num_frames=16, fps=None, video_seconds="grid",
+           reshard_after_forward=True, activation_checkpointing=False)
+
+# ---------------------------------------------------------------------------------------------- tiny
+# 2 CPU cores, 15 minutes in all. Rates and lengths as measured on this model, not taken from anywhere.
+TINY = dict(RUN, weight_decay=0.05, betas=[0.9, 0.95], max_grad_norm=1.0, micro_batch=16, warmup_ratio=0.05,
+            lr_scheduler_type="cosine")
+TINY_SFT = dict(TINY, replay=None, replay_ratio=0.0, epochs=1000.0, batch_size=16)
+ROOMS = "runs/tiny/rooms/train/"
+GROUNDING, SPATIAL, COLDSTART = (f"spld_{kind}_data.jsonl" for kind in ("grounding", "spatial", "coldstart"))
+
+# ---------------------------------------------------------------------------------------------- paper
+# The authors' scripts (run_spld_*.sh) and answers (issues 2, 5, 6): lr 1e-5 cosine with 10% warm-up in SFT, 1e-6
+# linear without in GRPO, one epoch of everything, 8 rows per step (read off their figures: 2,585 steps = 20,680 / 8),
+# G = 4, 1,024 tokens, beta 0.01, pictures and frames of 16 to 128 x 28 x 28 pixels.
+PAPER = dict(RUN, weight_decay=0.0, betas=[0.9, 0.999], max_grad_norm=1.0, micro_batch=1, workers=4, save_every=200,
+             keep_last=1, min_pixels=16 * 28 * 28, max_pixels=128 * 28 * 28, activation_checkpointing=True, epochs=1.0)
+PAPER_SFT = dict(PAPER, replay=None, replay_ratio=0.0, batch_size=8, learning_rate=1e-5, warmup_ratio=0.1,
+                 lr_scheduler_type="cosine")
+
+RECIPES = {
+    "tiny": {
+        "1": dict(TINY_SFT, model="runs/tiny/base", data=[ROOMS + GROUNDING], out="runs/tiny/stage1",
+                  max_steps=2200, learning_rate=8e-4),
+        "2": dict(TINY_SFT, model="runs/tiny/stage1", data=[ROOMS + SPATIAL], out="runs/tiny/stage2",
+                  replay=[ROOMS + GROUNDING], replay_ratio=0.2, max_steps=900, learning_rate=6e-4),
+        "cold": dict(TINY_SFT, model="runs/tiny/stage2", data=[ROOMS + COLDSTART], out="runs/tiny/cold",
+                     replay=[ROOMS + GROUNDING], replay_ratio=0.2, max_steps=500, learning_rate=6e-4),
+        "grpo": dict(TINY, model="runs/tiny/cold", data=[ROOMS + SPATIAL], out="runs/tiny/grpo", epochs=1.0,
+                     max_steps=60, learning_rate=3e-5, prompts_per_step=8, num_generations=8,
+                     max_completion_length=128, temperature=1.0, beta=0.01, epsilon=0.2, epsilon_high=None,
+                     num_iterations=1, loss_type="grpo", scale_rewards="group", mask_truncated_completions=False,
+                     reward_weights=[1.0, 1.0]),
+    },
+    "paper": {
+        "1": dict(PAPER_SFT, model=None, data=None, out=None, max_steps=None),
+        "2": dict(PAPER_SFT, model=None, data=None, out=None, max_steps=None),
+        "cold": dict(PAPER_SFT, model=None, data=None, out=None, max_steps=None),
+        "grpo": dict(PAPER, model=None, data=None, out=None, max_steps=None, learning_rate=1e-6, warmup_ratio=0.0,
+                     lr_scheduler_type="linear", prompts_per_step=8, num_generations=4, max_completion_length=1024,
+                     temperature=1.0, beta=0.01, epsilon=0.2, epsilon_high=None, num_iterations=1, loss_type="grpo",
+                     scale_rewards="group", mask_truncated_completions=False, reward_weights=[1.0, 1.0]),
+    },
+}
+RUNGS = (  # name, stage that trains it, what it starts from, its data, how it is asked, what it teaches
+    ("base", None, None, None, "direct", "knows nothing of rooms yet"),
+    ("stage1", "1", "base", GROUNDING, "direct", "learned to see: where the objects of a question are"),
+    ("stage2", "2", "stage1", SPATIAL, "direct", "learned to understand: seven kinds of spatial questions"),
+    ("cold", "cold", "stage2", COLDSTART, "thinking", "learned to write its reasoning down before it answers"),
+    ("grpo", "grpo", "cold", SPATIAL, "thinking", "learned to reason from its own attempts and their rewards"),
+)
+SMOKE = {"1": 4, "2": 4, "cold": 4, "grpo": 1}  # optimizer steps of --smoke
+
+
+# ---------------------------------------------------------------------------------------------- climbing
+
+
+def commands(args):
+    """(rung, what it is for, command) in order; a rung is None while data and base are made."""
+    out = Path(args.out)
+    launch = (["torchrun", "--standalone", f"--nproc-per-node={args.nproc_per_node}"] if args.nproc_per_node > 1
+              else ["python"])
+    if args.preset == "tiny":
+        rooms, data = out / "rooms", out / "rooms" / "train"
+        scenes = ["--scenes", "40", "--test-scenes", "12"] if args.smoke else []
+        yield None, "rooms", ["python", "scenes.py", "--out", rooms, "--seed", args.seed, *scenes]
+        yield None, "tiny model", ["python", "tiny.py", "--data", data, "--out", out / "base", "--seed", args.seed]
+        models, test = {"base": out / "base"}, ["--data", rooms / "test", "--blind-from", data]
+    else:
+        data, models, test = Path(args.data), {"base": Path(args.model)}, ["--data", args.test]
+    for rung, stage, start, file, style, _ in RUNGS:
+        models.setdefault(rung, out / rung)
+        if stage is not None:
+            script = ["grpo.py"] if stage == "grpo" else ["train_sft.py", "--stage", stage]
+            replay = ["--replay", data / GROUNDING] if RECIPES[args.preset][stage].get("replay") else []
+            few = ["--max-steps", SMOKE[stage]] if args.smoke else []
+            yield rung, "train", [*launch, *script, "--preset", args.preset, "--model", models[start], "--data",
+                                  data / file, *replay, "--out", models[rung], "--seed", args.seed, *few,
+                                  "--resume", "auto"]
+        limit = ["--limit", "4" if args.smoke else "150"] if args.preset == "tiny" else []
+        if args.preset == "tiny" or args.test:
+            yield rung, "evaluate", [*launch, "eval.py", "--model", models[rung], "--bench", "rooms", *test, "--out",
+                                     out / "eval" / rung, "--prompt-style", style, *limit]
+
+
+def run(command):
+    """Print a command as a person would type it, run it, and end the ladder where it failed."""
+    words = [str(word) for word in command]
+    print("\n$ " + shlex.join(words), flush=True)
+    here = Path(__file__).parent
+    if words[0] == "python":
+        words = [sys.executable, str(here / words[1]), *words[2:]]
+    else:  # torchrun's options come before the script
+        script = next(i for i, word in enumerate(words) if word.endswith(".py"))
+        words = [sys.executable, "-m", "torch.distributed.run", *words[1:script], str(here / words[script]),
+                 *words[script + 1:]]
+    try:
+        code = subprocess.run(words).returncode
+    except KeyboardInterrupt:
+        code = 130
+    if code:
+        print(f"ladder.py: stopped (exit code {code}); the same command goes on from here", file=sys.stderr)
+        sys.exit(code)
+
+
+def collect(out):
+    """What results.json holds, read from the files that trainers and evaluations wrote."""
+    rungs = []
+    for name, _, _, _, style, _ in RUNGS:
+        scores = out / "eval" / name / "scores.json"
+        if scores.is_file():
+            log = out / name / "log.jsonl"
+            steps = [json.loads(line)["step_time"] for line in log.read_text().splitlines()] if log.is_file() else []
+            scores = json.loads(scores.read_text())
+            rungs.append({"name": name, "style": style, "seconds": sum(steps) + scores["seconds"], "scores": scores})
+    return {"rungs": rungs}
+
+
+def lesson(rungs):
+    """One line on what the newest rung was worth."""
+    new, old = rungs[-1], rungs[-2] if len(rungs) > 1 else None
+    types, found = new["scores"]["types"], new["scores"]["localization"]
+    blind = sum(t["blind"] for t in types.values()) / len(types)
+    changed = "" if old is None else (f" (was {old['scores']['localization']['mean_iou']:.2f} and "
+                                      f"{old['scores']['overall']:.3f})")
+    what = next(row[5] for row in RUNGS if row[0] == new["name"])
+    return (f"--> {new['name']} {what}: boxes overlap the truth by {found['mean_iou']:.2f}, questions score "
+            f"{new['scores']['overall']:.3f}{changed}; guessing without the picture scores {blind:.3f}")
+
+
+def table(rungs):
+    """The terminal's table: a line per rung, a column per question type, the blind baseline below."""
+    names = list(rungs[0]["scores"]["types"])
+    rows = [["", "box IoU", "valid", *names, "mean", "formed", "sec"]]
+    for rung in rungs:
+        scores, boxes = rung["scores"], rung["scores"]["localization"]
+        rows.append([rung["name"], f"{boxes['mean_iou']:.2f}", f"{boxes['valid_json']:.0%}",
+                     *(f"{scores['types'][name]['score']:.2f}" for name in names), f"{scores['overall']:.3f}",
+                     f"{scores['well_formed']:.0%}", f"{rung['seconds']:.0f}"])
+    blind = [rungs[-1]["scores"]["types"][name]["blind"] for name in names]
+    rows.append(["blind guess", f"{rungs[-1]['scores']['localization']['mean_box_iou']:.2f}", "",
+                 *(f"{b:.2f}" for b in blind), f"{sum(blind) / len(blind):.3f}", "", ""])
+    heads = [cell.split(" ") if i > 2 else [cell] for i, cell in enumerate(rows[0])]  # two-word types on two lines
+    lines = [[h[0] for h in heads], [h[1] if len(h) > 1 else "" for h in heads]] + rows[1:]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
+    return "\n".join("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths)))
+                     for line in lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=tuple(RECIPES), default="tiny", help="column of RECIPES")
+    parser.add_argument("--out", help="directory of the whole run (default: runs/PRESET)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--nproc-per-node", type=int, default=1, help="processes, one per GPU")
+    parser.add_argument("--smoke", action="store_true", help="hardly any steps: see that everything works")
+    parser.add_argument("--fresh", action="store_true", help="delete what an earlier run left in --out first")
+    parser.add_argument("--model", help="preset paper: the directory of Qwen2.5-VL-3B-Instruct")
+    parser.add_argument("--data", help="preset paper: the directory of SpatialLadder-26k")
+    parser.add_argument("--test", help="preset paper: directory to evaluate on after each rung")
+    args = parser.parse_args()
+    args.out = args.out or (f"runs/{args.preset}" + ("-smoke" if args.smoke else ""))
+    if args.preset == "paper" and not (args.model and args.data):
+        parser.error("--preset paper needs --model and --data")
+    out = Path(args.out)
+    if args.fresh and (out / "ladder.json").is_file():
+        shutil.rmtree(out)
+    asked = {key: value for key, value in vars(args).items() if key not in ("fresh", "nproc_per_node")}
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        begun = json.loads((out / "ladder.json").read_text()) if (out / "ladder.json").is_file() else None
+        if begun is None and any(out.iterdir()):
+            parser.error(f"{out} holds something else; give another --out")
+        if begun not in (None, asked):
+            parser.error(f"{out} holds a ladder with other settings {begun}; give another --out, or --fresh")
+        (out / "ladder.json").write_text(json.dumps(asked))
+    except OSError as error:
+        parser.error(f"cannot write in {out}: {error.strerror}")
+
+    # climb
+    began = time.time()
+    for rung, purpose, command in commands(args):
+        run(command)
+        if purpose == "evaluate":
+            results = collect(out) | {"preset": args.preset, "seed": args.seed}
+            (out / "results.json.tmp").write_text(json.dumps(results, indent=1))
+            (out / "results.json.tmp").replace(out / "results.json")
+            print(lesson(results["rungs"]), flush=True)
+
+    # result
+    if (out / "results.json").is_file():
+        run(["python", "report.py", out])
+        print(table(results["rungs"]))
+    print(f"the ladder took {(time.time() - began) / 60:.1f} minutes; everything is in {out}, report.html first")
+
+
+if __name__ == "__main__":
+    main()

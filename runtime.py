@@ -1,0 +1,364 @@
+"""What every training run needs and no reader should meet twice: flags, ranks, sharding, checkpoints, the log.
+
+Nothing here knows what is being trained. One process and many run the same lines: collectives of one are no-ops.
+"""
+
+import argparse
+import difflib
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from tqdm import tqdm
+
+from checkpoint import build_model, load_config, load_weights, read_json, save_model, write_json
+from ladder import FLAGS, RECIPES
+from rewards import UserError
+
+
+# ---------------------------------------------------------------------------------------------- flags
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with dashes or underscores, errors of one line, and the nearest name for an unknown flag."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}\n")
+
+    def parse_args(self, argv=None):
+        argv = sys.argv[1:] if argv is None else argv
+        argv = [a.split("=")[0].replace("_", "-") + a[len(a.split("=")[0]):] if a.startswith("--") else a for a in argv]
+        args, unknown = self.parse_known_args(argv)
+        if unknown:
+            names = [name for action in self._actions for name in action.option_strings]
+            near = difflib.get_close_matches(unknown[0].split("=")[0], names, 1, 0)
+            self.error(f"unknown argument {unknown[0]}" + (f", did you mean {near[0]}?" if near else ""))
+        return args
+
+
+FREE = ("resume", "device", "workers", "micro_batch", "save_every", "keep_last")  # may change when a run continues
+
+
+def add_flags(parser, names):
+    """Flags by their rows in ladder.FLAGS; all default to None, which means: as the recipe says."""
+    for name in names:
+        kind, text = FLAGS[name]
+        flag = "--" + name.replace("_", "-")
+        if kind is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
+        elif isinstance(kind, (tuple, dict)):
+            parser.add_argument(flag, choices=tuple(kind), help=text)
+        elif isinstance(kind, list):
+            parser.add_argument(flag, nargs="+", type=kind[0], help=text)
+        else:
+            parser.add_argument(flag, type=kind, help=text)
+
+
+def recipe_settings(doc, argv=None, stage=None):
+    """The settings of a training run: its recipe's row, with what the flags say in its place.
+
+    Args:    stage: the row of ladder.RECIPES[preset]; None takes it from --stage.
+    Returns: Namespace of the row's keys, `preset`, `stage` and the flags every run has.
+    """
+    parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=tuple(RECIPES), default="tiny", help="column of RECIPES in ladder.py")
+    stages = [name for name in RECIPES["tiny"] if name != "grpo"]
+    if stage is None:
+        parser.add_argument("--stage", choices=stages, required=True, help="row of RECIPES in ladder.py")
+    rows = [RECIPES["tiny"][name] for name in (stages if stage is None else [stage])]
+    add_flags(parser, dict.fromkeys(name for row in rows for name in row))
+    args = vars(parser.parse_args(argv))
+    args["stage"] = stage or args["stage"]
+    row = RECIPES[args["preset"]][args["stage"]]
+    for name, value in args.items():
+        if value is None:
+            args[name] = row.get(name)
+    for name in ("model", "data", "out"):
+        if args[name] is None:
+            parser.error(f"preset {args['preset']} has no default for --{name}; give it")
+    for name in ("micro_batch", "batch_size", "prompts_per_step", "learning_rate", "max_completion_length"):
+        if args.get(name) is not None and not args[name] > 0:
+            parser.error(f"--{name.replace('_', '-')} is {args[name]}, expected a positive number")
+    return argparse.Namespace(**args)
+
+
+def main_guard(main):
+    """Run a script's main: a user's mistake is one line on stderr and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        rank = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+        print(f"{rank}{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+# ---------------------------------------------------------------------------------------------- ranks
+
+
+class Ranks:
+    """The processes of this run: torchrun's, or one."""
+
+    def __init__(self, device=None):
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if self.device.type == "cuda":
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(self.device)
+        backend = "nccl" if self.device.type == "cuda" else "gloo"
+        self.launched = "RANK" in os.environ  # by torchrun
+        if self.launched:
+            dist.init_process_group(backend)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+
+    def sum(self, *values):
+        """Add numbers up over all ranks."""
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def gather(self, value):
+        """Every rank's value, on every rank, in rank order."""
+        values = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
+    def print(self, *text):
+        if self.rank == 0:
+            print(*text, flush=True)
+
+    def close(self):
+        dist.destroy_process_group()
+
+
+# ---------------------------------------------------------------------------------------------- model and optimizer
+
+
+def load_sharded(directory, ranks, dtype=None, reshard_after_forward=True, activation_checkpointing=False):
+    """A model with fp32 weights that computes in `dtype`: built on the meta device, sharded, filled row by row.
+
+    Sharded (FSDP2) under torchrun, on a GPU, or for bfloat16; plain fp32 on a CPU runs the bare module. Gradients are
+    reduced in fp32 and summed: the loss is divided once, by the count over all ranks.
+    """
+    dtype = getattr(torch, dtype or ("bfloat16" if ranks.device.type == "cuda" else "float32"))
+    model = build_model(load_config(directory))
+    model.activation_checkpointing = activation_checkpointing
+    if ranks.launched or ranks.device.type == "cuda" or dtype != torch.float32:
+        mesh = init_device_mesh(ranks.device.type, (ranks.world,))
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        for layer in (*model.visual.blocks, *model.model.layers, model):
+            fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+        for module in sharded_modules(model):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo sums only if both are set
+    model.to_empty(device=ranks.device)
+    load_weights(model, directory, held_rows)
+    return model
+
+
+def sharded_modules(model):
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def held_rows(parameter):
+    """The part of a parameter that this rank holds and the number of its first row."""
+    if not isinstance(parameter, DTensor):
+        return parameter, 0
+    mesh, rows = parameter.device_mesh, len(parameter)
+    return parameter.to_local(), min(rows, -(-rows // mesh.size()) * mesh.get_local_rank())
+
+
+def whole_tensors(model):
+    """(name, whole tensor) of every parameter, gathered one at a time; all ranks must iterate."""
+    for name, parameter in model.named_parameters():
+        yield name, parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+
+
+@contextmanager
+def gathered(model):
+    """Hold the whole weights on every rank: ranks may then run different numbers of forwards without waiting."""
+    for module in sharded_modules(model):
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    yield
+    for module in sharded_modules(model):
+        module.reshard()
+        module.set_reshard_after_forward(module is not model, recurse=False)
+
+
+def adamw(model, args):
+    """AdamW on the fp32 weights; weight decay on matrices only."""
+    groups = [{"params": [p for p in model.parameters() if (p.ndim > 1) == matrix], "weight_decay": decay}
+              for matrix, decay in ((True, args.weight_decay), (False, 0.0))]
+    return torch.optim.AdamW(groups, lr=args.learning_rate, betas=tuple(args.betas), eps=1e-8, fused=True)
+
+
+def scheduled_rate(step, steps, args):
+    """Learning rate of step 1..steps: linear warm-up, then cosine or linear decay to zero.
+
+    >>> args = argparse.Namespace(learning_rate=1.0, warmup_ratio=0.5, lr_scheduler_type="linear")
+    >>> [scheduled_rate(step, 4, args) for step in (1, 2, 3, 4)]
+    [0.5, 1.0, 1.0, 0.5]
+    """
+    warmup = round(steps * args.warmup_ratio)
+    if step <= warmup:
+        return args.learning_rate * step / warmup
+    done = (step - 1 - warmup) / (steps - warmup)
+    return args.learning_rate * (1 - done if args.lr_scheduler_type == "linear" else (1 + math.cos(math.pi * done)) / 2)
+
+
+def clip_gradients(model, max_norm):
+    """Scale all gradients to a global norm of at most max_norm. Returns the norm before."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+
+
+# ---------------------------------------------------------------------------------------------- the run
+
+
+class Run:
+    """An output directory: config_run.json, log.jsonl, resume/step-N, and in the end the model itself."""
+
+    def __init__(self, args, ranks):
+        self.args, self.ranks, self.out = args, ranks, Path(args.out)
+        self.stopping, self.saved, self.clock = False, 0, time.time()
+        self.config = {key: value for key, value in vars(args).items() if key not in FREE}
+        problem = ranks.gather(self.claim() if ranks.rank == 0 else None)[0]
+        if problem:
+            raise UserError(problem)
+        self.finished = (self.out / "config.json").is_file()
+        if self.finished:
+            ranks.print(f"{self.out}: finished already")
+        for name in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(name, self.stop)
+
+    def claim(self):
+        """Take the directory on rank 0: empty, or another try at the same run. Returns what is wrong, if anything."""
+        config = self.out / "config_run.json"
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            if config.is_file() and self.args.resume:
+                before = read_json(config)
+                changed = [key for key in self.config if before.get(key) != self.config[key]]
+                if changed:
+                    return (f"{self.out}: was begun with other settings: " + ", ".join(
+                        f"{key} {before.get(key)!r}, now {self.config[key]!r}" for key in changed))
+            elif any(self.out.iterdir()):
+                return f"{self.out}: not empty; continue it with --resume auto, or give another --out"
+            else:
+                write_json(config, self.config)
+        except OSError as error:
+            return f"{self.out}: cannot write there ({error.strerror})"
+        print("settings:", json.dumps(self.config), flush=True)
+
+    def stop(self, number, frame):
+        """Ctrl-C or SIGTERM: finish the step, save, end. A second Ctrl-C ends at once."""
+        if self.stopping:
+            raise KeyboardInterrupt
+        self.stopping = True
+
+    def restore(self, model, optimizer):
+        """Load the newest readable trainer state, or the one that --resume names. Returns the steps already done."""
+        choice, states = self.args.resume, sorted((self.out / "resume").glob("step-??????"), reverse=True)
+        if choice and choice != "auto":
+            if not (Path(choice) / "meta.json").is_file():
+                raise UserError(f"--resume {choice}: no trainer state there (no meta.json in it)")
+            states = [Path(choice)]
+        for path in states if choice else []:
+            try:
+                names = get_state_dict(model, optimizer)
+                state = {"model": names[0], "optimizer": names[1]}
+                dcp.load(state, checkpoint_id=str(path))
+                set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+                step = read_json(path / "meta.json")["step"]
+            except Exception as error:  # a torn file shows in many ways; the next older state is tried
+                self.ranks.print(f"{path}: not readable ({str(error).splitlines()[0][:100]}), trying the one before")
+                continue
+            self.ranks.print(f"resumed {path}")
+            self.cut_log(step)
+            self.saved = step
+            return step
+        if states and choice:
+            raise UserError(f"{self.out}: none of its {len(states)} trainer states can be read")
+        self.cut_log(0)
+        return 0
+
+    def cut_log(self, step):
+        """Drop the log's rows of steps that will be done again."""
+        for name in ("log.jsonl", "rollouts.jsonl"):
+            path = self.out / name
+            if self.ranks.rank == 0 and path.is_file():
+                rows = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True)
+                        if line.endswith("\n") and json.loads(line)["step"] <= step]
+                beside = Path(f"{path}.tmp")
+                beside.write_text("".join(rows), encoding="utf-8")
+                os.replace(beside, path)
+
+    def append(self, name, rows):
+        if self.ranks.rank == 0:
+            with open(self.out / name, "a", encoding="utf-8") as file:
+                file.write("".join(json.dumps(row) + "\n" for row in rows))
+
+    def save(self, model, optimizer, step):
+        """Write the trainer state beside and rename it into place; keep the newest --keep-last."""
+        folder = self.out / "resume"
+        final, beside = folder / f"step-{step:06d}", folder / f"step-{step:06d}.tmp"
+        names = get_state_dict(model, optimizer)
+        dcp.save({"model": names[0], "optimizer": names[1]}, checkpoint_id=str(beside))
+        if self.ranks.rank == 0:
+            write_json(beside / "meta.json", {"step": step, "world": self.ranks.world, "config": self.config})
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(beside, final)
+            for old in sorted(folder.glob("step-??????"))[:-self.args.keep_last]:
+                shutil.rmtree(old)
+        dist.barrier()
+
+    def end_step(self, model, optimizer, step, steps, row, boundary=True):
+        """Log a step, save when it is time. Returns True when the run is to stop here.
+
+        boundary: False inside the iterations over one rollout, where nothing is saved and no run stops.
+        """
+        now = time.time()
+        row = {"step": step, **row, "step_time": now - self.clock}
+        row["tokens_per_second"] = row["num_tokens"] / row["step_time"]
+        self.clock = now
+        self.append("log.jsonl", [row])
+        self.bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
+        stop = boundary and self.ranks.sum(self.stopping)[0] > 0
+        due = self.args.save_every and step - self.saved >= self.args.save_every and step < steps
+        if stop or boundary and due:
+            self.save(model, optimizer, step)
+            self.saved = step
+        if stop:
+            self.ranks.print(f"stopped after step {step} of {steps}; continue with the same command and --resume auto")
+        return stop
+
+    def steps(self, first, steps):
+        """Step numbers first + 1 ... steps, with a progress bar on rank 0."""
+        self.bar = tqdm(range(first + 1, steps + 1), initial=first, total=steps, disable=self.ranks.rank != 0,
+                        mininterval=2, desc=f"{self.args.stage:>5}", dynamic_ncols=True)
+        return self.bar
+
+    def finish(self, model, processor):
+        """Write the model directory; with config.json in it the run is complete."""
+        if self.ranks.rank == 0:
+            limits = {"min_pixels": processor.min_pixels, "max_pixels": processor.max_pixels}
+            save_model(self.out, whole_tensors(model), model.config, self.args.model, limits)
+        else:
+            for _ in whole_tensors(model):
+                pass
+        dist.barrier()
+        self.ranks.print(f"wrote {self.out}")

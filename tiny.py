@@ -1,0 +1,119 @@
+"""A tiny model directory: Qwen2.5-VL's architecture with a few million random weights and a tokenizer of its own.
+
+    python tiny.py --data runs/tiny/rooms/train --out runs/tiny/base
+
+Everything that makes the laptop ladder small is a value in the files written here; no other code knows of it.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from checkpoint import build_model, parse_config, save_model, write_json
+from data import PROMPTS, answer_text, prompt_text, read_samples, style_of
+from rewards import UserError
+from runtime import Parser, main_guard
+
+CONFIG = {  # 2.2 million weights; width, depth and M-RoPE for sequences of about 100 tokens
+    "architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl", "torch_dtype": "float32",
+    "hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "rope_theta": 10.0, "max_position_embeddings": 4096,
+    "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]}, "hidden_act": "silu",
+    "tie_word_embeddings": True, "use_sliding_window": False,
+    "vision_config": {"depth": 4, "hidden_size": 128, "num_heads": 4, "intermediate_size": 256, "in_chans": 3,
+                      "out_hidden_size": 128, "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2,
+                      "window_size": 56, "fullatt_block_indexes": [1, 3], "tokens_per_second": 1,
+                      "hidden_act": "silu"},
+}
+WORDS = 1536  # of the tokenizer, special tokens apart
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>",
+           "<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>",
+           "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")  # Qwen2.5's, in its order
+PIECES = Regex(r'```json\n\[|\{"bbox_2d": \[|\], "label": "|"\},\n|"\}\]\n```'  # the JSON around boxes, whole
+               r'|\n[A-Z][^\n\d{}"]*[.:]'  # a line of instructions, whole
+               r'|</?think>|</?answer>|[0-9]{1,3}| ?[A-Za-z]+| ?[^\sA-Za-z0-9]|\s+')
+CHAT_TEMPLATE = (  # the chat format of data.Processor.example, for transformers
+    "{% if messages[0].role != 'system' %}<|im_start|>system\n" + PROMPTS["system"] + "<|im_end|>\n{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
+    "{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}"
+    "{% if part.type == 'text' %}{{ part.text }}{% else %}"
+    "<|vision_start|><|{{ part.type }}_pad|><|vision_end|>{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+
+
+def corpus(samples):
+    """Every text the samples' conversations hold, and the numbers below 400 often enough to become tokens."""
+    for sample in samples:
+        yield "user\n" + prompt_text(sample, style_of(sample))
+        yield answer_text(sample, style_of(sample), (1, 1))
+    for _ in range(len(samples) // 50):
+        yield "system\n" + PROMPTS["system"] + " ".join(map(str, range(400)))
+
+
+def train_tokenizer(texts):
+    """Byte-level BPE whose words are PIECES: a number of up to three digits or a fixed line is one token."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(PIECES, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=WORDS, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False))
+    tokenizer.add_special_tokens(list(SPECIAL))
+    return tokenizer
+
+
+def initialize(model, seed):
+    """N(0, 1 / inputs) for matrices, a fifth of it where a block writes to the residual stream; biases zero."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        with torch.no_grad():
+            if parameter.ndim == 1:
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+                continue
+            std = parameter[0].numel() ** -0.5
+            if name.endswith(("o_proj.weight", "down_proj.weight", "attn.proj.weight")):
+                std *= 0.2
+            parameter.normal_(0.0, 0.08 if "embed_tokens" in name else std, generator=generator)
+
+
+def main():
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="folder with the jsonl files whose text the tokenizer learns")
+    parser.add_argument("--out", required=True, help="model directory to write")
+    parser.add_argument("--size", type=int, default=112, help="pictures are shown at most this wide and high")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    out = Path(args.out)
+    if (out / "config.json").is_file():
+        print(f"{out}: there already")
+        return
+    files = sorted(Path(args.data).glob("spld_*.jsonl"))
+    if not files:
+        raise UserError(f"{args.data}: no spld_*.jsonl in it; make rooms with: python scenes.py --out DIR")
+
+    tokenizer = train_tokenizer(corpus([s for file in files for s in read_samples(file, file.parent / "images")]))
+    ids = {name: tokenizer.token_to_id(name) for name in SPECIAL}
+    source = CONFIG | {"vocab_size": tokenizer.get_vocab_size(), "image_token_id": ids["<|image_pad|>"],
+                       "video_token_id": ids["<|video_pad|>"], "vision_start_token_id": ids["<|vision_start|>"],
+                       "vision_end_token_id": ids["<|vision_end|>"], "bos_token_id": ids["<|endoftext|>"],
+                       "eos_token_id": ids["<|im_end|>"]}
+    model = build_model(parse_config(source)).to_empty(device="cpu")
+    initialize(model, args.seed)
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(out / "tokenizer.json"))
+    write_json(out / "tokenizer_config.json", {
+        "tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>",
+        "chat_template": CHAT_TEMPLATE, "additional_special_tokens": list(SPECIAL[1:])})
+    write_json(out / "generation_config.json", {
+        "eos_token_id": [ids["<|im_end|>"], ids["<|endoftext|>"]], "pad_token_id": ids["<|endoftext|>"]})
+    write_json(out / "preprocessor_config.json", {
+        "image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2_5_VLProcessor", "patch_size": 14,
+        "temporal_patch_size": 2, "merge_size": 2, "min_pixels": 4 * 28 * 28, "max_pixels": args.size**2})
+    save_model(out, model.named_parameters(), model.config)
+    print(f"wrote {out}: {sum(p.numel() for p in model.parameters()):,} weights, {source['vocab_size']} words")
+
+
+if __name__ == "__main__":
+    main_guard(main)

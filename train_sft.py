@@ -1,0 +1,115 @@
+"""Supervised fine-tuning: stage 1 (see), stage 2 (understand), the cold start (reason). One loop, stages are data.
+
+    python train_sft.py --stage 1                                  # the tiny model on procedural rooms
+    torchrun --nproc-per-node 4 train_sft.py --stage 2 --preset paper --model DIR --data FILE.jsonl --out DIR
+
+A row decides how it is asked and what is answered: boxes as JSON for a localization row, the bare answer for a
+question, the chain of thought for a row that has one. The stages differ in their row of ladder.RECIPES only.
+"""
+
+import math
+import random
+from functools import partial
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from data import IGNORE, Processor, collate, cost, micro_batches, read_all, rows_of_step, style_of
+from rewards import UserError
+from runtime import Ranks, Run, adamw, clip_gradients, load_sharded, main_guard, recipe_settings, scheduled_rate
+
+
+def with_replay(samples, earlier, ratio, seed):
+    """Add rows of earlier stages so that they make up `ratio` of all.
+
+    >>> with_replay(["new"] * 3, ["old"], 0.25, seed=0)
+    ['new', 'new', 'new', 'old']
+    """
+    count = round(len(samples) * ratio / (1 - ratio))
+    return samples + random.Random(seed).choices(earlier, k=count) if count else samples
+
+
+class Rows(Dataset):
+    """Examples by (row, trained): a filler (trained False) keeps ranks in step and has no label."""
+
+    def __init__(self, samples, processor):
+        self.samples, self.processor = samples, processor
+
+    def __getitem__(self, item):
+        row, trained = item
+        sample = self.samples[row]
+        example = self.processor.example(sample, style_of(sample))
+        if not trained:
+            example.labels.fill_(IGNORE)
+        return example
+
+
+def train_step(model, batches, targets):
+    """Mean negative log-likelihood of all answer tokens of one optimizer step, and its gradient.
+
+    Args:    batches: this rank's micro-batches. targets: answer tokens in all ranks' batches together.
+    Returns: this rank's part of the loss: the parts add up to the mean over all tokens, whatever the number of
+             micro-batches and ranks.
+    """
+    total = 0.0
+    for batch in batches:
+        log_probs, _ = model(batch)
+        loss = -log_probs.sum() / targets
+        loss.backward()
+        total += loss.item()
+    return total
+
+
+def main():
+    args = recipe_settings(__doc__)
+    ranks = Ranks(args.device)
+
+    # data
+    samples = read_all(args.data, args.images)
+    if args.replay:
+        samples = with_replay(samples, read_all(args.replay, args.images), args.replay_ratio, args.seed)
+    steps = math.ceil(args.epochs * len(samples) / args.batch_size)
+    steps = min(steps, args.max_steps or steps)
+
+    # model
+    run = Run(args, ranks)
+    if run.finished:
+        return
+    model = load_sharded(args.model, ranks, args.dtype, args.reshard_after_forward, args.activation_checkpointing)
+    processor = Processor(args.model, model.config, args)
+    optimizer = adamw(model, args)
+    first = run.restore(model, optimizer)
+    ranks.print(f"{len(samples)} rows, {steps} steps of {args.batch_size}")
+
+    # loop
+    plan = []
+    for step in range(first + 1, steps + 1):
+        rows = rows_of_step(step, len(samples), args.batch_size, args.seed)
+        plan.append(micro_batches(rows, [cost(samples[row]) for row in rows], args.micro_batch, ranks.rank, ranks.world))
+    loader = iter(DataLoader(Rows(samples, processor), batch_sampler=[batch for batches in plan for batch in batches],
+                             collate_fn=partial(collate, config=model.config), num_workers=args.workers))
+    model.train()
+    for step, batches in zip(run.steps(first, steps), plan):
+        batches = [next(loader).to(ranks.device) for _ in batches]
+        tokens, targets = ranks.sum(sum(int(b.lengths.sum()) for b in batches), sum(len(b.targets) for b in batches))
+        for group in optimizer.param_groups:
+            group["lr"] = scheduled_rate(step, steps, args)
+        loss = ranks.sum(train_step(model, batches, targets))[0]
+        norm = clip_gradients(model, args.max_grad_norm)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            rows = sorted(rows_of_step(step, len(samples), args.batch_size, args.seed))
+            raise UserError(f"step {step}: loss {loss}, gradient norm {norm}; not applied. Rows of this step: "
+                            + ", ".join(samples[row].where for row in rows))
+        optimizer.step()
+        optimizer.zero_grad()
+        if run.end_step(model, optimizer, step, steps, {
+                "epoch": step * args.batch_size / len(samples), "loss": loss, "grad_norm": norm,
+                "learning_rate": optimizer.param_groups[0]["lr"], "num_tokens": tokens}):
+            break
+    else:
+        run.finish(model, processor)
+    ranks.close()
+
+
+if __name__ == "__main__":
+    main_guard(main)
