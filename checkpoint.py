@@ -8,6 +8,7 @@ A directory is a model once config.json is in it: saving removes that file first
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -41,18 +42,22 @@ def parse_config(source, where="config.json"):
         raise UserError(f"{where}: expected a JSON object, found {type(source).__name__}")
     if source.get("model_type") != "qwen2_5_vl":
         raise UserError(f"{where}: model_type is {source.get('model_type')!r}, expected 'qwen2_5_vl'")
-    text = source.get("text_config") or source
-    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    text = _section(source, "text_config", where) or source
+    rope = _section(text, "rope_parameters", where) or _section(text, "rope_scaling", where)
     values = dict(text, rope_theta=rope.get("rope_theta", text.get("rope_theta", TextConfig.rope_theta)),
                   mrope_section=rope.get("mrope_section", TextConfig.mrope_section))
-    vision = dict(source.get("vision_config") or {})
+    vision = dict(_section(source, "vision_config", where))
     vision["in_channels"] = vision.get("in_channels", vision.get("in_chans", VisionConfig.in_channels))
+    dtype = source.get("torch_dtype") or source.get("dtype") or "bfloat16"
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise UserError(f"{where}: torch_dtype is {dtype!r}, expected float32, bfloat16 or float16")
     config = Config(
         text=_from_fields(TextConfig, values, where),
         vision=_from_fields(VisionConfig, vision, where),
-        tie_word_embeddings=bool(source.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
+        tie_word_embeddings=bool(source.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
         image_token_id=source.get("image_token_id", 151655),
         video_token_id=source.get("video_token_id", 151656),
+        dtype=getattr(torch, dtype),
         source=source,
     )
     rope_type = rope.get("rope_type") or rope.get("type") or "default"
@@ -64,16 +69,30 @@ def parse_config(source, where="config.json"):
         if part.hidden_act != "silu":
             raise UserError(f"{where}: hidden_act is {part.hidden_act!r}, expected 'silu'")
     t, v = config.text, config.vision
+    for name in ("image_token_id", "video_token_id"):
+        if type(getattr(config, name)) is not int or not 0 <= getattr(config, name) < t.vocab_size:
+            raise UserError(f"{where}: {name} is {getattr(config, name)!r}, expected a token id below {t.vocab_size}")
     if t.hidden_size % t.num_attention_heads or t.num_attention_heads % t.num_key_value_heads:
         raise UserError(f"{where}: {t.num_attention_heads} heads do not divide width {t.hidden_size}, "
                         f"or {t.num_key_value_heads} key-value heads do not divide them")
-    if 2 * sum(t.mrope_section) != t.head_dim:
-        raise UserError(f"{where}: mrope_section {list(t.mrope_section)} must add up to half the head dimension, "
-                        f"{t.head_dim // 2}")
+    if len(t.mrope_section) != 3 or 2 * sum(t.mrope_section) != t.head_dim:
+        raise UserError(f"{where}: mrope_section {list(t.mrope_section)} must be three numbers that add up to half the "
+                        f"head dimension, {t.head_dim / 2:g}")
     if v.out_hidden_size != t.hidden_size or v.hidden_size % (4 * v.num_heads):
         raise UserError(f"{where}: vision_config out_hidden_size {v.out_hidden_size} must equal the text's "
                         f"hidden_size {t.hidden_size}, and 4 * num_heads divide hidden_size {v.hidden_size}")
+    patch = (v.in_channels, v.temporal_patch_size, v.patch_size, v.spatial_merge_size)
+    if patch != (3, 2, 14, 2) or v.window_size < 28:
+        raise UserError(f"{where}: vision_config has in_channels, temporal_patch_size, patch_size, spatial_merge_size "
+                        f"{patch} and window_size {v.window_size}, expected (3, 2, 14, 2) and at least 28")
     return config
+
+
+def _section(parent, key, where):
+    """The object at `key`, {} where it is absent or null."""
+    if not isinstance(parent.get(key), (dict, type(None))):
+        raise UserError(f"{where}: {key} is {parent[key]!r:.80}, expected an object")
+    return parent.get(key) or {}
 
 
 def _from_fields(cls, values, where):
@@ -82,11 +101,11 @@ def _from_fields(cls, values, where):
     for field in dataclasses.fields(cls):
         value = values.get(field.name, field.default)
         value = tuple(value) if isinstance(value, list) else value
-        kind = (int, float) if isinstance(field.default, float) or field.name == "tokens_per_second" else type(field.default)
-        positive = not isinstance(value, (int, float)) or value > 0
+        kind = (int, float) if isinstance(field.default, float) else type(field.default)
+        positive = not isinstance(value, (int, float)) or 0 < value < math.inf
         whole = not isinstance(value, tuple) or all(type(item) is int and item >= 0 for item in value)
         if not isinstance(value, kind) or isinstance(value, bool) or not positive or not whole:
-            raise UserError(f"{where}: {field.name} is {value!r}, expected something like {field.default!r}")
+            raise UserError(f"{where}: {field.name} is {value!r:.80}, expected something like {field.default!r}")
         chosen[field.name] = value
     return cls(**chosen)
 
@@ -97,7 +116,7 @@ def read_json(path):
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable as JSON ({error})") from None
 
 
@@ -170,8 +189,12 @@ def load_weights(model, directory, local=lambda parameter: (parameter, 0)):
             for name, key in names:
                 if key not in present:
                     problems.append(f"missing {key} in {path.name}")
-                elif (shape := file.get_slice(key).get_shape()) != list(wanted[name].shape):
-                    problems.append(f"{name} has shape {shape}, expected {list(wanted[name].shape)}")
+                    continue
+                stored, wanted_shape = file.get_slice(key), list(wanted[name].shape)
+                if stored.get_shape() != wanted_shape:
+                    problems.append(f"{name} has shape {stored.get_shape()}, expected {wanted_shape}")
+                if stored.get_dtype() not in ("F32", "BF16", "F16"):
+                    problems.append(f"{name} is stored as {stored.get_dtype()}, expected F32, BF16 or F16")
     if problems:
         raise UserError(f"{directory}: weights do not fit config.json: " + "; ".join(problems))
     with torch.no_grad():
@@ -204,6 +227,8 @@ def save_model(directory, tensors, config, side_files=None, pixel_limits=None):
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").unlink(missing_ok=True)
+    for left in directory.glob("writing-*.tmp"):  # by a save that was interrupted
+        left.unlink()
     shards, shard, size, total = [], {}, 0, 0
 
     def flush():

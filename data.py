@@ -35,12 +35,14 @@ PROMPTS = {  # {question} and {options} are the slots; --prompts FILE replaces a
     "localize": "{question}\nLocate every object that the question names: give its bounding box and label as JSON.",
     "direct choice": "{question}\nOptions:\n{options}\nReply with the letter of the correct option only.",
     "direct number": "{question}\nReply with a single number only.",
+    "direct text": "{question}\nReply with the answer only.",
     "thinking choice": "{question}\nOptions:\n{options}\nReason step by step between <think> and </think>, then write "
                        "the letter of the correct option between <answer> and </answer>.",
     "thinking number": "{question}\nReason step by step between <think> and </think>, then write a single number "
                        "between <answer> and </answer>.",
+    "thinking text": "{question}\nReason step by step between <think> and </think>, then write the answer between "
+                     "<answer> and </answer>.",
 }
-STYLES = ("localize", "direct", "thinking")
 
 
 # ---------------------------------------------------------------------------------------------- rows
@@ -285,8 +287,8 @@ def prompt_text(sample, style, prompts=PROMPTS):
     """
     if sample.prompt is not None:
         return sample.prompt
-    slot = style if style == "localize" else f"{style} {'choice' if sample.options else 'number'}"
-    return prompts[slot].replace("{question}", sample.question).replace("{options}", "\n".join(sample.options))
+    kind = "choice" if sample.options else "number" if parse_number(str(sample.answer)) is not None else "text"
+    return prompts[style if style == "localize" else f"{style} {kind}"].replace("{question}", sample.question).replace("{options}", "\n".join(sample.options))
 
 
 def read_prompts(path):
@@ -382,6 +384,18 @@ class Processor:
     def decode(self, ids):
         """Text of a completion, without special tokens."""
         return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def shown(self, example):
+        """The rendered text with one pad token per picture or video, and how often each pad is repeated."""
+        pads = {self.special["<|image_pad|>"], self.special["<|video_pad|>"]}
+        ids, counts = [], []
+        for token in example.ids.tolist():
+            if token in pads and ids and ids[-1] == token:
+                counts[-1] += 1
+            else:
+                ids.append(token)
+                counts += [1] if token in pads else []
+        return self.tokenizer.decode(ids, skip_special_tokens=False), counts
 
     def load(self, media):
         """-> patches (N, 1176), grid (t, h, w), seconds per temporal patch or None, (x, y) scale from the original."""

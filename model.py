@@ -45,7 +45,7 @@ class VisionConfig:
     window_size: int = 112  # pixels
     fullatt_block_indexes: tuple = (7, 15, 23, 31)
     out_hidden_size: int = 3584
-    tokens_per_second: float = 4  # M-RoPE positions per second of video
+    tokens_per_second: float = 4.0  # M-RoPE positions per second of video
     hidden_act: str = "silu"
 
 
@@ -79,12 +79,8 @@ class Config:
     tie_word_embeddings: bool
     image_token_id: int
     video_token_id: int
+    dtype: torch.dtype  # that weights are saved in
     source: dict
-
-    @property
-    def dtype(self):
-        """The dtype that weights are saved in."""
-        return getattr(torch, self.source.get("torch_dtype") or self.source.get("dtype") or "bfloat16")
 
 
 # ---------------------------------------------------------------------------------------------- what the model eats
@@ -453,8 +449,7 @@ def score_tokens(hidden, targets, head, banned=None, temperature=1.0):
     Returns: log_probs (R,), entropies (R,) in nats, both fp32; entropies carry no gradient.
     """
     def chunk_scores(h, t):
-        logits = next_logits(h, head, banned) / temperature
-        log_probs = logits.log_softmax(-1)
+        log_probs = next_logits(h, head, banned, temperature).log_softmax(-1)
         entropy = -(log_probs.detach().exp() * log_probs.detach()).sum(-1)
         return log_probs.gather(-1, t[:, None])[:, 0], entropy
 
@@ -465,9 +460,9 @@ def score_tokens(hidden, targets, head, banned=None, temperature=1.0):
     return torch.cat(log_probs), torch.cat(entropies)
 
 
-def next_logits(hidden, head, banned=None):
+def next_logits(hidden, head, banned=None, temperature=1.0):
     """(R, W) -> (R, V) fp32 logits. Banned words get the lowest finite number: probability 0, and 0 * log 0 = 0."""
-    logits = F.linear(hidden, head).float()
+    logits = F.linear(hidden, head).float() / temperature
     return logits if banned is None else logits.masked_fill(banned, torch.finfo(torch.float32).min)
 
 

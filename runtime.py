@@ -35,6 +35,9 @@ from rewards import UserError
 class Parser(argparse.ArgumentParser):
     """argparse with dashes or underscores, errors of one line, and the nearest name for an unknown flag."""
 
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, **options)  # else --lr would be taken for --lr-scheduler-type
+
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}\n")
 
@@ -50,6 +53,8 @@ class Parser(argparse.ArgumentParser):
 
 
 FREE = ("resume", "device", "workers", "micro_batch", "save_every", "keep_last")  # may change when a run continues
+POSITIVE = ("epochs", "max_steps", "batch_size", "micro_batch", "learning_rate", "max_grad_norm", "min_pixels", "max_pixels",
+            "num_frames", "fps", "prompts_per_step", "max_completion_length", "num_iterations", "keep_last")
 
 
 def add_flags(parser, names):
@@ -89,9 +94,14 @@ def recipe_settings(doc, argv=None, stage=None):
     for name in ("model", "data", "out"):
         if args[name] is None:
             parser.error(f"preset {args['preset']} has no default for --{name}; give it")
-    for name in ("micro_batch", "batch_size", "prompts_per_step", "learning_rate", "max_completion_length"):
-        if args.get(name) is not None and not args[name] > 0:
-            parser.error(f"--{name.replace('_', '-')} is {args[name]}, expected a positive number")
+    for name, value in args.items():
+        flag, highest = f"--{name.replace('_', '-')}", 1 if name in ("replay_ratio", "warmup_ratio") else math.inf
+        if name in POSITIVE and value is not None and not 0 < value < math.inf:
+            parser.error(f"{flag} is {value}, expected a positive number")
+        if isinstance(value, (int, float)) and not 0 <= value < highest:
+            parser.error(f"{flag} is {value}, expected at least 0 and below {highest}")
+        if name in ("betas", "reward_weights") and len(value) != 2:
+            parser.error(f"{flag} has {len(value)} numbers, expected 2")
     return argparse.Namespace(**args)
 
 
@@ -101,7 +111,8 @@ def main_guard(main):
         main()
     except UserError as error:
         rank = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
-        print(f"{rank}{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        line = str(error).strip().splitlines()[-1].removeprefix("rewards.UserError: ")  # DataLoader's workers add a traceback
+        print(f"{rank}{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -155,7 +166,7 @@ def load_sharded(directory, ranks, dtype=None, reshard_after_forward=True, activ
     """
     dtype = getattr(torch, dtype or ("bfloat16" if ranks.device.type == "cuda" else "float32"))
     model = build_model(load_config(directory))
-    model.activation_checkpointing = activation_checkpointing
+    model.activation_checkpointing, model.reshard_after_forward = activation_checkpointing, reshard_after_forward
     if ranks.launched or ranks.device.type == "cuda" or dtype != torch.float32:
         mesh = init_device_mesh(ranks.device.type, (ranks.world,))
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -196,7 +207,7 @@ def gathered(model):
     yield
     for module in sharded_modules(model):
         module.reshard()
-        module.set_reshard_after_forward(module is not model, recurse=False)
+        module.set_reshard_after_forward(model.reshard_after_forward, recurse=False)
 
 
 def adamw(model, args):

@@ -85,7 +85,8 @@ def main():
     plan = []
     for step in range(first + 1, steps + 1):
         rows = rows_of_step(step, len(samples), args.batch_size, args.seed)
-        plan.append(micro_batches(rows, [cost(samples[row]) for row in rows], args.micro_batch, ranks.rank, ranks.world))
+        size = min(args.micro_batch, math.ceil(len(rows) / ranks.world))  # larger ones would leave ranks without rows
+        plan.append(micro_batches(rows, [cost(samples[row]) for row in rows], size, ranks.rank, ranks.world))
     loader = iter(DataLoader(Rows(samples, processor), batch_sampler=[batch for batches in plan for batch in batches],
                              collate_fn=partial(collate, config=model.config), num_workers=args.workers))
     model.train()

@@ -1,0 +1,222 @@
+"""Evaluate a checkpoint: six benchmarks, rooms, or any jsonl in our format, from files to one table.
+
+    python eval.py --model DIR --bench rooms --data runs/tiny/rooms/test --out DIR
+    torchrun --nproc-per-node 4 eval.py --model DIR --bench vsibench --data BENCHMARKS/VSI-Bench --out DIR
+    python eval.py --predictions FILE.jsonl --bench spbench-si --data DIR --out DIR        # another engine's answers
+
+Every sample is answered greedily through the same path that training takes (data.py); --prompt-style thinking asks
+for <think></think><answer></answer>, direct for the bare answer; localization rows always answer in boxes. One
+replica of the model per process. Answers are written as they are made, so an interrupted evaluation goes on.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from benchmarks import BENCHES, OURS, add_baselines, read_bench, score_rows, summarize, table
+from checkpoint import checkpoint_tensors, load_model, read_json, write_json
+from data import Processor, collate, cost, read_all, read_lines, read_samples
+from model import generate
+from rewards import UserError
+from runtime import Parser, Ranks, add_flags, main_guard
+
+SEEN = ("min_pixels", "max_pixels", "num_frames", "fps", "video_seconds", "prompts")  # what data.Processor asks for
+
+
+def read_rows(bench, data, images):
+    """Samples of a named benchmark, of the rooms (both files of a folder), or of one jsonl file, and their extras."""
+    if bench in BENCHES:
+        return read_bench(bench, data)
+    files = [Path(data) / f"spld_{kind}_data.jsonl" for kind in ("grounding", "spatial")] if bench == "rooms" else [bench]
+    for file in files:
+        if not Path(file).is_file():
+            raise UserError(f"{file}: no such file; --bench takes {', '.join(BENCHES)}, rooms, or a jsonl file")
+    samples = read_all(files, images)
+    return samples, [{}] * len(samples)
+
+
+def subset(samples, extras, limit, seed):
+    """At most `limit` rows of every question type, the same ones for the same seed, in their order."""
+    if limit is None:
+        return samples, extras
+    by_type = defaultdict(list)
+    for row, sample in enumerate(samples):
+        by_type[sample.question_type].append(row)
+    rows = sorted(row for rows in by_type.values() for row in random.Random(seed).sample(rows, min(limit, len(rows))))
+    return [samples[row] for row in rows], [extras[row] for row in rows]
+
+
+@torch.no_grad()
+def answer_rows(model, processor, samples, rows, args, device):
+    """Greedy answers to some rows (numbers into samples), decoded in one batch. Returns: their prediction rows."""
+    examples = [processor.example(samples[row], style_for(samples[row], args.prompt_style), answer=False) for row in rows]
+    rollout = generate(model, collate(examples, processor.config).to(device), args.max_completion_length,
+                       processor.stop_ids, banned=processor.banned(device))
+    answers = []
+    for i, (row, example) in enumerate(zip(rows, examples)):
+        sample = samples[row]
+        prompt, vision_tokens = processor.shown(example)
+        answer = {"index": row, "id": sample.id, "where": sample.where, "question_type": sample.question_type,
+                  "images": [str(p) for m in sample.media if not isinstance(m.source, bytes)
+                             for p in (m.source if isinstance(m.source, tuple) else (m.source,))],
+                  "prompt": prompt, "vision_tokens": vision_tokens,
+                  "completion": processor.decode(rollout.ids[i, :rollout.lengths[i]].tolist()),
+                  "truncated": not rollout.finished[i].item(), "answer": example.boxes or sample.answer}
+        if sample.question_type == "localization":
+            t, h, w = example.grids[0]
+            answer["size"] = [14 * w, 14 * h]
+        answers.append(answer)
+    return answers
+
+
+def style_for(sample, style):
+    return "localize" if sample.question_type == "localization" else style
+
+
+def finished_rows(out):
+    """Answers that an interrupted evaluation left, by row number; a line cut in the middle does not count."""
+    rows = {}
+    for path in sorted(out.glob("answers-rank*.jsonl")):
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+            if line.endswith("\n"):
+                row = json.loads(line)
+                rows[row["index"]] = row
+    return rows
+
+
+def answer_all(samples, args, ranks, out):
+    """Answer every sample with the model, batch by batch over all ranks. Returns: answers in row order, the recipe."""
+    model = load_model(args.model, getattr(torch, args.dtype or ("bfloat16" if ranks.device.type == "cuda" else "float32")),
+                       ranks.device)
+    processor = Processor(args.model, model.config, args)
+    order = sorted(range(len(samples)), key=lambda row: (cost(samples[row]), row), reverse=True)  # longest first
+    batches = [order[i:i + args.batch_size] for i in range(0, len(order), args.batch_size)]
+    done = finished_rows(out)
+    todo = [batch for batch in batches[ranks.rank::ranks.world] if not all(row in done for row in batch)]
+    path = out / f"answers-rank{ranks.rank}.jsonl"
+    if path.is_file() and not path.read_bytes().endswith(b"\n"):  # a line cut in the middle is answered again
+        path.write_bytes(path.read_bytes().rpartition(b"\n")[0] + b"\n")
+    with open(path, "a", encoding="utf-8") as file:
+        for batch in tqdm(todo, desc="answers", disable=ranks.rank != 0, mininterval=2, dynamic_ncols=True):
+            rows = answer_rows(model, processor, samples, batch, args, ranks.device)
+            file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            file.flush()
+    ranks.gather(None)  # all have written
+    done = finished_rows(out)
+    recipe = {"model": model_hash(args.model), "min_pixels": processor.min_pixels, "max_pixels": processor.max_pixels,
+              "num_frames": args.num_frames, "fps": args.fps, "video_seconds": args.video_seconds,
+              "prompt_style": args.prompt_style, "decoding": "greedy", "max_completion_length": args.max_completion_length}
+    return [done[row] for row in range(len(samples))], recipe
+
+
+def model_hash(directory):
+    """First 16 hex digits of the SHA-256 of a model's weight files."""
+    digest = hashlib.sha256()
+    for path in sorted({path for path, _ in checkpoint_tensors(directory).values()}):
+        with open(path, "rb") as file:
+            while chunk := file.read(1 << 24):
+                digest.update(chunk)
+    return digest.hexdigest()[:16]
+
+
+def given_answers(path, samples):
+    """Another engine's completions (jsonl rows with id and completion) in the samples' order; none is scored as wrong.
+
+    Raises: UserError for a row without them, an id that no sample has, or one that stands twice.
+    """
+    given, ids = {}, {sample.id for sample in samples}
+    for where, row in read_lines(path):
+        if not isinstance(row.get("completion"), str) or "id" not in row:
+            raise UserError(f"{where}: expected id and completion, found {', '.join(row)}")
+        if str(row["id"]) not in ids or str(row["id"]) in given:
+            raise UserError(f"{where}: id {row['id']!r} is not in the benchmark, or stands twice")
+        given[str(row["id"])] = row
+    return [{"id": s.id, "where": s.where, "question_type": s.question_type, "answer": s.answer, "completion": "",
+             "skipped": s.id not in given} | {key: given[s.id][key] for key in ("completion",) if s.id in given}
+            for s in samples]
+
+
+def main():
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_flags(parser, ("model", "images", "out", "device", "dtype", *SEEN))
+    parser.add_argument("--bench", required=True, help=f"{', '.join(BENCHES)}, rooms, or a jsonl file in our format")
+    parser.add_argument("--data", help="the benchmark's folder")
+    parser.add_argument("--prompt-style", choices=("direct", "thinking"), default="thinking", help="how questions are asked")
+    parser.add_argument("--scorer", choices=("spatialladder", "official"), default="spatialladder")
+    parser.add_argument("--max-completion-length", type=int, default=1024)
+    parser.add_argument("--batch-size", type=int, default=32, help="samples decoded at once on one device")
+    parser.add_argument("--limit", type=int, help="at most this many rows of each question type, drawn by --seed")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--predictions", help="jsonl of another engine's answers (id, completion); needs no model")
+    parser.add_argument("--blind-from", help="folder or jsonl of training rows: what their answers say without a picture")
+    parser.set_defaults(num_frames=32, video_seconds="grid")
+    args = parser.parse_args()
+    for name in ("out", "predictions" if args.predictions else "model", *(("data",) if args.bench in (*BENCHES, "rooms") else ())):
+        if getattr(args, name) is None:
+            parser.error(f"--{name} is missing")
+    bench, out, began = BENCHES.get(args.bench, OURS), Path(args.out), time.time()
+    if args.scorer not in bench.scorers:
+        parser.error(f"--scorer {args.scorer}: {args.bench} has {', '.join(bench.scorers)}")
+    ranks = Ranks(args.device)
+
+    # what to answer
+    samples, extras = subset(*read_rows(args.bench, args.data, args.images), args.limit, args.seed)
+    asked = {key: value for key, value in vars(args).items() if key not in ("device", "out", "predictions")}
+    problem = ranks.gather(claim(out, asked) if ranks.rank == 0 else None)[0]
+    if problem:
+        raise UserError(problem)
+
+    # answer
+    if args.predictions:
+        answers, recipe = given_answers(args.predictions, samples), {"predictions": args.predictions}
+    else:
+        answers, recipe = answer_all(samples, args, ranks, out)
+
+    # score
+    if ranks.rank == 0:
+        blind_from = Path(args.blind_from) if args.blind_from else None
+        files = [] if blind_from is None else sorted(blind_from.glob("spld_[gs]*_data.jsonl")) or [blind_from]
+        train = read_all(files, None) if files else []
+        rows = score_rows([row | extra for row, extra in zip(answers, extras)], bench, args.scorer, args.prompt_style == "thinking")
+        rows = list(add_baselines(rows, samples, bench.scorers[args.scorer][0], train))
+        lines = out / "predictions.jsonl.tmp"
+        lines.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        os.replace(lines, out / "predictions.jsonl")
+        scores = summarize(rows, bench, args.scorer, args.seed)
+        scores |= {"truncated": sum(row.get("truncated", False) for row in rows) / len(rows),
+                   "skipped": sum(row.get("skipped", False) for row in rows),
+                   "recipe": recipe | {"scorer": args.scorer, "seed": args.seed}, "seconds": time.time() - began}
+        before = read_json(out / "scores.json") if (out / "scores.json").is_file() else scores
+        scores["seconds"] = max(scores["seconds"], before["seconds"])  # not the moment it takes to find all done
+        write_json(out / "scores.json", scores)
+        print(table(args.bench, scores, bench, args.scorer))
+    ranks.close()
+
+
+def claim(out, asked):
+    """Take the output directory: empty, or holding another try at the same evaluation. Returns what is wrong."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if (out / "config_run.json").is_file():
+            before = read_json(out / "config_run.json")
+            changed = [key for key in asked if before.get(key) != asked[key]]
+            if changed:
+                return f"{out}: holds an evaluation with another {', '.join(changed)}; give another --out"
+        elif any(out.iterdir()):
+            return f"{out}: not empty; give another --out"
+        else:
+            write_json(out / "config_run.json", asked)
+    except OSError as error:
+        return f"{out}: cannot write there ({error.strerror})"
+
+
+if __name__ == "__main__":
+    main_guard(main)

@@ -1,0 +1,124 @@
+"""Shared by the tests: the repository on the path, and tiny checkpoints written by transformers, the oracle."""
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+torch.set_num_threads(1)  # the models are tiny: more threads only wait for one another
+
+WORDS, VISION_START, VISION_END, IMAGE, VIDEO = 144, 144, 145, 146, 147  # text ids are those below WORDS
+
+
+def flat_config(vision={}, **text):
+    """A tiny model's config.json as published: text fields at the top level, vision_config complete."""
+    return {
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl", "torch_dtype": "float32",
+        "vocab_size": 150, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
+        "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}, "hidden_act": "silu",
+        "max_position_embeddings": 4096, "tie_word_embeddings": True, "use_sliding_window": False,
+        "image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": VISION_START,
+        "vision_end_token_id": VISION_END, "bos_token_id": 148, "eos_token_id": 149,
+    } | text | {"vision_config": {
+        "depth": 3, "hidden_size": 32, "num_heads": 2, "intermediate_size": 48, "in_chans": 3, "patch_size": 14,
+        "out_hidden_size": text.get("hidden_size", 64), "spatial_merge_size": 2, "temporal_patch_size": 2,
+        "window_size": 56, "fullatt_block_indexes": [1], "tokens_per_second": 2, "hidden_act": "silu",
+    } | vision}
+
+
+def hf_model(source, seed=0):
+    """transformers' model of a config.json, in fp32, with weights large enough that every part of it matters."""
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**source)).float().eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim == 1:
+                parameter.copy_(0.1 * noise + ("norm" in name or "ln_q" in name))
+            else:
+                parameter.copy_(noise * parameter[0].numel() ** -0.5)
+    return model
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory):
+    """(directory, ours, theirs) of a config: transformers writes the checkpoint, checkpoint.load_model reads it."""
+    made = {}
+
+    def make(source, seed=0):
+        import checkpoint
+
+        key = (str(source), seed)
+        if key not in made:
+            directory = tmp_path_factory.mktemp("model")
+            theirs = hf_model(source, seed)
+            theirs.save_pretrained(directory)
+            made[key] = directory, checkpoint.load_model(directory, torch.float32), theirs
+        return made[key]
+
+    return make
+
+
+# ---------------------------------------------------------------------------------------------- rooms and scripts
+
+
+@pytest.fixture(scope="session")
+def rooms(tmp_path_factory):
+    """A dozen procedural rooms with every kind of row."""
+    import scenes
+
+    folder = tmp_path_factory.mktemp("data") / "rooms"
+    scenes.write_rooms(folder, scenes=12, seed=0, test_scenes=2, processes=1)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(rooms, tmp_path_factory):
+    """The directory of tiny.py's untrained model for these rooms."""
+    import tiny
+
+    folder = tmp_path_factory.mktemp("models") / "base"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["tiny.py", "--data", str(rooms / "train"), "--out", str(folder)])
+        tiny.main()
+    return folder
+
+
+@pytest.fixture
+def call(monkeypatch):
+    """Call a script's main with flags as its command line would, in this process; leaves no process group behind."""
+    import signal
+
+    import torch.distributed as dist
+
+    def call_main(script, *flags):
+        handlers = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGINT)}
+        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, flags)])
+        try:
+            script.main()
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+            for name, handler in handlers.items():
+                signal.signal(name, handler)
+
+    return call_main
+
+
+def varied_reward(texts, sample):
+    """An accuracy reward that differs within a group even for an untrained model, which never answers right."""
+    return [len(text) % 5 / 4 for text in texts]
+
+
+def launch(script, *flags, processes=1, **environment):
+    """Run a script as a person does, under torchrun where there are several processes; its CompletedProcess."""
+    import os
+    import subprocess
+
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
+    return subprocess.run([sys.executable, *torchrun, str(script), *map(str, flags)], capture_output=True, text=True, timeout=300,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", **environment})

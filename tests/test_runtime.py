@@ -1,0 +1,483 @@
+"""runtime.py: flags, exact resume, and that the number of processes changes nothing.
+
+Runs in this process stop by SIGTERM at a step of our choice; runs under torchrun use DRIVER, which does the same there
+and gives untrained models rewards that differ. Two processes reduce in another order than one: losses are equal to
+1e-4. A weight's change is compared by its norm, as Adam turns rounding in a near-zero gradient into a full step.
+"""
+import argparse
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+import grpo
+import ladder
+import rewards
+import runtime
+import train_sft
+from conftest import launch, varied_reward
+from rewards import UserError
+from runtime import Parser, adamw, clip_gradients, main_guard, recipe_settings, scheduled_rate
+
+TIMES = {"step_time", "tokens_per_second", "rollout_time", "update_time"}
+DRIVER = """
+import os, signal, sys
+sys.path[:0] = [REPOSITORY, TESTS]
+import conftest, rewards, runtime, SCRIPT
+rewards.REWARDS["accuracy"] = conftest.varied_reward
+end_step = runtime.Run.end_step
+def ends(run, model, optimizer, step, *others, **more):
+    if run.ranks.rank == 0 and str(step) == os.environ.get("STOP_AT"):
+        signal.raise_signal(signal.SIGTERM)
+    return end_step(run, model, optimizer, step, *others, **more)
+runtime.Run.end_step = ends
+runtime.main_guard(SCRIPT.main)
+"""
+
+
+def read_rows(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def log_of(out):
+    """The log's rows but for what depends on the clock."""
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in read_rows(out / "log.jsonl")]
+
+
+def exit_line(capsys, function, *arguments):
+    """What a call that ends the program with code 2 wrote to stderr: one line."""
+    with pytest.raises(SystemExit) as error:
+        function(*arguments)
+    lines = capsys.readouterr().err.splitlines()
+    assert error.value.code == 2 and len(lines) == 1, lines
+    return lines[0]
+
+
+# ---------------------------------------------------------------------------------------------- flags
+
+
+@pytest.mark.parametrize("argv, expected", (
+    (["--stage", "1", "--learning-rat", "1"], "unknown argument --learning-rat, did you mean --learning-rate?"),
+    (["--stage", "1", "--lr", "1e-5"], "unknown argument --lr"),
+    (["--stage", "1", "--save_evry=3"], "unknown argument --save-evry=3, did you mean --save-every?"),
+    (["--stage", "1", "extra"], "unknown argument extra"),
+    (["--stage", "1", "--beta", "0.1"], "unknown argument --beta"),  # of GRPO only
+    (["--stage", "3"], "argument --stage: invalid choice: '3'"),
+    ([], "the following arguments are required: --stage"),
+    (["--stage", "1", "--preset", "huge"], "argument --preset: invalid choice: 'huge'"),
+    (["--stage", "1", "--max-steps", "ten"], "argument --max-steps: invalid int value: 'ten'"),
+    (["--stage", "1", "--max-steps", "0"], "--max-steps is 0, expected a positive number"),
+    (["--stage", "1", "--micro-batch", "0"], "--micro-batch is 0, expected a positive number"),
+    (["--stage", "1", "--batch-size", "-8"], "--batch-size is -8, expected a positive number"),
+    (["--stage", "1", "--learning-rate", "nan"], "--learning-rate is nan, expected a positive number"),
+    (["--stage", "1", "--epochs", "inf"], "--epochs is inf, expected a positive number"),
+    (["--stage", "1", "--replay-ratio", "1"], "--replay-ratio is 1.0, expected at least 0 and below 1"),
+    (["--stage", "1", "--seed", "-1"], "--seed is -1, expected at least 0"),
+    (["--stage", "1", "--betas", "0.9"], "--betas has 1 numbers, expected 2"),
+    (["--stage", "1", "--dtype", "float16"], "argument --dtype: invalid choice: 'float16'"),
+    (["--stage", "1", "--preset", "paper"], "preset paper has no default for --model; give it"),
+    (["--stage", "2", "--preset", "paper", "--model", "m", "--out", "o"], "preset paper has no default for --data; give it"),
+), ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "")
+def test_wrong_flags_are_one_line(capsys, argv, expected):
+    """No traceback, no usage text, no guess at what was meant: exit code 2 and a line that says what to type."""
+    assert expected in exit_line(capsys, recipe_settings, "", argv)
+
+
+@pytest.mark.parametrize("argv, expected", (
+    (["--num-iterations", "0"], "--num-iterations is 0, expected a positive number"),
+    (["--temperature", "nan"], "--temperature is nan, expected at least 0"),
+    (["--epsilon", "-0.1"], "--epsilon is -0.1, expected at least 0"),
+    (["--reward-weights", "1"], "--reward-weights has 1 numbers, expected 2"),
+    (["--loss-type", "bnpo"], "argument --loss-type: invalid choice: 'bnpo'"),
+    (["--batch-size", "4"], "unknown argument --batch-size"),
+    (["--preset", "paper", "--data", "d.jsonl", "--out", "o"], "preset paper has no default for --model; give it"),
+), ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "")
+def test_wrong_grpo_flags_are_one_line(capsys, argv, expected):
+    assert expected in exit_line(capsys, recipe_settings, "", argv, "grpo")
+
+
+def test_flags_take_the_place_of_the_recipe():
+    """Dashes and underscores, = and blank alike; everything else is the recipe's row, for every preset and stage."""
+    for preset, rows in ladder.RECIPES.items():
+        for stage, row in rows.items():
+            given = ["--preset", preset, "--model", "m", "--data", "a.jsonl", "b.jsonl", "--out=under_score", "--max_steps=7",
+                     "--max-pixels", "50176", "--activation_checkpointing", "--no-reshard-after-forward"]
+            args = recipe_settings("", given + (["--stage", stage] if stage != "grpo" else []), "grpo" if stage == "grpo" else None)
+            assert vars(args) == row | {
+                "preset": preset, "stage": stage, "model": "m", "data": ["a.jsonl", "b.jsonl"], "out": "under_score", "max_steps": 7,
+                "max_pixels": 50176, "activation_checkpointing": True, "reshard_after_forward": False}
+
+
+def test_every_setting_has_a_flag():
+    """What a recipe says can be said on the command line too, and FLAGS describes nothing that no recipe has."""
+    names = {name for rows in ladder.RECIPES.values() for row in rows.values() for name in row}
+    assert names == set(ladder.FLAGS)
+
+
+def test_values_may_hold_underscores(capsys):
+    """Only a flag's name is rewritten."""
+    parser = Parser(prog="x")
+    parser.add_argument("--out-dir")
+    assert parser.parse_args(["--out_dir=a_b=c_d"]).out_dir == "a_b=c_d" and parser.parse_args(["--out-dir", "a_b"]).out_dir == "a_b"
+
+
+def test_main_guard_turns_a_mistake_into_one_line(capsys):
+    """UserError alone: anything else is our own mistake and keeps its traceback."""
+    def fails():
+        raise UserError("rows.jsonl:3: answer is 'Z', expected a letter")
+
+    def breaks():
+        raise ValueError("ours")
+
+    assert exit_line(capsys, main_guard, fails).endswith(": rows.jsonl:3: answer is 'Z', expected a letter")
+    with pytest.raises(ValueError, match="ours"):
+        main_guard(breaks)
+
+
+# ---------------------------------------------------------------------------------------------- optimizer and schedule
+
+
+@pytest.mark.parametrize("name", ("cosine", "linear"))
+@given(st.integers(1, 300), st.sampled_from((0.0, 0.1, 0.5)))
+def test_schedule_is_transformers(name, steps, ratio):
+    """Warm-up ends at the peak, one step earlier than there (whose first step has rate 0); the decay is the same."""
+    from transformers import get_scheduler
+
+    warmup = round(steps * ratio)
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=2.0)
+    theirs = get_scheduler(name, optimizer, warmup, steps).lr_lambdas[0]
+    args = argparse.Namespace(learning_rate=2.0, warmup_ratio=ratio, lr_scheduler_type=name)
+    for step in range(1, steps + 1):
+        assert scheduled_rate(step, steps, args) == pytest.approx(2.0 * theirs(step if step <= warmup else step - 1))
+
+
+def test_weight_decay_is_on_matrices_only():
+    """Norms and biases are not pulled to zero; Adam's other numbers are the recipe's."""
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.LayerNorm(2))
+    optimizer = adamw(model, SimpleNamespace(weight_decay=0.1, learning_rate=0.5, betas=[0.8, 0.9]))
+    before = [p.detach().clone() for p in model.parameters()]
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert torch.allclose(model[0].weight, before[0] * (1 - 0.5 * 0.1))
+    assert all(torch.equal(p, b) for p, b in list(zip(model.parameters(), before))[1:])
+    assert all(group["betas"] == (0.8, 0.9) and group["eps"] == 1e-8 for group in optimizer.param_groups)
+
+
+def test_clipping_scales_all_gradients_together():
+    model = torch.nn.Linear(2, 1)
+    model.weight.grad, model.bias.grad = torch.tensor([[3.0, 0.0]]), torch.tensor([4.0])
+    assert clip_gradients(model, 10.0) == 5.0 and model.bias.grad.item() == 4.0
+    assert clip_gradients(model, 1.0) == 5.0
+    assert torch.allclose(torch.cat((model.weight.grad[0], model.bias.grad)), torch.tensor([0.6, 0.0, 0.8]))
+
+
+# ---------------------------------------------------------------------------------------------- the directory
+
+
+def sft_flags(rooms, model, out, *more):
+    return ("--stage", "1", "--model", model, "--data", rooms / "train" / "spld_grounding_data.jsonl", "--out", out, "--batch-size",
+            4, "--micro-batch", 2, "--max-steps", 4, *more)
+
+
+def grpo_flags(rooms, model, out, *more):
+    return ("--model", model, "--data", rooms / "train" / "spld_spatial_data.jsonl", "--out", out, "--prompts-per-step", 2,
+            "--num-generations", 3, "--max-completion-length", 8, "--max-steps", 4, "--num-iterations", 2, *more)
+
+
+FLAGS = {train_sft: sft_flags, grpo: grpo_flags}
+
+
+def interrupt(monkeypatch, call, script, flags, at):
+    """Run a script's main and send it SIGTERM when step `at` ends."""
+    end_step = runtime.Run.end_step
+
+    def ends(run, model, optimizer, step, *others, **more):
+        if step == at:
+            signal.raise_signal(signal.SIGTERM)
+        return end_step(run, model, optimizer, step, *others, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime.Run, "end_step", ends)
+        call(script, *flags)
+
+
+def states(out):
+    return sorted(path.name for path in (out / "resume").iterdir())
+
+
+@pytest.mark.parametrize("make, expected", (
+    (lambda out: (out.mkdir(), (out / "thesis.txt").touch()), "not empty; continue it with --resume auto"),
+    (lambda out: out.touch(), "cannot write there"),
+    (lambda out: out.parent.rmdir() or out.parent.touch(), "cannot write there"),
+), ids=("not empty", "a file", "under a file"))
+def test_a_directory_that_is_not_ours_is_refused(call, rooms, tiny_model, tmp_path, make, expected):
+    """Nothing of anyone's is overwritten, with or without --resume auto."""
+    out = tmp_path / "runs" / "out"
+    out.parent.mkdir()
+    make(out)
+    before = sorted(tmp_path.rglob("*"))
+    for more in ((), ("--resume", "auto")):
+        with pytest.raises(UserError) as error:
+            call(train_sft, *sft_flags(rooms, tiny_model, out, *more))
+        assert str(error.value).startswith(f"{out}: {expected}") and "\n" not in str(error.value)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_run_continues_only_as_it_began(monkeypatch, call, rooms, tiny_model, tmp_path, capsys):
+    """Changed settings are refused by name and value; those that do not touch the result may change; a finished run
+    is left alone; without --resume a started one is refused."""
+    out = tmp_path / "out"
+    interrupt(monkeypatch, call, train_sft, sft_flags(rooms, tiny_model, out), at=2)
+    assert states(out) == ["step-000002"] and not (out / "config.json").exists()
+    assert "stopped after step 2 of 4; continue with the same command and --resume auto" in capsys.readouterr().out
+    with pytest.raises(UserError, match="not empty; continue it with --resume auto"):
+        call(train_sft, *sft_flags(rooms, tiny_model, out))
+    with pytest.raises(UserError) as error:
+        call(train_sft, *sft_flags(rooms, tiny_model, out, "--resume", "auto", "--learning-rate", 1, "--seed", 3))
+    assert str(error.value) == f"{out}: was begun with other settings: seed 0, now 3, learning_rate 0.0008, now 1.0"
+    call(train_sft, *sft_flags(rooms, tiny_model, out, "--resume", "auto", "--micro-batch", 4, "--save-every", 1, "--keep-last", 3))
+    assert f"resumed {out / 'resume' / 'step-000002'}" in capsys.readouterr().out
+    assert states(out) == ["step-000002", "step-000003"] and (out / "config.json").exists()
+    weights = (out / "model.safetensors").read_bytes()
+    call(train_sft, *sft_flags(rooms, tiny_model, out, "--resume", "auto"))
+    assert f"{out}: finished already" in capsys.readouterr().out
+    assert (out / "model.safetensors").read_bytes() == weights and [row["step"] for row in log_of(out)] == [1, 2, 3, 4]
+
+
+def test_the_log_is_cut_to_the_state(tmp_path):
+    """Rows of steps that will be done again go, and so does a line that was being written when the machine died."""
+    run = SimpleNamespace(out=tmp_path, ranks=SimpleNamespace(rank=0))
+    rows = ['{"step": 1, "x": 1}\n', '{"step": 2}\n', '{"step": 3}\n', '{"step": 4, "lo']
+    (tmp_path / "log.jsonl").write_text("".join(rows))
+    (tmp_path / "rollouts.jsonl").write_text("".join(rows[:1] * 2 + rows[2:]))
+    runtime.Run.cut_log(run, 2)
+    assert (tmp_path / "log.jsonl").read_text() == "".join(rows[:2])
+    assert (tmp_path / "rollouts.jsonl").read_text() == "".join(rows[:1] * 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log.jsonl", "rollouts.jsonl"]
+
+
+# ---------------------------------------------------------------------------------------------- exact resume
+
+
+@pytest.mark.parametrize("script", (train_sft, grpo), ids=lambda script: script.__name__)
+def test_stop_and_resume_is_exact(monkeypatch, call, rooms, tiny_model, tmp_path, script):
+    """4 steps equal 2, SIGTERM, and 2 more, bit for bit: weights, log and rollouts. GRPO is stopped in the middle of
+    the iterations over one rollout and finishes them first."""
+    monkeypatch.setitem(rewards.REWARDS, "accuracy", varied_reward)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    call(script, *FLAGS[script](rooms, tiny_model, whole))
+    interrupt(monkeypatch, call, script, FLAGS[script](rooms, tiny_model, parts), at=1 if script is grpo else 2)
+    assert states(parts) == ["step-000002"] and [row["step"] for row in log_of(parts)] == [1, 2]
+    call(script, *FLAGS[script](rooms, tiny_model, parts, "--resume", "auto"))
+    assert log_of(parts) == log_of(whole) and len(log_of(whole)) == 4
+    assert all(row["grad_norm"] > 1e-3 for row in log_of(whole))
+    assert (parts / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    if script is grpo:
+        assert (parts / "rollouts.jsonl").read_bytes() == (whole / "rollouts.jsonl").read_bytes()
+
+
+def test_death_between_saves_is_exact(monkeypatch, call, rooms, tiny_model, tmp_path):
+    """A run that dies after step 3 goes on from the state of step 2, repeats step 3, and ends the same."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    call(train_sft, *sft_flags(rooms, tiny_model, whole))
+    end_step = runtime.Run.end_step
+
+    def dies(run, model, optimizer, step, *others, **more):
+        stop = end_step(run, model, optimizer, step, *others, **more)
+        if step == 3:
+            raise MemoryError
+        return stop
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(runtime.Run, "end_step", dies)
+        call(train_sft, *sft_flags(rooms, tiny_model, parts, "--save-every", 2))
+    assert states(parts) == ["step-000002"] and [row["step"] for row in log_of(parts)] == [1, 2, 3]
+    call(train_sft, *sft_flags(rooms, tiny_model, parts, "--save-every", 2, "--resume", "auto"))
+    assert log_of(parts) == log_of(whole)
+    assert (parts / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+def damage(state, how):
+    if how == "no metadata":
+        (state / ".metadata").unlink()
+    elif how == "torn meta.json":
+        (state / "meta.json").write_text('{"step"')
+    else:
+        largest = max(state.glob("*.distcp"), key=lambda path: path.stat().st_size)
+        content = largest.read_bytes()
+        largest.write_bytes(content[:len(content) // 2] if how == "torn" else b"\0" * len(content))
+
+
+@pytest.mark.parametrize("how", ("torn", "zeros", "no metadata", "torn meta.json"))
+def test_a_damaged_state_falls_back(monkeypatch, call, rooms, tiny_model, tmp_path, capsys, how):
+    """The newest state is unreadable: the run says so, takes the one before and ends as if undisturbed; if none can
+    be read it is refused, not begun again."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    call(train_sft, *sft_flags(rooms, tiny_model, whole))
+    flags = sft_flags(rooms, tiny_model, parts, "--save-every", 1)
+    interrupt(monkeypatch, call, train_sft, flags, at=3)
+    assert states(parts) == ["step-000002", "step-000003"]  # the newest two are kept
+    damage(parts / "resume" / "step-000003", how)
+    shutil.copytree(parts, tmp_path / "worse")
+    capsys.readouterr()
+    call(train_sft, *flags, "--resume", "auto")
+    said = capsys.readouterr().out
+    assert f"{parts / 'resume' / 'step-000003'}: not readable" in said and f"resumed {parts / 'resume' / 'step-000002'}" in said
+    assert log_of(parts) == log_of(whole)
+    assert (parts / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    shutil.rmtree(parts)
+    (tmp_path / "worse").rename(parts)
+    damage(parts / "resume" / "step-000002", how)
+    with pytest.raises(UserError, match="none of its 2 trainer states can be read"):
+        call(train_sft, *flags, "--resume", "auto")
+
+
+def test_resume_from_a_path(monkeypatch, call, rooms, tiny_model, tmp_path):
+    """A state of another directory continues in a new one; a path that is none is one line."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    call(train_sft, *sft_flags(rooms, tiny_model, whole))
+    interrupt(monkeypatch, call, train_sft, sft_flags(rooms, tiny_model, parts), at=2)
+    state = parts / "resume" / "step-000002"
+    call(train_sft, *sft_flags(rooms, tiny_model, tmp_path / "new", "--resume", state))
+    assert (tmp_path / "new" / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    with pytest.raises(UserError, match="--resume .*: no trainer state there"):
+        call(train_sft, *sft_flags(rooms, tiny_model, tmp_path / "other", "--resume", parts))
+
+
+def test_bfloat16_trains_float32_weights(call, rooms, tiny_model, tmp_path):
+    """On a mesh of one process: the loss follows float32's, and weights move by less than bfloat16 could tell."""
+    flags = ("--learning-rate", 1e-5)
+    call(train_sft, *sft_flags(rooms, tiny_model, tmp_path / "fp32", *flags))
+    call(train_sft, *sft_flags(rooms, tiny_model, tmp_path / "bf16", *flags, "--dtype", "bfloat16"))
+    for a, b in zip(log_of(tmp_path / "fp32"), log_of(tmp_path / "bf16"), strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=0.01) and b["loss"] != a["loss"]
+    before, after = load_file(tiny_model / "model.safetensors"), load_file(tmp_path / "bf16" / "model.safetensors")
+    moved = (after["model.embed_tokens.weight"] - before["model.embed_tokens.weight"]).abs()
+    assert 1e-6 < moved.max() < 1e-4
+
+
+# ---------------------------------------------------------------------------------------------- many processes
+
+
+@pytest.fixture
+def driver(tmp_path):
+    """The path of a script's DRIVER."""
+    def write(script):
+        tests = Path(__file__).resolve().parent
+        path = tmp_path / f"drive_{script}.py"
+        path.write_text(DRIVER.replace("SCRIPT", script).replace("REPOSITORY", repr(str(tests.parent))).replace("TESTS", repr(str(tests))))
+        return path
+
+    return write
+
+
+def assert_same_run(start, one, two, drift=1e-3):
+    """Losses to 1e-4 and each weight's change to `drift` of its norm."""
+    for a, b in zip(log_of(one), log_of(two), strict=True):
+        assert a["step"] == b["step"] and a["num_tokens"] == b["num_tokens"] and abs(a["loss"] - b["loss"]) <= 1e-4
+    assert log_of(two)[0]["grad_norm"] == pytest.approx(log_of(one)[0]["grad_norm"], rel=1e-5)
+    start, one, two = (load_file(folder / "model.safetensors") for folder in (start, one, two))
+    assert one.keys() == two.keys()
+    for name in one:
+        assert one[name].shape == two[name].shape and one[name].dtype == two[name].dtype
+        print(name, (two[name] - one[name]).norm() / (one[name] - start[name]).norm())
+        assert (two[name] - one[name]).norm() <= drift * (one[name] - start[name]).norm(), name
+
+
+def test_two_processes_train_as_one(call, rooms, tiny_model, tmp_path):
+    """5 SFT steps, 6 rows at a time in micro-batches of 4 (2 ranks: uneven shares), then the sharded weights saved."""
+    flags = ("--max-steps", 5, "--batch-size", 7, "--micro-batch", 2)
+    call(train_sft, *sft_flags(rooms, tiny_model, tmp_path / "one", *flags))
+    done = launch(train_sft.__file__, *sft_flags(rooms, tiny_model, tmp_path / "two", *flags), processes=2)
+    assert done.returncode == 0, done.stderr
+    assert_same_run(tiny_model, tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.slow
+def test_text_only_rows_do_not_hang(call, rooms, tiny_model, tmp_path):
+    """Rows without pictures are the cheapest, so one rank has nothing else: it must enter the vision tower with the
+    other, whose pictures need its part of the weights."""
+    rows = [{"messages": [{"role": "user", "content": f"What is {i} and {i}?"}, {"role": "assistant", "content": str(2 * i)}]}
+            for i in range(9)]
+    pictures = (rooms / "train" / "spld_grounding_data.jsonl").read_text().splitlines()[:9]
+    data = tmp_path / "mixed.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows) + "\n".join(pictures) + "\n")
+    flags = ("--data", data, "--images", rooms / "train" / "images", "--batch-size", 4, "--micro-batch", 2, "--max-steps", 4)
+    call(train_sft, *sft_flags(rooms, tiny_model, tmp_path / "one", *flags))
+    done = launch(train_sft.__file__, *sft_flags(rooms, tiny_model, tmp_path / "two", *flags), processes=2)
+    assert done.returncode == 0, done.stderr
+    assert_same_run(tiny_model, tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", ((), ("--num-iterations", 1, "--beta", 0, "--no-reshard-after-forward")), ids=("iterations", "plain"))
+def test_two_processes_roll_out_and_train_as_one(monkeypatch, call, driver, rooms, tiny_model, tmp_path, more):
+    """3 prompts on 2 ranks: the same completions, whole groups, the same losses; ranks decode on their own."""
+    monkeypatch.setitem(rewards.REWARDS, "accuracy", varied_reward)
+    more = ("--prompts-per-step", 3, "--micro-batch", 2, "--max-steps", 4, *more)
+    call(grpo, *grpo_flags(rooms, tiny_model, tmp_path / "one", *more))
+    done = launch(driver("grpo"), *grpo_flags(rooms, tiny_model, tmp_path / "two", *more), processes=2)
+    assert done.returncode == 0, done.stderr
+    one, two = (read_rows(tmp_path / name / "rollouts.jsonl") for name in ("one", "two"))
+    assert len(one) == len(two)
+    for a, b in zip(one, two):
+        assert a["where"] == b["where"] and a["completions"] == b["completions"] and a["rewards"] == b["rewards"]
+        assert len(b["completions"]) == 3
+    assert_same_run(tiny_model, tmp_path / "one", tmp_path / "two")
+    for a, b in zip(log_of(tmp_path / "one"), log_of(tmp_path / "two")):
+        assert b == pytest.approx(a, rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", (train_sft, grpo), ids=lambda script: script.__name__)
+def test_processes_may_change_on_resume(monkeypatch, call, driver, rooms, tiny_model, tmp_path, script):
+    """2 processes, 2 steps, SIGTERM to one of them; then 2 more steps: exact on 2 processes, and close on 1."""
+    monkeypatch.setitem(rewards.REWARDS, "accuracy", varied_reward)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    done = launch(driver(script.__name__), *FLAGS[script](rooms, tiny_model, whole), processes=2)
+    assert done.returncode == 0, done.stderr
+    flags = FLAGS[script](rooms, tiny_model, parts, "--resume", "auto")
+    done = launch(driver(script.__name__), *flags, processes=2, STOP_AT="2")
+    assert done.returncode == 0 and states(parts) == ["step-000002"], done.stderr
+    assert "stopped after step 2 of 4" in done.stdout
+    shutil.copytree(parts, tmp_path / "copy")
+
+    done = launch(driver(script.__name__), *flags, processes=2)
+    assert done.returncode == 0, done.stderr
+    assert log_of(parts) == log_of(whole)
+    assert (parts / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+    shutil.rmtree(parts)
+    (tmp_path / "copy").rename(parts)
+    call(script, *flags)
+    assert_same_run(tiny_model, whole, parts)
+
+
+@pytest.mark.slow
+def test_sigterm_is_not_an_error(rooms, tiny_model, tmp_path, driver):
+    """Plain python: the run finishes its step, saves, says how to go on, and exits with 0."""
+    done = launch(driver("train_sft"), *sft_flags(rooms, tiny_model, tmp_path / "out"), STOP_AT="2")
+    assert done.returncode == 0 and "Traceback" not in done.stderr
+    assert "stopped after step 2 of 4; continue with the same command and --resume auto" in done.stdout
+    assert states(tmp_path / "out") == ["step-000002"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", (1, 2))
+def test_mistakes_on_the_command_line(rooms, tiny_model, tmp_path, processes):
+    """Exit code 2 under plain python, failure under torchrun, the line on stderr, no traceback of ours."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").touch()
+    done = launch(train_sft.__file__, *sft_flags(rooms, tiny_model, tmp_path / "out"), processes=processes)
+    ours = [line for line in done.stderr.splitlines() if "train_sft.py: " in line and "not empty" in line]
+    assert done.returncode == (2 if processes == 1 else 1) and len(ours) == processes
+    assert processes > 1 or done.stderr.splitlines() == ours

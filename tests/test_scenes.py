@@ -1,0 +1,326 @@
+"""scenes.py: the answers, boxes and files of the rooms, recomputed from the stored 3D scene by other routes."""
+import io
+import itertools
+import json
+import math
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import scenes
+from rewards import UserError
+from scenes import CAST, FURNITURE, SIZE, TYPES
+
+ROOMS = range(24)
+
+
+@pytest.fixture(scope="module")
+def made():
+    """[(index, room, [(image, ids, sights)], rows, files)] of some training rooms, the room recovered from make_files."""
+    out, last = [], {}
+    make_room, render = scenes.make_room, scenes.render
+
+    def keep_room(rng, video):
+        last.update(room=make_room(rng, video), pictures=[])
+        return last["room"]
+
+    def keep_picture(*arguments):
+        last["pictures"].append(render(*arguments))
+        return last["pictures"][-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scenes, "make_room", keep_room)
+        patch.setattr(scenes, "render", keep_picture)
+        for index in ROOMS:
+            files, rows = scenes.make_files(5, "train", index)
+            out.append((index, last["room"], last["pictures"], rows, files))
+    return out
+
+
+def cell(thing, n=120):
+    """Points on the outline of a thing's footprint, from its yaw by a rotation matrix."""
+    w, d = thing.dims[:2]
+    t = np.linspace(-0.5, 0.5, n)
+    outline = np.concatenate([np.c_[t * w, np.full(n, s * d / 2)] for s in (-1, 1)] + [np.c_[np.full(n, s * w / 2), t * d] for s in (-1, 1)])
+    turn = np.array([[math.cos(thing.yaw), -math.sin(thing.yaw)], [math.sin(thing.yaw), math.cos(thing.yaw)]])
+    return outline @ turn.T + thing.center
+
+
+def brute_distance(a, b):
+    """Shortest distance between sampled box surfaces; the boxes' heights overlap, so the floor decides."""
+    return np.linalg.norm(cell(a)[:, None] - cell(b), axis=2).min()
+
+
+def questions(made):
+    """(room, pictures, row, named things' numbers, solution) of every spatial row."""
+    for _, room, pictures, rows, _ in made:
+        for row, cold in zip(rows["spatial"], rows["coldstart"]):
+            names = re.findall("|".join(FURNITURE), row["question"].replace("shelves", "shelf"))
+            numbers = [[k for k, t in enumerate(room.things) if t.name == n] for n in names]
+            yield room, pictures, row, numbers, cold["solution"]
+
+
+def chosen(row):
+    """The text of the right option."""
+    (text,) = [o[3:] for o in row["options"] if o[0] == row["answer"]]
+    return text
+
+
+def test_rooms_are_solid(made):
+    """Furniture in walls, in each other, through the ceiling or over a camera would make pictures impossible."""
+    for _, room, _, _, _ in made:
+        for a, b in itertools.combinations(room.things, 2):
+            assert brute_distance(a, b) > scenes.GAP - 1e-9
+            corners = cell(a)  # none inside the other, either way
+            for p, other in [(p, b) for p in corners] + [(p, a) for p in cell(b)]:
+                local = (p - other.center) @ [[math.cos(other.yaw), -math.sin(other.yaw)], [math.sin(other.yaw), math.cos(other.yaw)]]
+                assert (np.abs(local) > other.dims[:2] / 2).any()
+        for thing, solids in zip(room.things, room.solids):
+            assert (cell(thing) > 0).all() and (cell(thing) < room.sides).all() and thing.dims[2] < scenes.CEILING
+            assert min(np.linalg.norm(cell(thing) - (c.x, c.y), axis=1).min() for c in room.cameras) > 0.7
+            for solid in solids:  # the solids stay in the thing's box and are what their vertices span
+                assert (solid.normals @ solid.vertices.T <= solid.offsets[:, None] + 1e-9).all()
+                assert ((solid.normals @ solid.vertices.T > solid.offsets[:, None] - 1e-9).sum(1) >= 3).all()
+            vertices = np.concatenate([s.vertices for s in solids])
+            c, s = math.cos(thing.yaw), math.sin(thing.yaw)
+            local = np.c_[(vertices[:, :2] - thing.center) @ [[c, -s], [s, c]], vertices[:, 2]]
+            assert np.allclose(local.max(0) - local.min(0), thing.dims)
+
+
+def test_sights_are_those_of_a_second_renderer(made):
+    """Boxes, ids or visibility ratios off by the projection, the rectangle of rays or the depth buffer would show."""
+    for _, room, pictures, _, _ in made[:4]:
+        for camera, (_, ids, sights) in list(zip(room.cameras, pictures))[:3]:
+            focal, alone = SIZE / 2 / math.tan(math.radians(32)), []
+            yaw, pitch = camera.yaw, math.radians(15)
+            ahead = np.array([math.cos(yaw) * math.cos(pitch), math.sin(yaw) * math.cos(pitch), -math.sin(pitch)])
+            right = np.array([math.sin(yaw), -math.cos(yaw), 0])
+            v, u = np.mgrid[:SIZE, :SIZE] + 0.5 - SIZE / 2
+            rays = focal * ahead + u[..., None] * right + v[..., None] * np.cross(ahead, right)  # (S, S, 3)
+            for solids in room.solids:
+                t = np.full((SIZE, SIZE), np.inf)
+                for solid in solids:  # clip every ray of the picture by one plane after the other
+                    near, far = np.zeros((SIZE, SIZE)), np.full((SIZE, SIZE), np.inf)
+                    for normal, offset in zip(solid.normals, solid.offsets):
+                        slope, level = rays @ normal, offset - normal @ [camera.x, camera.y, 1.5]
+                        near = np.where(slope < 0, np.maximum(near, level / slope), near)
+                        far = np.where(slope > 0, np.minimum(far, level / slope), far)
+                    t = np.where((near < far) & (near < t), near, t)
+                alone.append(t)
+            nearest = np.min(alone, 0)
+            expected = np.where(nearest < np.inf, np.argmin(alone, 0) + 1, 0)
+            assert (expected != ids).mean() < 1e-3  # rounding at the edges
+            for k, sight in enumerate(sights):
+                ys, xs = np.nonzero(ids == k + 1)
+                assert sight.box == ((xs.min(), ys.min(), xs.max() + 1, ys.max() + 1) if len(xs) else None)
+                if len(xs) > 50:
+                    assert sight.ratio == pytest.approx(len(xs) / (alone[k] < np.inf).sum(), abs=0.05)
+
+
+def test_a_thing_alone_is_wholly_visible():
+    """The visibility ratio compares with the thing alone in the room; a lens cast must change no id."""
+    room = scenes.make_room(np.random.default_rng(3), False)
+    for k in range(len(room.things)):
+        single = room._replace(things=room.things[k:k + 1], solids=room.solids[k:k + 1])
+        for camera in room.cameras:
+            both = scenes.render(room, camera)[2][k]
+            (sight,) = scenes.render(single, camera, cast=0)[2]
+            assert sight.ratio in (0.0, 1.0)
+            if both.box:
+                assert sight.box[0] <= both.box[0] and sight.box[3] >= both.box[3]
+
+
+def test_cast_is_fixed_to_the_picture():
+    """The cue that localization rests on: redder and less blue to the right, greener downwards; 0 switches it off."""
+    room = scenes.make_room(np.random.default_rng(1), False)
+    plain, cast = (scenes.render(room, room.cameras[0], cast=c)[0].astype(int) for c in (0, CAST))
+    middle = (plain > CAST) & (plain < 255 - CAST)
+    for channel, axis, sign in ((0, 1, 1), (1, 0, 1), (2, 1, -1)):
+        difference = np.where(middle, cast - plain, 0)[..., channel]
+        ramp = sign * np.linspace(-CAST, CAST, SIZE)
+        expected = np.broadcast_to(ramp if axis else ramp[:, None], (SIZE, SIZE))
+        assert (np.abs(difference - expected)[middle[..., channel]] <= 1).all()
+
+
+def test_answers_from_the_scene(made):
+    """Every answer, recomputed from the stored room without the functions that made it."""
+    seen = Counter()
+    for room, pictures, row, numbers, _ in questions(made):
+        things = [room.things[ks[0]] for ks in numbers]
+        kind, family, answer = row["question_type"], row["data_type"], row["answer"]
+        seen[kind, family] += 1
+        if kind != "object count":
+            assert all(len(ks) == 1 for ks in numbers)  # unique referents
+        if kind == "object size":
+            assert answer == str(max(round(100 * float(v)) for v in things[0].dims))
+        elif kind == "absolute distance":
+            assert float(answer) == pytest.approx(brute_distance(*things), abs=0.06) and float(answer) >= 0.2
+        elif kind == "relative distance":
+            *others, target = things
+            gaps = sorted((brute_distance(o, target), o.name) for o in others)
+            assert chosen(row) == gaps[0][1] and gaps[1][0] - gaps[0][0] > 0.25
+            assert sorted(o[3:] for o in row["options"]) == sorted(o.name for o in others)
+        elif kind == "relative direction" and family == "single_image":
+            camera = room.cameras[int(row["image"][0][-5])]
+            c, s = math.cos(camera.yaw), math.sin(camera.yaw)
+            (xa, za), (xb, zb) = (np.array([[s, -c], [c, s]]) @ (t.center - (camera.x, camera.y)) for t in things)
+            assert chosen(row) == f"{'left' if xa < xb else 'right'}-{'front' if za < zb else 'back'}"
+            assert abs(xa - xb) > 0.34 and abs(za - zb) > 0.34 and (xa / za < xb / zb) == (xa < xb)
+        elif kind == "relative direction":
+            stand, face, target = (complex(*t.center) for t in things)
+            turned = (target - stand) / (face - stand)  # the facing direction turned onto the real axis
+            degrees = math.degrees(math.atan2(turned.imag, turned.real))
+            assert chosen(row) == ("back" if abs(degrees) > 135 else "left" if degrees > 0 else "right")
+            assert min(abs(degrees), abs(abs(degrees) - 135)) >= 15 - 1e-6
+        elif kind == "object count":
+            assert int(answer) == len(numbers[0]) == Counter(t.name for t in room.things)[things[0].name]
+        elif kind == "room size":
+            assert float(answer) == pytest.approx(np.prod(room.sides), abs=0.05 + 1e-9)
+        else:
+            first = [min(i for i, (_, ids, _) in enumerate(pictures) if (ids == ks[0] + 1).any()) for ks in numbers]
+            assert len(set(first)) == 3
+            assert chosen(row) == ", ".join(t.name for _, t in sorted(zip(first, things), key=lambda pair: pair[0]))
+            assert len(row["options"]) == len(set(row["options"])) == 4
+    assert {t for t, _ in seen} == {t for family in TYPES.values() for t in family}
+
+
+def test_named_things_are_visible(made):
+    """A question about something that no picture shows well could not be answered."""
+    for room, pictures, row, numbers, _ in questions(made):
+        shown = pictures if row["data_type"] != "single_image" else [pictures[int(row["image"][0][-5])]]
+        for k in itertools.chain(*numbers):
+            sights = [(p[2][k], (p[1] == k + 1).sum()) for p in shown]
+            assert any(n >= 0.005 * SIZE ** 2 and s.ratio >= 0.5 for s, n in sights)
+
+
+def test_localization_rows(made):
+    """Boxes in the question's order, of the visible pixels, each category once in the room; spatial twins share the id."""
+    sizes = Counter()
+    for _, room, pictures, rows, files in made:
+        spatial = {row["question_id"]: row for row in rows["spatial"]}
+        for row in rows["grounding"]:
+            ids = pictures[int(row["image"][0][-5])][1]
+            assert [b["label"] for b in row["answer"]] == re.findall("|".join(FURNITURE), row["question"])
+            for box in row["answer"]:
+                (k,) = [k for k, t in enumerate(room.things) if t.name == box["label"]]
+                x1, y1, x2, y2 = box["bbox_2d"]
+                mask = ids == k + 1
+                assert mask[y1:y2, x1:x2].sum() == mask.sum() and all(m.any() for m in
+                    (mask[y1, x1:x2], mask[y2 - 1, x1:x2], mask[y1:y2, x1], mask[y1:y2, x2 - 1]))
+            twin = spatial.get(row["question_id"], row)
+            assert (twin["question"], twin["image"]) == (row["question"], row["image"]) and row["image"][0] in files
+            sizes[len(row["answer"])] += 1
+    assert {1, 2, 3} <= set(sizes) <= {1, 2, 3, 4}
+
+
+def test_chains_state_the_scene(made):
+    """A cold-start chain with wrong boxes, places or sums would teach the model to ignore what it sees."""
+    clause = re.compile(r"(\w+) (?:(?:view|frame) (\d) )?\[(\d+), (\d+), (\d+), (\d+)\] (left|right) (\d+) (ahead|behind) (\d+)\.")
+    for room, pictures, row, numbers, solution in questions(made):
+        chain, answer = re.fullmatch("<think>(.*)</think><answer>(.*)</answer>", solution).groups()
+        assert answer == row["answer"] and len(chain.split()) <= 75
+        offset = int(row["image"][0][-5]) if row["data_type"] == "single_image" else 0
+        camera, left = room.cameras[offset], [k for ks in numbers for k in ks]
+        assert len(clause.findall(chain)) == len(left)
+        for name, picture, *rest in clause.findall(chain):
+            number = int(picture or 1) - 1 + offset
+            box, (side, x, order, y) = tuple(map(int, rest[:4])), rest[4:]
+            (k,) = [k for k in left if room.things[k].name == name and pictures[number][2][k].box == box]
+            left.remove(k)
+            assert picture == "" or not any(p[2][k].clear for p in pictures[:number])
+            toward = (complex(*room.things[k].center) - complex(camera.x, camera.y)) * np.exp(-1j * camera.yaw)
+            assert abs(int(x) * (1 if side == "right" else -1) + 10 * toward.imag) <= 0.51
+            assert abs(int(y) * (1 if order == "ahead" else -1) - 10 * toward.real) <= 0.51
+        if row["question_type"] == "absolute distance":
+            centers, less, gap = map(int, re.search(r"Centers (\d+) apart, less (-?\d+): (\d+)\.", chain).groups())
+            assert centers - less == gap == round(10 * float(answer))
+        if row["options"]:
+            assert chain.endswith(f"{chosen(row)}. Option {answer}.")
+        if row["question_type"] == "room size":
+            w, d = map(int, re.search(r"Walls (\d+) and (\d+)", chain).groups())
+            assert f"{w * d / 100:.1f}" == answer
+
+
+def test_answers_are_balanced():
+    """A letter, side or position that is right more often than others would be learned instead of the scene."""
+    letters, sides = {n: Counter() for n in (2, 3, 4)}, Counter()
+    for row in itertools.chain(*(scenes.make_files(9, "train", i, 28)[1]["spatial"] for i in range(160))):
+        if row["options"]:
+            letters[len(row["options"])][row["answer"]] += 1
+            if row["data_type"] == "single_image" and row["question_type"] == "relative direction":
+                sides[chosen(row)] += 1
+    for n, counts in [*letters.items(), (4, sides)]:
+        total = counts.total()
+        assert total >= 20 and len(counts) == n
+        assert all(abs(c - total / n) < 4 * math.sqrt(total / n * (1 - 1 / n)) for c in counts.values())  # 4 sigma
+
+
+def test_polygon_distance_by_sampling():
+    """The closed form against dense samples, for turned boxes at any distance."""
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        a, b = (scenes.make_thing("bin", rng.uniform(0, 4, 2), rng.uniform(0, 7), rng.uniform(0.3, 2, 3)) for _ in range(2))
+        exact, sampled = scenes.polygon_distance(a.footprint, b.footprint), brute_distance(a, b)
+        assert exact <= sampled + 1e-9 and (exact == 0 or sampled - exact < 0.03)
+
+
+def test_rooms_differ_between_splits_and_seeds():
+    """A test room that is a training room would be scored from memory."""
+    contents = [scenes.make_files(seed, split, index, 28)[0] for seed in (0, 1) for split in scenes.SPLITS for index in (0, 1)]
+    assert len({next(iter(files.values())) for files in contents}) == len(contents)
+
+
+def test_avi_is_read_by_decord(tmp_path):
+    """Frame for frame: a wrong index or header makes decord drop or repeat frames."""
+    decord = pytest.importorskip("decord")
+    frames = [np.full((56, 56, 3), 20 + 28 * i, np.uint8) for i in range(8)]
+    path = tmp_path / "video.avi"
+    path.write_bytes(scenes.mjpeg_avi([scenes.jpeg(f) for f in frames], 56, 2))
+    reader = decord.VideoReader(str(path))
+    assert len(reader) == 8 and reader.get_avg_fps() == 2
+    for frame, read in zip(frames, reader.get_batch(range(8)).asnumpy()):
+        assert read.shape == (56, 56, 3) and abs(read.astype(int) - frame).max() <= 3
+
+
+def test_files_do_not_depend_on_processes(tmp_path):
+    """Same request, same bytes; the rows load, the pictures have the size asked for, an .avi is among the videos."""
+    data = pytest.importorskip("data")
+    for n in (1, 2):
+        scenes.write_rooms(tmp_path / str(n), 32, 4, test_scenes=4, size=56, processes=n)
+    one, two = ({p.relative_to(tmp_path / n): p.read_bytes() for p in (tmp_path / n).rglob("*") if p.is_file()} for n in "12")
+    assert one == two and len(list(tmp_path.iterdir())) == 2
+    train = tmp_path / "1" / "train"
+    assert not (tmp_path / "1" / "val" / "spld_coldstart_data.jsonl").exists()
+    for kind in ("grounding", "spatial", "coldstart"):
+        assert data.read_samples(train / f"spld_{kind}_data.jsonl", train / "images")
+        for line in (train / f"spld_{kind}_data.jsonl").read_text().splitlines():
+            row = json.loads(line)
+            assert all((train / "images" / name).is_file() for name in row["image"])
+            assert (kind == "coldstart") == ("prompt" in row) and ("options" in row) == (kind != "grounding")
+    names = [str(p) for p in one]
+    assert any(n.endswith(".avi") for n in names) and Image.open(io.BytesIO(one[next(p for p in one if p.suffix == ".jpg")])).size == (56, 56)
+
+
+def test_folder_mistakes(tmp_path, capsys, monkeypatch):
+    """A folder of other data is never touched; the same request is not made twice; each mistake is one line."""
+    out = tmp_path / "rooms"
+    scenes.write_rooms(out, 1, 0, test_scenes=0, size=28, processes=1)
+    before = (out / "meta.json").stat().st_mtime_ns
+    scenes.write_rooms(out, 1, 0, test_scenes=0, size=28, processes=1)
+    assert "already" in capsys.readouterr().out and (out / "meta.json").stat().st_mtime_ns == before
+    with pytest.raises(UserError, match="found others"):
+        scenes.write_rooms(out, 1, 1, test_scenes=0, size=28, processes=1)
+    with pytest.raises(UserError, match="multiple of 28"):
+        scenes.write_rooms(tmp_path / "new", 1, 0, size=30)
+    (tmp_path / "file").write_text("")
+    for bad in (tmp_path / "file", tmp_path / "file" / "rooms"):
+        with pytest.raises(UserError, match="cannot write"):
+            scenes.write_rooms(bad, 1, 0)
+    monkeypatch.setattr("sys.argv", ["scenes.py", "--out", str(tmp_path / "file"), "--scenes", "1"])
+    with pytest.raises(SystemExit) as stopped:
+        scenes.main()
+    assert stopped.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "rooms"]

@@ -1,0 +1,219 @@
+"""train_sft.py: what is trained, that its loss is plain cross entropy, and that batches can be cut as one likes."""
+import json
+import math
+import random
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+import train_sft
+from checkpoint import load_model
+from conftest import launch
+from data import IGNORE, Processor, collate, cost, micro_batches, read_all, rows_of_step, style_of
+from rewards import UserError
+from runtime import recipe_settings
+from train_sft import Rows, train_step, with_replay
+
+FILES = {stage: f"spld_{kind}_data.jsonl" for stage, kind in (("1", "grounding"), ("2", "spatial"), ("cold", "coldstart"))}
+
+
+@pytest.fixture(scope="module")
+def world(tiny_model):
+    model = load_model(tiny_model, torch.float32)
+    return SimpleNamespace(model=model, processor=Processor(tiny_model, model.config, recipe_settings("", ["--stage", "1"])))
+
+
+def read_rows(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+# ---------------------------------------------------------------------------------------------- what is trained
+
+
+@pytest.mark.parametrize("stage", FILES)
+def test_labels_are_the_answer_and_its_end(world, rooms, stage):
+    """Exactly the answer's text and the end of the turn are trained, in one piece: neither prompt nor pictures."""
+    path, processor = rooms / "train" / FILES[stage], world.processor
+    for row, sample in zip(read_rows(path), read_all([path], None), strict=True):
+        example = processor.example(sample, style_of(sample))
+        trained = (example.labels != IGNORE).nonzero()[:, 0]
+        first, last = int(trained[0]), int(trained[-1])
+        if stage == "1":  # pictures of 112 x 112 are shown as they are
+            answer = "```json\n[" + ",\n".join(json.dumps(box) for box in row["answer"]) + "]\n```"
+        else:
+            answer = row["solution"] if stage == "cold" else row["answer"]
+        assert torch.equal(example.labels[trained], example.ids[trained]) and len(trained) == last - first + 1
+        assert processor.tokenizer.decode(example.ids[trained].tolist(), skip_special_tokens=False) == answer + "<|im_end|>"
+        before = processor.tokenizer.decode(example.ids[:first].tolist(), skip_special_tokens=False)
+        after = processor.tokenizer.decode(example.ids[last + 1:].tolist(), skip_special_tokens=False)
+        assert before.endswith("<|im_end|>\n<|im_start|>assistant\n") and after == "\n"
+
+
+def test_a_filler_has_pictures_and_no_label(world, rooms):
+    """It takes part in every collective of the step, and in nothing of the loss."""
+    samples = read_all([rooms / "train" / FILES["1"]], None)
+    dataset = Rows(samples, world.processor)
+    trained, filler = dataset[3, True], dataset[3, False]
+    assert torch.equal(trained.ids, filler.ids) and torch.equal(trained.patches, filler.patches)
+    assert (filler.labels == IGNORE).all() and (trained.labels != IGNORE).any()
+
+
+@pytest.mark.parametrize("ratio", (0.0, 0.1, 0.2, 0.5, 0.9))
+def test_replay_makes_up_its_ratio(ratio):
+    """All new rows stay, once each; earlier ones are added until they are that share of all."""
+    new, earlier = list(range(90)), ["earlier", "before"]
+    mixed = with_replay(new, earlier, ratio, seed=1)
+    assert mixed[:90] == new and set(mixed[90:]) <= set(earlier)
+    assert len(mixed[90:]) / len(mixed) == pytest.approx(ratio, abs=0.01)
+    assert mixed == with_replay(new, earlier, ratio, seed=1)
+
+
+# ---------------------------------------------------------------------------------------------- the step
+
+
+def mixed_examples(world, rooms, count=8):
+    """Rows of all stages: one picture, several, video, with short and long answers."""
+    samples = [s for name in FILES.values() for s in read_all([rooms / "train" / name], None)]
+    return [world.processor.example(s, style_of(s)) for s in random.Random(0).sample(samples, count)]
+
+
+def step_of(world, batches):
+    loss = train_step(world.model, batches, sum(len(b.targets) for b in batches))
+    grads = {name: p.grad.clone() for name, p in world.model.named_parameters()}
+    world.model.zero_grad()
+    return loss, grads
+
+
+def assert_same(mine, theirs):
+    assert mine[0] == pytest.approx(theirs[0], rel=1e-6)
+    for name, expected in theirs[1].items():
+        assert (mine[1][name] - expected).abs().max() <= 1e-5 * expected.abs().max(), name
+
+
+def test_loss_is_cross_entropy_over_the_answers(world, rooms):
+    """Loss and gradient equal F.cross_entropy of all logits of all places, labels shifted by one."""
+    examples, hidden = mixed_examples(world, rooms), []
+    batch = collate(examples, world.model.config)
+    mine = step_of(world, [batch])
+    hook = world.model.model.layers[-1].register_forward_hook(lambda layer, given, x: hidden.append(x))
+    world.model(batch)
+    hook.remove()
+    logits = world.model.model.norm(hidden[0]) @ world.model.model.embed_tokens.weight.T  # (B, T, V)
+    losses = torch.cat([F.cross_entropy(logits[i, :len(e.ids) - 1], e.labels[1:], ignore_index=IGNORE, reduction="none")
+                        [e.labels[1:] != IGNORE] for i, e in enumerate(examples)])
+    losses.mean().backward()
+    grads = {name: p.grad.clone() for name, p in world.model.named_parameters()}
+    world.model.zero_grad()
+    assert_same(mine, (losses.mean().item(), grads))
+
+
+@pytest.mark.parametrize("sizes", ([4, 4], [2, 2, 2, 2], [1, 7], [1] * 8), ids=str)
+def test_micro_batches_do_not_change_the_gradient(world, rooms, sizes):
+    """Answers differ in length, so averaging micro-batches' means would not do; a text-only filler adds zero."""
+    examples = mixed_examples(world, rooms)
+    whole = step_of(world, [collate(examples, world.model.config)])
+    rest = iter(examples)
+    batches = [collate([next(rest) for _ in range(size)], world.model.config) for size in sizes]
+    filler = world.processor.example(read_all([rooms / "train" / FILES["1"]], None)[0], "localize")
+    filler.labels.fill_(IGNORE)
+    assert_same(step_of(world, batches + [collate([filler], world.model.config)]), whole)
+
+
+# ---------------------------------------------------------------------------------------------- order
+
+
+@given(st.integers(1, 40), st.integers(1, 50), st.integers(0, 3), st.integers(1, 4))
+def test_every_row_comes_once_an_epoch(count, batch_size, seed, epochs):
+    """Whatever the batch size, each stretch of `count` rows is a permutation: no row is left out at an epoch's end."""
+    steps = -(-epochs * count // batch_size)
+    rows = [row for step in range(1, steps + 1) for row in rows_of_step(step, count, batch_size, seed)]
+    for epoch in range(epochs):
+        assert sorted(rows[epoch * count:(epoch + 1) * count]) == list(range(count))
+    assert rows_of_step(steps, count, batch_size, seed) == rows[-batch_size:]
+
+
+def test_epochs_and_seeds_differ_in_order():
+    orders = {tuple(rows_of_step(step, 30, 30, seed)) for step in (1, 2, 3) for seed in (0, 1)}
+    assert len(orders) == 6
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=40), st.integers(1, 9), st.integers(1, 6))
+def test_ranks_share_a_step_evenly(costs, size, world):
+    """All rows once over all ranks, as many micro-batches on each, and no more fillers than that needs."""
+    rows = list(range(100, 100 + len(costs)))
+    shares = [micro_batches(rows, costs, size, rank, world) for rank in range(world)]
+    assert len({len(share) for share in shares}) == 1
+    items = [item for share in shares for batch in share for item in batch]
+    assert sorted(row for row, trained in items if trained) == rows
+    fillers = [item for item in items if not item[1]]
+    assert len(fillers) < world and all(row in rows for row, _ in fillers)
+    assert all(1 <= len(batch) <= size for share in shares for batch in share)
+
+
+# ---------------------------------------------------------------------------------------------- a run
+
+
+FEW = ("--batch-size", 6, "--micro-batch", 3, "--max-steps", 6)
+KEYS = {"step", "epoch", "loss", "learning_rate", "grad_norm", "num_tokens", "tokens_per_second", "step_time"}
+
+
+@pytest.mark.parametrize("stage", FILES)
+def test_a_few_steps_reduce_the_loss(call, rooms, tiny_model, tmp_path, stage):
+    """Each stage's command learns, logs the agreed keys and leaves a model directory that loads and has moved."""
+    out = tmp_path / "out"
+    call(train_sft, "--stage", stage, "--model", tiny_model, "--data", rooms / "train" / FILES[stage], "--out", out, *FEW,
+         "--replay", rooms / "train" / FILES["1"], "--replay-ratio", 0.2)
+    log = read_rows(out / "log.jsonl")
+    assert [row["step"] for row in log] == [1, 2, 3, 4, 5, 6] and all(set(row) == KEYS for row in log)
+    assert abs(log[0]["loss"] - math.log(1000)) < 1.5 and log[-1]["loss"] < log[0]["loss"] - 1
+    before, after = load_file(tiny_model / "model.safetensors"), load_file(out / "model.safetensors")
+    assert before.keys() == after.keys() and all(not torch.equal(before[name], after[name]) for name in before)
+    assert load_model(out).config.source == load_model(tiny_model).config.source
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (out / name).read_bytes() == (tiny_model / name).read_bytes()
+
+
+def test_a_loss_that_is_not_finite_is_refused(call, rooms, tiny_model, tmp_path):
+    """Step, value and rows are named, nothing is applied, nothing saved: the last good checkpoint stays."""
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_model, broken)
+    weights = load_file(broken / "model.safetensors")
+    weights["model.norm.weight"][3] = math.inf
+    save_file(weights, broken / "model.safetensors")
+    path = rooms / "train" / FILES["1"]
+    with pytest.raises(UserError) as error:
+        call(train_sft, "--stage", "1", "--model", broken, "--data", path, "--out", tmp_path / "out", *FEW, "--save-every", 1)
+    rows = rows_of_step(1, len(read_rows(path)), 6, 0)
+    assert str(error.value).startswith("step 1: loss nan") and "\n" not in str(error.value)
+    assert all(f"{path}:{row + 1}" in str(error.value).replace(",", " ").split() for row in rows)
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["config_run.json"]
+
+
+def test_a_broken_picture_names_its_row(rooms, tiny_model, tmp_path):
+    """In the middle of a run, and read by a worker process too: one line with file:line and the picture."""
+    shutil.copytree(rooms / "train", tmp_path / "train")
+    path = tmp_path / "train" / FILES["1"]
+    row = rows_of_step(2, len(read_rows(path)), 6, 0)[0]
+    picture = tmp_path / "train" / "images" / read_rows(path)[row]["image"][0]
+    picture.write_bytes(b"not a picture")
+    places = [i for i, other in enumerate(read_rows(path), 1) if str(picture).endswith(other["image"][0])]
+    for workers in (0, 1):
+        done = launch(train_sft.__file__, "--stage", "1", "--model", tiny_model, "--data", path, "--out", tmp_path / f"out{workers}",
+                      *FEW, "--workers", workers)
+        line = done.stderr.splitlines()[-1]
+        assert done.returncode == 2 and "Traceback" not in done.stderr
+        assert any(line.startswith(f"train_sft.py: {path}:{place}: {picture}: not a readable picture") for place in places)
+
+
+def test_cost_grows_with_pictures_and_words(rooms):
+    """Rows of like length are padded together: a video is dearer than a picture, a chain than an answer."""
+    samples = [s for name in FILES.values() for s in read_all([rooms / "train" / name], None)]
+    by_type = {kind: [cost(s) for s in samples if s.data_type == kind and s.solution is None]
+               for kind in ("single_image", "multi_view", "video")}
+    assert max(by_type["single_image"]) < min(by_type["multi_view"]) <= max(by_type["multi_view"])
