@@ -29,6 +29,7 @@ FLAGS = {  # every setting of a run: (type, what it is). A list repeats, a tuple
     "out": (str, "output directory, a model directory in the end"),
     "replay": ([str], "jsonl files of earlier stages to mix in"),
     "replay_ratio": (float, "share of all rows that are replayed"),
+    "shuffle": (float, "1 shuffles all rows, 0 keeps the files' order, between keeps it roughly"),
     "epochs": (float, "passes over the data"),
     "max_steps": (int, "stop after this many optimizer steps, whatever the epochs"),
     "batch_size": (int, "examples per optimizer step, over all processes"),
@@ -77,7 +78,7 @@ RUN = dict(images=None, seed=0, save_every=0, keep_last=2, resume=None, workers=
 # 2 CPU cores, 15 minutes in all. Rates and lengths as measured on this model, not taken from anywhere.
 TINY = dict(RUN, weight_decay=0.05, betas=[0.9, 0.95], max_grad_norm=1.0, micro_batch=16, warmup_ratio=0.05,
             lr_scheduler_type="cosine")
-TINY_SFT = dict(TINY, replay=None, replay_ratio=0.0, epochs=1000.0, batch_size=16)
+TINY_SFT = dict(TINY, replay=None, replay_ratio=0.0, shuffle=1.0, epochs=1000.0, batch_size=16)
 ROOMS = "runs/tiny/rooms/train/"
 GROUNDING, SPATIAL, COLDSTART = (f"spld_{kind}_data.jsonl" for kind in ("grounding", "spatial", "coldstart"))
 
@@ -87,7 +88,7 @@ GROUNDING, SPATIAL, COLDSTART = (f"spld_{kind}_data.jsonl" for kind in ("groundi
 # G = 4, 1,024 tokens, beta 0.01, pictures and frames of 16 to 128 x 28 x 28 pixels.
 PAPER = dict(RUN, weight_decay=0.0, betas=[0.9, 0.999], max_grad_norm=1.0, micro_batch=1, workers=4, save_every=200,
              keep_last=1, min_pixels=16 * 28 * 28, max_pixels=128 * 28 * 28, activation_checkpointing=True, epochs=1.0)
-PAPER_SFT = dict(PAPER, replay=None, replay_ratio=0.0, batch_size=8, learning_rate=1e-5, warmup_ratio=0.1,
+PAPER_SFT = dict(PAPER, replay=None, replay_ratio=0.0, shuffle=1.0, batch_size=8, learning_rate=1e-5, warmup_ratio=0.1,
                  lr_scheduler_type="cosine")
 
 RECIPES = {

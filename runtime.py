@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -55,6 +56,7 @@ class Parser(argparse.ArgumentParser):
 FREE = ("resume", "device", "workers", "micro_batch", "save_every", "keep_last")  # may change when a run continues
 POSITIVE = ("epochs", "max_steps", "batch_size", "micro_batch", "learning_rate", "max_grad_norm", "min_pixels", "max_pixels",
             "num_frames", "fps", "prompts_per_step", "max_completion_length", "num_iterations", "keep_last")
+AT_MOST = {"replay_ratio": 0.99, "warmup_ratio": 1, "shuffle": 1}
 
 
 def add_flags(parser, names):
@@ -95,11 +97,11 @@ def recipe_settings(doc, argv=None, stage=None):
         if args[name] is None:
             parser.error(f"preset {args['preset']} has no default for --{name}; give it")
     for name, value in args.items():
-        flag, highest = f"--{name.replace('_', '-')}", 1 if name in ("replay_ratio", "warmup_ratio") else math.inf
+        flag, most = f"--{name.replace('_', '-')}", AT_MOST.get(name, math.inf)
         if name in POSITIVE and value is not None and not 0 < value < math.inf:
             parser.error(f"{flag} is {value}, expected a positive number")
-        if isinstance(value, (int, float)) and not 0 <= value < highest:
-            parser.error(f"{flag} is {value}, expected at least 0 and below {highest}")
+        if isinstance(value, (int, float)) and not 0 <= value <= most:
+            parser.error(f"{flag} is {value}, expected 0 to {most}")
         if name in ("betas", "reward_weights") and len(value) != 2:
             parser.error(f"{flag} has {len(value)} numbers, expected 2")
     return argparse.Namespace(**args)
@@ -107,13 +109,17 @@ def recipe_settings(doc, argv=None, stage=None):
 
 def main_guard(main):
     """Run a script's main: a user's mistake is one line on stderr and exit code 2."""
+    code = 0
     try:
         main()
     except UserError as error:
         rank = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
         line = str(error).strip().splitlines()[-1].removeprefix("rewards.UserError: ")  # DataLoader's workers add a traceback
-        print(f"{rank}{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
-        sys.exit(2)
+        sys.stderr.write(f"{rank}{Path(sys.argv[0]).name}: {line}\n")  # in one piece: ranks write to the same terminal
+        code = 2
+    if dist.is_initialized():  # else gloo's threads abort the interpreter at its exit
+        dist.destroy_process_group()
+    sys.exit(code)
 
 
 # ---------------------------------------------------------------------------------------------- ranks
@@ -240,6 +246,11 @@ def clip_gradients(model, max_norm):
 # ---------------------------------------------------------------------------------------------- the run
 
 
+def reason(error):
+    """An error on one line, the last: torch puts the traceback of the process that failed before it."""
+    return f"{type(error).__name__}: {error}".strip().splitlines()[-1][:150]
+
+
 class Run:
     """An output directory: config_run.json, log.jsonl, resume/step-N, and in the end the model itself."""
 
@@ -295,8 +306,8 @@ class Run:
                 dcp.load(state, checkpoint_id=str(path))
                 set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
                 step = read_json(path / "meta.json")["step"]
-            except Exception as error:  # a torn file shows in many ways; the next older state is tried
-                self.ranks.print(f"{path}: not readable ({str(error).splitlines()[0][:100]}), trying the one before")
+            except (Exception, dcp.CheckpointException) as error:  # the latter is none; a torn file shows in many ways
+                self.ranks.print(f"{path}: not readable ({reason(error)}), trying the one before")
                 continue
             self.ranks.print(f"resumed {path}")
             self.cut_log(step)
@@ -328,7 +339,10 @@ class Run:
         folder = self.out / "resume"
         final, beside = folder / f"step-{step:06d}", folder / f"step-{step:06d}.tmp"
         names = get_state_dict(model, optimizer)
-        dcp.save({"model": names[0], "optimizer": names[1]}, checkpoint_id=str(beside))
+        try:
+            dcp.save({"model": names[0], "optimizer": names[1]}, checkpoint_id=str(beside))
+        except (OSError, dcp.CheckpointException) as error:
+            raise UserError(f"{beside}: cannot write the trainer state ({reason(error)})") from None
         if self.ranks.rank == 0:
             write_json(beside / "meta.json", {"step": step, "world": self.ranks.world, "config": self.config})
             shutil.rmtree(final, ignore_errors=True)
@@ -367,7 +381,10 @@ class Run:
         """Write the model directory; with config.json in it the run is complete."""
         if self.ranks.rank == 0:
             limits = {"min_pixels": processor.min_pixels, "max_pixels": processor.max_pixels}
-            save_model(self.out, whole_tensors(model), model.config, self.args.model, limits)
+            try:
+                save_model(self.out, whole_tensors(model), model.config, self.args.model, limits)
+            except (OSError, SafetensorError) as error:
+                raise UserError(f"{self.out}: cannot write the model ({reason(error)})") from None
         else:
             for _ in whole_tensors(model):
                 pass

@@ -210,7 +210,7 @@ def make_room(rng, video):
     for a, b in itertools.combinations(range(len(things)), 2):
         gaps[a, b] = gaps[b, a] = polygon_distance(things[a].footprint, things[b].footprint)
     shades = np.array([[0.85, 0.95], [1, 0.9], [rng.uniform(0.65, 0.9), 1.2]]) * rng.uniform(150, 205)
-    tints = shades[..., None] + rng.uniform(-14, 14, (3, 1, 3))
+    tints = (shades[..., None] + rng.uniform(-14, 14, (3, 1, 3))).astype(np.float32)
     return Room(sides, things, [build(t) for t in things], gaps, cameras, tints)
 
 
@@ -226,7 +226,7 @@ def pixel_rays(size):
 def lens_cast(size, cast):
     """(size, size, 3) grey levels to add: redder and less blue to the right, greener downwards."""
     ramp = np.broadcast_to(np.linspace(-cast, cast, size), (size, size))
-    return np.stack([ramp, ramp.T, -ramp], 2)
+    return np.stack([ramp, ramp.T, -ramp], 2).astype(np.float32)
 
 
 def cast_rays(solid, origin, rays):
@@ -255,7 +255,7 @@ def render(room, camera, size=SIZE, cast=CAST):
     with np.errstate(divide="ignore"):  # the room from inside: along each axis the plane ahead
         walls = np.where(ahead, (far - origin)[:, None, None], -origin[:, None, None]).astype(np.float32) / rays
     axis = walls.argmin(0)
-    image = room.tints[axis, np.take_along_axis(ahead, axis[None], 0)[0].astype(np.intp)]
+    image = room.tints.reshape(6, 3)[2 * axis + np.take_along_axis(ahead, axis[None], 0)[0]]
     depth, ids, alone, inside = np.full((size, size), np.inf, np.float32), np.zeros((size, size), np.uint8), [], []
     for number, solids in enumerate(room.solids, 1):
         mask, low, high = np.zeros((size, size), bool), np.full(2, np.inf), np.full(2, -np.inf)
@@ -443,7 +443,7 @@ def ask(rng, world, function, texts):
         candidates, found = list(itertools.permutations(world.named, text.count("{}"))), {}
         if function is object_count:  # all things of a category, each clear in some picture
             groups = [[k for k, thing in enumerate(world.room.things) if thing.name == name] for name in FURNITURE]
-            groups = [group for group in groups if group and all(k in world.first for k in group)]
+            groups = [sorted(g, key=world.first.get) for g in groups if g and all(k in world.first for k in g)]
             candidates = [g for g in groups if len(g) > 1] or [g for g in groups if rng.random() < COUNT_ONE]
         for things in (candidates[i] for i in rng.permutation(len(candidates))[:60]):
             if made := function(world, *things):

@@ -84,7 +84,7 @@ def main():
     # loop
     plan = []
     for step in range(first + 1, steps + 1):
-        rows = rows_of_step(step, len(samples), args.batch_size, args.seed)
+        rows = rows_of_step(step, len(samples), args.batch_size, args.seed, args.shuffle)
         size = min(args.micro_batch, math.ceil(len(rows) / ranks.world))  # larger ones would leave ranks without rows
         plan.append(micro_batches(rows, [cost(samples[row]) for row in rows], size, ranks.rank, ranks.world))
     loader = iter(DataLoader(Rows(samples, processor), batch_sampler=[batch for batches in plan for batch in batches],
@@ -92,13 +92,14 @@ def main():
     model.train()
     for step, batches in zip(run.steps(first, steps), plan):
         batches = [next(loader).to(ranks.device) for _ in batches]
-        tokens, targets = ranks.sum(sum(int(b.lengths.sum()) for b in batches), sum(len(b.targets) for b in batches))
+        tokens, targets = ranks.sum(sum(int(b.lengths.sum()) for b in batches if len(b.targets)),  # fillers have none
+                                    sum(len(b.targets) for b in batches))
         for group in optimizer.param_groups:
             group["lr"] = scheduled_rate(step, steps, args)
         loss = ranks.sum(train_step(model, batches, targets))[0]
         norm = clip_gradients(model, args.max_grad_norm)
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            rows = sorted(rows_of_step(step, len(samples), args.batch_size, args.seed))
+            rows = sorted(rows_of_step(step, len(samples), args.batch_size, args.seed, args.shuffle))
             raise UserError(f"step {step}: loss {loss}, gradient norm {norm}; not applied. Rows of this step: "
                             + ", ".join(samples[row].where for row in rows))
         optimizer.step()

@@ -6,7 +6,8 @@ and gives untrained models rewards that differ. Two processes reduce in another 
 """
 import argparse
 import json
-import os
+import re
+import resource
 import shutil
 import signal
 from pathlib import Path
@@ -14,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
@@ -79,8 +80,9 @@ def exit_line(capsys, function, *arguments):
     (["--stage", "1", "--batch-size", "-8"], "--batch-size is -8, expected a positive number"),
     (["--stage", "1", "--learning-rate", "nan"], "--learning-rate is nan, expected a positive number"),
     (["--stage", "1", "--epochs", "inf"], "--epochs is inf, expected a positive number"),
-    (["--stage", "1", "--replay-ratio", "1"], "--replay-ratio is 1.0, expected at least 0 and below 1"),
-    (["--stage", "1", "--seed", "-1"], "--seed is -1, expected at least 0"),
+    (["--stage", "1", "--replay-ratio", "1"], "--replay-ratio is 1.0, expected 0 to 0.99"),
+    (["--stage", "1", "--shuffle", "2"], "--shuffle is 2.0, expected 0 to 1"),
+    (["--stage", "1", "--seed", "-1"], "--seed is -1, expected 0 to inf"),
     (["--stage", "1", "--betas", "0.9"], "--betas has 1 numbers, expected 2"),
     (["--stage", "1", "--dtype", "float16"], "argument --dtype: invalid choice: 'float16'"),
     (["--stage", "1", "--preset", "paper"], "preset paper has no default for --model; give it"),
@@ -93,8 +95,8 @@ def test_wrong_flags_are_one_line(capsys, argv, expected):
 
 @pytest.mark.parametrize("argv, expected", (
     (["--num-iterations", "0"], "--num-iterations is 0, expected a positive number"),
-    (["--temperature", "nan"], "--temperature is nan, expected at least 0"),
-    (["--epsilon", "-0.1"], "--epsilon is -0.1, expected at least 0"),
+    (["--temperature", "nan"], "--temperature is nan, expected 0 to inf"),
+    (["--epsilon", "-0.1"], "--epsilon is -0.1, expected 0 to inf"),
     (["--reward-weights", "1"], "--reward-weights has 1 numbers, expected 2"),
     (["--loss-type", "bnpo"], "argument --loss-type: invalid choice: 'bnpo'"),
     (["--batch-size", "4"], "unknown argument --batch-size"),
@@ -146,6 +148,7 @@ def test_main_guard_turns_a_mistake_into_one_line(capsys):
 
 
 @pytest.mark.parametrize("name", ("cosine", "linear"))
+@settings(deadline=None)  # the first example imports transformers
 @given(st.integers(1, 300), st.sampled_from((0.0, 0.1, 0.5)))
 def test_schedule_is_transformers(name, steps, ratio):
     """Warm-up ends at the peak, one step earlier than there (whose first step has rate 0); the decay is the same."""
@@ -341,6 +344,26 @@ def test_a_damaged_state_falls_back(monkeypatch, call, rooms, tiny_model, tmp_pa
         call(train_sft, *flags, "--resume", "auto")
 
 
+def test_a_full_disk_loses_nothing(call, rooms, tiny_model, tmp_path):
+    """No room for a trainer state or for the model: one line that says which; no half-written one is ever taken for
+    a whole one, and with room again the run goes on from what it had."""
+    out, (soft, hard) = tmp_path / "out", resource.getrlimit(resource.RLIMIT_FSIZE)
+    flags = sft_flags(rooms, tiny_model, out, "--resume", "auto")
+    for more, expected in ((("--save-every", 2), "cannot write the trainer state"), ((), "cannot write the model")):
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, hard))
+            with pytest.raises(UserError) as error:
+                call(train_sft, *flags, *more)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert expected in str(error.value) and "\n" not in str(error.value)
+        assert not (out / "config.json").exists() and not list((out / "resume").glob("step-??????"))
+    call(train_sft, *flags)
+    call(train_sft, *sft_flags(rooms, tiny_model, tmp_path / "whole"))
+    assert log_of(out) == log_of(tmp_path / "whole")
+    assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+
+
 def test_resume_from_a_path(monkeypatch, call, rooms, tiny_model, tmp_path):
     """A state of another directory continues in a new one; a path that is none is one line."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -389,7 +412,6 @@ def assert_same_run(start, one, two, drift=1e-3):
     assert one.keys() == two.keys()
     for name in one:
         assert one[name].shape == two[name].shape and one[name].dtype == two[name].dtype
-        print(name, (two[name] - one[name]).norm() / (one[name] - start[name]).norm())
         assert (two[name] - one[name]).norm() <= drift * (one[name] - start[name]).norm(), name
 
 
@@ -438,6 +460,18 @@ def test_two_processes_roll_out_and_train_as_one(monkeypatch, call, driver, room
 
 
 @pytest.mark.slow
+def test_a_failing_rank_ends_all(rooms, tiny_model, tmp_path):
+    """One rank meets a broken picture: it says which, and the other does not wait for it forever."""
+    shutil.copytree(rooms / "train", tmp_path / "train")
+    path = tmp_path / "train" / "spld_grounding_data.jsonl"
+    for picture in {row["image"][0] for row in read_rows(path)[::7]}:
+        (tmp_path / "train" / "images" / picture).write_bytes(b"broken")
+    done = launch(train_sft.__file__, *sft_flags(rooms, tiny_model, tmp_path / "out", "--data", path, "--max-steps", 30), processes=2)
+    assert done.returncode == 1 and re.search(r"\[rank \d\] train_sft.py: \S+.jsonl:\d+: \S+: not a readable picture", done.stderr)
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("script", (train_sft, grpo), ids=lambda script: script.__name__)
 def test_processes_may_change_on_resume(monkeypatch, call, driver, rooms, tiny_model, tmp_path, script):
     """2 processes, 2 steps, SIGTERM to one of them; then 2 more steps: exact on 2 processes, and close on 1."""
@@ -474,10 +508,11 @@ def test_sigterm_is_not_an_error(rooms, tiny_model, tmp_path, driver):
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", (1, 2))
 def test_mistakes_on_the_command_line(rooms, tiny_model, tmp_path, processes):
-    """Exit code 2 under plain python, failure under torchrun, the line on stderr, no traceback of ours."""
+    """Exit code 2 and one line under plain python (it aborted at its exit once, with gloo's threads alive); under
+    torchrun a line for each rank that came to say it, and torchrun's own report."""
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").touch()
     done = launch(train_sft.__file__, *sft_flags(rooms, tiny_model, tmp_path / "out"), processes=processes)
     ours = [line for line in done.stderr.splitlines() if "train_sft.py: " in line and "not empty" in line]
-    assert done.returncode == (2 if processes == 1 else 1) and len(ours) == processes
+    assert done.returncode == (2 if processes == 1 else 1) and 1 <= len(ours) <= processes, done.stderr
     assert processes > 1 or done.stderr.splitlines() == ours

@@ -19,7 +19,7 @@ ROOMS = range(24)
 
 @pytest.fixture(scope="module")
 def made():
-    """[(index, room, [(image, ids, sights)], rows, files)] of some training rooms, the room recovered from make_files."""
+    """[(index, room, [(image, ids, sights)], rows, files)] of some training rooms, caught in make_files."""
     out, last = [], {}
     make_room, render = scenes.make_room, scenes.render
 
@@ -44,7 +44,8 @@ def cell(thing, n=120):
     """Points on the outline of a thing's footprint, from its yaw by a rotation matrix."""
     w, d = thing.dims[:2]
     t = np.linspace(-0.5, 0.5, n)
-    outline = np.concatenate([np.c_[t * w, np.full(n, s * d / 2)] for s in (-1, 1)] + [np.c_[np.full(n, s * w / 2), t * d] for s in (-1, 1)])
+    outline = np.concatenate([np.c_[t * w, np.full(n, s * d / 2)] for s in (-1, 1)]
+                             + [np.c_[np.full(n, s * w / 2), t * d] for s in (-1, 1)])
     turn = np.array([[math.cos(thing.yaw), -math.sin(thing.yaw)], [math.sin(thing.yaw), math.cos(thing.yaw)]])
     return outline @ turn.T + thing.center
 
@@ -74,10 +75,10 @@ def test_rooms_are_solid(made):
     for _, room, _, _, _ in made:
         for a, b in itertools.combinations(room.things, 2):
             assert brute_distance(a, b) > scenes.GAP - 1e-9
-            corners = cell(a)  # none inside the other, either way
-            for p, other in [(p, b) for p in corners] + [(p, a) for p in cell(b)]:
-                local = (p - other.center) @ [[math.cos(other.yaw), -math.sin(other.yaw)], [math.sin(other.yaw), math.cos(other.yaw)]]
-                assert (np.abs(local) > other.dims[:2] / 2).any()
+            for one, other in ((a, b), (b, a)):  # no outline enters the other's box
+                c, s = math.cos(other.yaw), math.sin(other.yaw)
+                local = (cell(one) - other.center) @ [[c, -s], [s, c]]
+                assert (np.abs(local) > other.dims[:2] / 2).any(1).all()
         for thing, solids in zip(room.things, room.solids):
             assert (cell(thing) > 0).all() and (cell(thing) < room.sides).all() and thing.dims[2] < scenes.CEILING
             assert min(np.linalg.norm(cell(thing) - (c.x, c.y), axis=1).min() for c in room.cameras) > 0.7
@@ -197,7 +198,7 @@ def test_named_things_are_visible(made):
 
 
 def test_localization_rows(made):
-    """Boxes in the question's order, of the visible pixels, each category once in the room; spatial twins share the id."""
+    """Boxes in the question's order, of the visible pixels, each category once in the room; twins share the id."""
     sizes = Counter()
     for _, room, pictures, rows, files in made:
         spatial = {row["question_id"]: row for row in rows["spatial"]}
@@ -218,7 +219,8 @@ def test_localization_rows(made):
 
 def test_chains_state_the_scene(made):
     """A cold-start chain with wrong boxes, places or sums would teach the model to ignore what it sees."""
-    clause = re.compile(r"(\w+) (?:(?:view|frame) (\d) )?\[(\d+), (\d+), (\d+), (\d+)\] (left|right) (\d+) (ahead|behind) (\d+)\.")
+    clause = re.compile(r"(\w+) (?:(?:view|frame) (\d) )?\[(\d+), (\d+), (\d+), (\d+)\] "
+                        r"(left|right) (\d+) (ahead|behind) (\d+)\.")
     for room, pictures, row, numbers, solution in questions(made):
         chain, answer = re.fullmatch("<think>(.*)</think><answer>(.*)</answer>", solution).groups()
         assert answer == row["answer"] and len(chain.split()) <= 75
@@ -262,14 +264,15 @@ def test_polygon_distance_by_sampling():
     """The closed form against dense samples, for turned boxes at any distance."""
     rng = np.random.default_rng(0)
     for _ in range(200):
-        a, b = (scenes.make_thing("bin", rng.uniform(0, 4, 2), rng.uniform(0, 7), rng.uniform(0.3, 2, 3)) for _ in range(2))
+        a, b = (scenes.make_thing("bin", rng.uniform(0, 4, 2), rng.uniform(0, 7), rng.uniform(0.3, 2, 3)) for _ in "ab")
         exact, sampled = scenes.polygon_distance(a.footprint, b.footprint), brute_distance(a, b)
         assert exact <= sampled + 1e-9 and (exact == 0 or sampled - exact < 0.03)
 
 
 def test_rooms_differ_between_splits_and_seeds():
     """A test room that is a training room would be scored from memory."""
-    contents = [scenes.make_files(seed, split, index, 28)[0] for seed in (0, 1) for split in scenes.SPLITS for index in (0, 1)]
+    keys = itertools.product((0, 1), scenes.SPLITS, (0, 1))
+    contents = [scenes.make_files(seed, split, index, 28)[0] for seed, split, index in keys]
     assert len({next(iter(files.values())) for files in contents}) == len(contents)
 
 
@@ -290,7 +293,8 @@ def test_files_do_not_depend_on_processes(tmp_path):
     data = pytest.importorskip("data")
     for n in (1, 2):
         scenes.write_rooms(tmp_path / str(n), 32, 4, test_scenes=4, size=56, processes=n)
-    one, two = ({p.relative_to(tmp_path / n): p.read_bytes() for p in (tmp_path / n).rglob("*") if p.is_file()} for n in "12")
+    one, two = ({p.relative_to(tmp_path / n): p.read_bytes() for p in (tmp_path / n).rglob("*") if p.is_file()}
+                for n in "12")
     assert one == two and len(list(tmp_path.iterdir())) == 2
     train = tmp_path / "1" / "train"
     assert not (tmp_path / "1" / "val" / "spld_coldstart_data.jsonl").exists()
@@ -300,8 +304,8 @@ def test_files_do_not_depend_on_processes(tmp_path):
             row = json.loads(line)
             assert all((train / "images" / name).is_file() for name in row["image"])
             assert (kind == "coldstart") == ("prompt" in row) and ("options" in row) == (kind != "grounding")
-    names = [str(p) for p in one]
-    assert any(n.endswith(".avi") for n in names) and Image.open(io.BytesIO(one[next(p for p in one if p.suffix == ".jpg")])).size == (56, 56)
+    assert any(p.suffix == ".avi" for p in one)
+    assert {Image.open(io.BytesIO(content)).size for p, content in one.items() if p.suffix == ".jpg"} == {(56, 56)}
 
 
 def test_folder_mistakes(tmp_path, capsys, monkeypatch):
