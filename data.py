@@ -9,18 +9,17 @@ Only the prompt style differs: "localize" asks for boxes as JSON, "direct" for t
 of thought in <think></think> and the answer in <answer></answer>.
 """
 
-import argparse
 import io
 import json
 import math
-import sys
-from collections import Counter
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from tokenizers import Tokenizer
 
 from checkpoint import read_json
@@ -75,36 +74,53 @@ class Sample:
 
 
 def read_lines(path):
-    """(place, parsed object) of every line of a jsonl file; place is "file:line"."""
+    """(place, line) of every line of a jsonl file that is not blank; place is "file:line", for parse_line."""
     try:
-        with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    try:
-                        row = json.loads(line)
-                    except (ValueError, RecursionError) as error:
-                        raise UserError(f"{path}:{number}: not JSON ({error})") from None
-                    if not isinstance(row, dict):
-                        raise UserError(f"{path}:{number}: expected an object, found {type(row).__name__}")
-                    yield f"{path}:{number}", row
-    except (OSError, UnicodeDecodeError) as error:
+        with open(path, "rb") as file:
+            yield from ((f"{path}:{number}", line) for number, line in enumerate(file, 1) if line.strip())
+    except OSError as error:
         raise UserError(f"{path}: not readable ({error})") from None
 
 
-def read_samples(path, images):
-    """All rows of one jsonl file in SpatialLadder-26k's formats or as chat messages.
+def parse_line(line, where):
+    """The JSON object that a line is."""
+    try:
+        row = json.loads(line.decode())
+        json.dumps(row, ensure_ascii=False).encode() if b"\\u" in line else None  # half a surrogate pair is no text
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not JSON ({error})") from None
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: expected an object, found {type(row).__name__}")
+    return row
 
-    Args:    path: the file. images: the folder that the rows' picture paths are relative to.
-    Raises:  UserError with file:line at the first row that is not valid.
-    """
-    return [parse_row(row, where, Path(images)) for where, row in read_lines(path)]
+
+def read_samples(path, images, wrong=None):
+    """All rows of one jsonl file in SpatialLadder-26k's formats or as chat messages; pictures lie in `images`.
+
+    Raises UserError with file:line at the first row that is not valid. A list `wrong` takes such errors instead, and
+    those of check_media, and their rows are left out."""
+    samples = []
+    for where, line in read_lines(path):
+        try:
+            sample = parse_row(parse_line(line, where), where, Path(images))
+            samples.append(sample if wrong is None else check_media(sample))
+        except UserError as error:
+            if wrong is None:
+                raise
+            wrong.append(str(error))
+    return samples
 
 
-def read_all(paths, images):
-    """The rows of several jsonl files; pictures lie in `images`, or in a folder of that name beside each file."""
-    samples = [s for path in paths for s in read_samples(path, images or Path(path).parent / "images")]
+def read_all(paths, images, tell=None):
+    """The rows of several jsonl files; pictures lie in `images`, or in a folder of that name beside each file.
+
+    With `tell`, such as print, rows that are not valid are dropped, and it is told how many."""
+    wrong = [] if tell else None
+    samples = [s for path in paths for s in read_samples(path, images or Path(path).parent / "images", wrong)]
+    if wrong:
+        tell(f"dropped {len(wrong)} of {len(wrong) + len(samples)} rows, the first: {wrong[0]}")
     if not samples:
-        raise UserError(f"{', '.join(paths)}: no rows in it")
+        raise UserError(f"{', '.join(map(str, paths))}: no rows in it")
     return samples
 
 
@@ -114,7 +130,8 @@ def parse_row(row, where, images):
         value = row.get(key, default)
         if not isinstance(value, kind):
             names = " or ".join(k.__name__ for k in kind) if isinstance(kind, tuple) else kind.__name__
-            raise UserError(f"{where}: {key} is {json.dumps(value)[:80]}, expected {names}")
+            found = json.dumps(value)[:80] if key in row else "missing"
+            raise UserError(f"{where}: {key} is {found}, expected {names}")
         return value
 
     row_id = str(need("question_id", (int, str), row.get("id", where)))
@@ -131,18 +148,24 @@ def parse_row(row, where, images):
     if data_type == "video":
         is_file = len(paths) == 1 and Path(paths[0]).suffix.lower() not in (".jpg", ".jpeg", ".png", ".webp")
         source = str(images / paths[0]) if is_file else tuple(str(images / p) for p in paths)
+        seconds = need("seconds_per_frame", (int, float)) if "seconds_per_frame" in row else 1.0
+        if not 0 < seconds < math.inf:
+            raise UserError(f"{where}: seconds_per_frame is {seconds}, expected a positive number")
         media = (Media("video", source, row.get("seconds_per_frame")),)
     else:
         media = tuple(Media("image", str(images / p)) for p in paths)
 
     prompt, solution = row.get("prompt"), row.get("solution")
-    if solution is not None or "question" not in row:
-        need("solution", str)
+    for key in ("prompt", "solution"):
+        if row.get(key) is not None or key == "solution" and "question" not in row:
+            need(key, str)
     question = need("question", str, "" if prompt else None).replace("<image>", "").strip()
-    answer, options = row.get("answer", ""), tuple(row.get("options") or ())
+    answer, options = row.get("answer", ""), row.get("options") or []
+    if not isinstance(options, list) or not all(isinstance(option, str) for option in options):
+        raise UserError(f"{where}: options is {json.dumps(options)[:80]}, expected a list of texts")
     if isinstance(answer, list):
-        if len(media) != 1 or data_type != "single_image":
-            raise UserError(f"{where}: boxes need exactly one picture, found {len(paths)} ({data_type})")
+        if len(media) != 1 or data_type != "single_image" or not answer:
+            raise UserError(f"{where}: {len(answer)} boxes in {len(paths)} pictures ({data_type}), expected some in one")
         return Sample(where, row_id, question, "localization", tuple(parse_box(b, where) for b in answer), (), media,
                       data_type, prompt, solution)
     question_type = need("question_type", str, "" if solution is not None else None)
@@ -151,19 +174,18 @@ def parse_row(row, where, images):
                         f"{', '.join(CHOICE_TYPES + NUMBER_TYPES)}")
     answer = str(need("answer", (str, int, float), ""))
     if question_type in CHOICE_TYPES:
-        letters = [option[:1] for option in options if isinstance(option, str)]
-        if len(letters) != len(options) or parse_choice(answer) not in letters:
-            raise UserError(f"{where}: answer is {answer!r}, expected the letter of one of the options {list(options)}")
+        if parse_choice(answer) not in [option[:1] for option in options]:
+            raise UserError(f"{where}: answer is {answer!r}, expected the letter of one of the options {options}")
     elif question_type in NUMBER_TYPES and parse_number(answer) is None:
         raise UserError(f"{where}: answer is {answer!r}, expected a number for {question_type}")
-    return Sample(where, row_id, question, question_type, answer, options, media, data_type, prompt, solution)
+    return Sample(where, row_id, question, question_type, answer, tuple(options), media, data_type, prompt, solution)
 
 
 def parse_box(box, where):
     """{"bbox_2d": [x1, y1, x2, y2], "label": text} with x1 < x2 and y1 < y2, in pixels of the original file."""
     corners = box.get("bbox_2d") if isinstance(box, dict) else None
     if not (isinstance(corners, list) and len(corners) == 4 and isinstance(box.get("label"), str)
-            and all(type(c) in (int, float) and math.isfinite(c) for c in corners)):
+            and all(type(c) in (int, float) and -math.inf < c < math.inf for c in corners)):
         raise UserError(f"{where}: box is {json.dumps(box)[:80]}, expected bbox_2d with 4 numbers and a label")
     x1, y1, x2, y2 = corners
     if not (0 <= x1 < x2 and 0 <= y1 < y2):
@@ -184,7 +206,7 @@ def parse_messages(messages, where, images):
             kind = part.get("type") if isinstance(part, dict) else None
             value = part.get(kind) if kind in ("text", "image", "video") else None
             if kind == "video" and isinstance(value, list) and value and all(isinstance(p, str) for p in value):
-                parts.append(Media("video", tuple(str(images / p) for p in value), part.get("seconds_per_frame")))
+                parts.append(Media("video", tuple(str(images / p) for p in value)))
             elif isinstance(value, str) and (kind == "text" or role == "user"):
                 parts.append(value if kind == "text" else Media(kind, str(images / value)))
             else:
@@ -217,12 +239,13 @@ def smart_resize(height, width, min_pixels, max_pixels, factor=28):
     return h, w
 
 
-def open_picture(source):
-    """A picture as RGB, turned upright where EXIF says so. source: a path, or the bytes of an image file."""
+def open_picture(source, pixels=True):
+    """A picture (path, or bytes of a file) as RGB, upright as EXIF says; without `pixels` its size, from the header."""
     name = "picture given as bytes" if isinstance(source, bytes) else source
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            image = ImageOps.exif_transpose(image).convert("RGB")
+            size = image.size[::-1] if image.getexif().get(ExifTags.Base.Orientation, 1) > 4 else image.size
+            image = ImageOps.exif_transpose(image).convert("RGB") if pixels else SimpleNamespace(size=size)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{name}: not a readable picture ({error})") from None
     if min(image.size) < 28:
@@ -254,10 +277,38 @@ def read_video(path, num_frames, fps):
     return [Image.fromarray(frame) for frame in frames], total / rate / len(index)
 
 
+open_header = cache(partial(open_picture, pixels=False))  # a data set shows one picture in many rows
+
+
+def open_media(media, num_frames=1, fps=None, pixels=True):
+    """-> [the picture] or the frames of a video (see open_picture), seconds between two frames or None."""
+    if media.kind == "video" and isinstance(media.source, str):
+        return read_video(media.source, num_frames, fps)
+    paths = media.source if isinstance(media.source, tuple) else (media.source,)
+    pictures = [open_picture(path) if pixels else open_header(path) for path in paths]
+    if any(picture.size != pictures[0].size for picture in pictures):
+        raise UserError(f"{paths[0]}: the frames of one video differ in size")
+    return pictures, media.seconds_per_frame
+
+
+def check_media(sample):
+    """The sample, if its pictures are there, of a usable size by their headers, and its boxes lie inside."""
+    try:
+        for media in sample.media:
+            width, height = open_media(media, pixels=False)[0][0].size
+            smart_resize(height, width, 0, math.inf)  # refuses what is too thin
+            for box in sample.answer if sample.question_type == "localization" else ():
+                if box["bbox_2d"][2] > width or box["bbox_2d"][3] > height:
+                    raise UserError(f"bbox_2d is {box['bbox_2d']}, outside the picture of {width}x{height} pixels")
+    except UserError as error:
+        raise UserError(f"{sample.where}: {error}") from None
+    return sample
+
+
 def to_patches(pictures, size):
     """Resize (bicubic), normalize and cut pictures into patches; T pictures are T / 2 temporal slices of a video.
 
-    A still picture is given twice; an odd last frame is repeated.
+    An odd last frame is repeated, as a still picture is.
 
     Args:    pictures: RGB. size: (height, width), multiples of 28.
     Returns: patches (N, 3 * 2 * 14 * 14) float32, flattened as (channel, time, height, width), in the order of
@@ -288,7 +339,8 @@ def prompt_text(sample, style, prompts=PROMPTS):
     if sample.prompt is not None:
         return sample.prompt
     kind = "choice" if sample.options else "number" if parse_number(str(sample.answer)) is not None else "text"
-    return prompts[style if style == "localize" else f"{style} {kind}"].replace("{question}", sample.question).replace("{options}", "\n".join(sample.options))
+    text = prompts[style if style == "localize" else f"{style} {kind}"]
+    return text.replace("{question}", sample.question).replace("{options}", "\n".join(sample.options))
 
 
 def read_prompts(path):
@@ -397,23 +449,15 @@ class Processor:
                 counts += [1] if token in pads else []
         return self.tokenizer.decode(ids, skip_special_tokens=False), counts
 
-    def load(self, media):
+    def load(self, media, pixels=True):
         """-> patches (N, 1176), grid (t, h, w), seconds per temporal patch or None, (x, y) scale from the original."""
-        seconds = media.seconds_per_frame
-        if media.kind == "image":
-            pictures = [open_picture(media.source)] * 2
-        elif isinstance(media.source, tuple):
-            pictures = [open_picture(path) for path in media.source]
-        else:
-            pictures, seconds = read_video(media.source, self.num_frames, self.fps)
+        pictures, seconds = open_media(media, self.num_frames, self.fps, pixels)
         width, height = pictures[0].size
-        if any(picture.size != (width, height) for picture in pictures):
-            raise UserError(f"{media.source[0]}: the frames of one video differ in size")
-        size = smart_resize(height, width, self.min_pixels, self.max_pixels)
-        patches, grid = to_patches(pictures, size)
+        h, w = smart_resize(height, width, self.min_pixels, self.max_pixels)
+        grid = -(-len(pictures) // 2), h // 14, w // 14
         known = self.video_seconds == "real" and seconds is not None
-        return patches, grid, (2 * seconds if known else 1.0) if media.kind == "video" else None, \
-            (size[1] / width, size[0] / height)
+        return to_patches(pictures, (h, w))[0] if pixels else torch.empty(0, 1176), grid, \
+            (2 * seconds if known else 1.0) if media.kind == "video" else None, (w / width, h / height)
 
     def turns(self, sample, style, scale, answer):
         """The conversation as ((role, (text or Media, ...)), ...)."""
@@ -423,14 +467,17 @@ class Processor:
                  ("user", (*sample.media, prompt_text(sample, style, self.prompts))))
         return turns + (("assistant", (answer_text(sample, style, scale),)),) if answer else turns
 
-    def example(self, sample, style, answer=True):
+    def example(self, sample, style, answer=True, pixels=True):
         """Render one sample in the chat format. Only the assistant's text and its end-of-turn token are trained.
 
         Args:    answer: with the answer and its labels (training), or up to where the assistant begins (generation).
+                 pixels: False leaves the patches out: only headers of pictures are read.
         Raises:  UserError that begins with the sample's file:line.
         """
         try:
-            loaded = [self.load(media) for media in sample.media]
+            if sample.question_type == "localization":
+                check_media(sample)
+            loaded = [self.load(media, pixels) for media in sample.media]
             scale = loaded[0][3] if loaded else (1, 1)
             ids, labels, pictures = [], [], iter(loaded)
 
@@ -472,7 +519,7 @@ class Processor:
         except UserError as error:
             raise UserError(f"{sample.where}: {error}") from None
         boxes = scale_boxes(sample.answer, scale) if sample.question_type == "localization" else ()
-        patches = torch.cat([item[0] for item in loaded]) if loaded else torch.empty(0, 1176)
+        patches = torch.cat([item[0] for item in loaded] or [torch.empty(0, 1176)])
         return Example(ids, torch.tensor(labels), positions, patches, grids, boxes)
 
 
@@ -513,22 +560,21 @@ def cost(sample):
     return 100 * pictures + len(sample.question.split()) + len((sample.solution or "").split())
 
 
-def rows_of_step(step, count, batch_size, seed, shuffle=1.0):
+def rows_of_step(step, count, batch_size, seed, window=1.0):
     """Row numbers of optimizer step 1, 2, ...: a pure function, so any step can be repeated anywhere.
 
-    Epochs follow one another without a gap. Each is a permutation of all rows: uniform with shuffle 1; with less it
-    keeps about the file's order, so that a file that goes from easy to hard is a curriculum.
+    Epochs follow one another without a gap; each is a new permutation of all rows. With a window below 1 rows are
+    drawn from that share at the file's beginning instead: of a file that goes from easy to hard, the easier part.
 
     >>> sorted(rows_of_step(1, 6, 4, 0) + rows_of_step(2, 6, 4, 0)[:2])
     [0, 1, 2, 3, 4, 5]
-    >>> rows_of_step(1, 4, 8, 0, shuffle=0.0)
-    [0, 1, 2, 3, 0, 1, 2, 3]
+    >>> max(rows_of_step(1, 100, 50, 0, window=0.1)) < 10
+    True
     """
+    if window < 1:
+        return np.random.default_rng((seed, step)).integers(0, math.ceil(window * count), batch_size).tolist()
     places = range((step - 1) * batch_size, step * batch_size)
-    orders = {}
-    for epoch in {place // count for place in places}:
-        noise = np.random.default_rng((seed, epoch)).random(count)
-        orders[epoch] = np.argsort((1 - shuffle) * np.arange(count) / count + shuffle * noise, kind="stable")
+    orders = {epoch: np.random.default_rng((seed, epoch)).permutation(count) for epoch in {p // count for p in places}}
     return [int(orders[place // count][place % count]) for place in places]
 
 
@@ -546,3 +592,8 @@ def micro_batches(rows, costs, size, rank, world):
     batches = [[(row, True) for row in ordered[i:i + size]] for i in range(0, len(ordered), size)]
     batches += [[(rows[0], False)]] * (-len(batches) % world)
     return batches[rank::world]
+
+
+if __name__ == "__main__":
+    from check import main, main_guard  # beside the reading path
+    main_guard(main)

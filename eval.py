@@ -2,6 +2,7 @@
 
     python eval.py --model DIR --bench rooms --data runs/tiny/rooms/test --out DIR
     torchrun --nproc-per-node 4 eval.py --model DIR --bench vsibench --data BENCHMARKS/VSI-Bench --out DIR
+    python eval.py --model DIR --bench all --data BENCHMARKS --out DIR   # those in folders with their names on the hub
     python eval.py --predictions FILE.jsonl --bench spbench-si --data DIR --out DIR        # another engine's answers
 
 Every sample is answered greedily through the same path that training takes (data.py); --prompt-style thinking asks
@@ -16,6 +17,7 @@ import os
 import random
 import time
 from collections import defaultdict
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -23,12 +25,23 @@ from tqdm import tqdm
 
 from benchmarks import BENCHES, OURS, add_baselines, read_bench, score_rows, summarize, table
 from checkpoint import checkpoint_tensors, load_model, read_json, write_json
-from data import Processor, collate, cost, read_all, read_lines, read_samples
+from data import Processor, collate, cost, parse_line, read_all, read_lines
 from model import generate
-from rewards import UserError
+from rewards import CHOICE_TYPES, NUMBER_TYPES, UserError, parse_boxes
 from runtime import Parser, Ranks, add_flags, main_guard
 
 SEEN = ("min_pixels", "max_pixels", "num_frames", "fps", "video_seconds", "prompts")  # what data.Processor asks for
+
+
+def found_benches(data):
+    """Benchmark -> its folder, for every data set that lies in `data` in a folder with its name on the hub."""
+    folders = {name: Path(data) / bench.hub.split("/")[1] for name, bench in BENCHES.items()}
+    found = {name: folder for name, folder in folders.items()
+             if any(any(folder.glob(depth + BENCHES[name].files[0])) for depth in ("", "*/"))}
+    if not found:
+        raise UserError(f"{data}: no benchmark in it; expected folders "
+                        + ", ".join(sorted({folder.name for folder in folders.values()})))
+    return found
 
 
 def read_rows(bench, data, images):
@@ -38,8 +51,11 @@ def read_rows(bench, data, images):
     files = [Path(data) / f"spld_{kind}_data.jsonl" for kind in ("grounding", "spatial")] if bench == "rooms" else [bench]
     for file in files:
         if not Path(file).is_file():
-            raise UserError(f"{file}: no such file; --bench takes {', '.join(BENCHES)}, rooms, or a jsonl file")
+            raise UserError(f"{file}: no such file; --bench takes {', '.join(BENCHES)}, all, rooms, or a jsonl file")
     samples = read_all(files, images)
+    for sample in samples:
+        if sample.question_type not in ("localization", *CHOICE_TYPES, *NUMBER_TYPES):
+            raise UserError(f"{sample.where}: no question_type in it: there is nothing to score by")
     return samples, [{}] * len(samples)
 
 
@@ -85,18 +101,14 @@ def finished_rows(out):
     """Answers that an interrupted evaluation left, by row number; a line cut in the middle does not count."""
     rows = {}
     for path in sorted(out.glob("answers-rank*.jsonl")):
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-            if line.endswith("\n"):
-                row = json.loads(line)
-                rows[row["index"]] = row
+        for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
+            row = json.loads(line)
+            rows[row["index"]] = row
     return rows
 
 
-def answer_all(samples, args, ranks, out):
+def answer_all(model, processor, samples, args, ranks, out):
     """Answer every sample with the model, batch by batch over all ranks. Returns: answers in row order, the recipe."""
-    model = load_model(args.model, getattr(torch, args.dtype or ("bfloat16" if ranks.device.type == "cuda" else "float32")),
-                       ranks.device)
-    processor = Processor(args.model, model.config, args)
     order = sorted(range(len(samples)), key=lambda row: (cost(samples[row]), row), reverse=True)  # longest first
     batches = [order[i:i + args.batch_size] for i in range(0, len(order), args.batch_size)]
     done = finished_rows(out)
@@ -117,6 +129,7 @@ def answer_all(samples, args, ranks, out):
     return [done[row] for row in range(len(samples))], recipe
 
 
+@cache
 def model_hash(directory):
     """First 16 hex digits of the SHA-256 of a model's weight files."""
     digest = hashlib.sha256()
@@ -127,65 +140,61 @@ def model_hash(directory):
     return digest.hexdigest()[:16]
 
 
-def given_answers(path, samples):
-    """Another engine's completions (jsonl rows with id and completion) in the samples' order; none is scored as wrong.
+def given_answers(path, samples, benchmark):
+    """Another engine's completions in the samples' order; a sample without one counts as wrong.
 
-    Raises: UserError for a row without them, an id that no sample has, or one that stands twice.
+    Rows hold id, question_type and completion; a localization row may give `answer`, the true boxes in the pixels that
+    the engine saw (as our own predictions.jsonl does), else its boxes are taken to be in pixels of the file.
+
+    Args:    benchmark: all samples of it, of which `samples` are scored.
+    Raises:  UserError for a row without the three, that no sample has, or that stands twice.
     """
-    given, ids = {}, {sample.id for sample in samples}
-    for where, row in read_lines(path):
-        if not isinstance(row.get("completion"), str) or "id" not in row:
-            raise UserError(f"{where}: expected id and completion, found {', '.join(row)}")
-        if str(row["id"]) not in ids or str(row["id"]) in given:
-            raise UserError(f"{where}: id {row['id']!r} is not in the benchmark, or stands twice")
-        given[str(row["id"])] = row
+    given, names = {}, {(s.id, s.question_type) for s in benchmark}
+    if len(names) < len(benchmark):
+        raise UserError(f"--predictions {path}: the benchmark has rows of equal id and question_type")
+    for where, line in read_lines(path):
+        row = parse_line(line, where)
+        missing = [key for key in ("id", "question_type", "completion") if not isinstance(row.get(key), (str, int))]
+        if missing:
+            raise UserError(f"{where}: expected id, question_type and completion, found {', '.join(row)}")
+        name = str(row["id"]), row["question_type"]
+        if name not in names or name in given:
+            raise UserError(f"{where}: id {name[0]} of {name[1]!r} "
+                            + ("stands twice" if name in given else "is not in the benchmark"))
+        given[name] = {"completion": str(row["completion"])}
+        if name[1] == "localization" and "answer" in row:
+            given[name]["answer"] = parse_boxes(json.dumps(row["answer"]))
+            if not given[name]["answer"]:
+                raise UserError(f"{where}: answer is {json.dumps(row['answer'])[:80]}, expected a list of boxes")
     return [{"id": s.id, "where": s.where, "question_type": s.question_type, "answer": s.answer, "completion": "",
-             "skipped": s.id not in given} | {key: given[s.id][key] for key in ("completion",) if s.id in given}
-            for s in samples]
+             "skipped": (s.id, s.question_type) not in given} | given.get((s.id, s.question_type), {}) for s in samples]
 
 
-def main():
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_flags(parser, ("model", "images", "out", "device", "dtype", *SEEN))
-    parser.add_argument("--bench", required=True, help=f"{', '.join(BENCHES)}, rooms, or a jsonl file in our format")
-    parser.add_argument("--data", help="the benchmark's folder")
-    parser.add_argument("--prompt-style", choices=("direct", "thinking"), default="thinking", help="how questions are asked")
-    parser.add_argument("--scorer", choices=("spatialladder", "official"), default="spatialladder")
-    parser.add_argument("--max-completion-length", type=int, default=1024)
-    parser.add_argument("--batch-size", type=int, default=32, help="samples decoded at once on one device")
-    parser.add_argument("--limit", type=int, help="at most this many rows of each question type, drawn by --seed")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--predictions", help="jsonl of another engine's answers (id, completion); needs no model")
-    parser.add_argument("--blind-from", help="folder or jsonl of training rows: what their answers say without a picture")
-    parser.set_defaults(num_frames=32, video_seconds="grid")
-    args = parser.parse_args()
-    for name in ("out", "predictions" if args.predictions else "model", *(("data",) if args.bench in (*BENCHES, "rooms") else ())):
-        if getattr(args, name) is None:
-            parser.error(f"--{name} is missing")
-    bench, out, began = BENCHES.get(args.bench, OURS), Path(args.out), time.time()
-    if args.scorer not in bench.scorers:
-        parser.error(f"--scorer {args.scorer}: {args.bench} has {', '.join(bench.scorers)}")
-    ranks = Ranks(args.device)
+def evaluate(args, ranks, model, processor, out):
+    """One benchmark, from its files to out/scores.json. model, processor: None with --predictions."""
+    bench, began = BENCHES.get(args.bench, OURS), time.time()
 
     # what to answer
-    samples, extras = subset(*read_rows(args.bench, args.data, args.images), args.limit, args.seed)
+    benchmark = read_rows(args.bench, args.data, args.images)
+    samples, extras = subset(*benchmark, args.limit, args.seed)
+    blind_from = Path(args.blind_from) if args.blind_from else None
+    files = [] if blind_from is None else sorted(blind_from.glob("spld_[gs]*_data.jsonl")) or [blind_from]
+    train = read_all(files, None) if files else []
+    if args.predictions:
+        answers, recipe = given_answers(args.predictions, samples, benchmark[0]), {"predictions": args.predictions}
     asked = {key: value for key, value in vars(args).items() if key not in ("device", "out", "predictions")}
     problem = ranks.gather(claim(out, asked) if ranks.rank == 0 else None)[0]
     if problem:
         raise UserError(problem)
 
     # answer
-    if args.predictions:
-        answers, recipe = given_answers(args.predictions, samples), {"predictions": args.predictions}
-    else:
-        answers, recipe = answer_all(samples, args, ranks, out)
+    if not args.predictions:
+        answers, recipe = answer_all(model, processor, samples, args, ranks, out)
 
     # score
     if ranks.rank == 0:
-        blind_from = Path(args.blind_from) if args.blind_from else None
-        files = [] if blind_from is None else sorted(blind_from.glob("spld_[gs]*_data.jsonl")) or [blind_from]
-        train = read_all(files, None) if files else []
-        rows = score_rows([row | extra for row, extra in zip(answers, extras)], bench, args.scorer, args.prompt_style == "thinking")
+        rows = [row | extra for row, extra in zip(answers, extras)]
+        rows = score_rows(rows, bench, args.scorer, args.prompt_style == "thinking")
         rows = list(add_baselines(rows, samples, bench.scorers[args.scorer][0], train))
         lines = out / "predictions.jsonl.tmp"
         lines.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
@@ -198,6 +207,45 @@ def main():
         scores["seconds"] = max(scores["seconds"], before["seconds"])  # not the moment it takes to find all done
         write_json(out / "scores.json", scores)
         print(table(args.bench, scores, bench, args.scorer))
+
+
+def main():
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_flags(parser, ("model", "images", "out", "device", "dtype", *SEEN))
+    parser.add_argument("--bench", required=True, help=f"{', '.join(BENCHES)}, all, rooms, or our kind of jsonl file")
+    parser.add_argument("--data", help="the benchmark's folder; of all, the folder that holds theirs")
+    parser.add_argument("--prompt-style", choices=("direct", "thinking"), default="thinking", help="how questions are asked")
+    parser.add_argument("--scorer", choices=("spatialladder", "official"), default="spatialladder")
+    parser.add_argument("--max-completion-length", type=int, default=1024)
+    parser.add_argument("--batch-size", type=int, default=32, help="samples decoded at once on one device")
+    parser.add_argument("--limit", type=int, help="at most this many rows of each question type, drawn by --seed")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--predictions", help="another engine's answers, rows of id, question_type, completion; no model")
+    parser.add_argument("--blind-from", help="folder or jsonl of training rows: what their answers say without a picture")
+    parser.set_defaults(num_frames=32, video_seconds="grid")
+    args = parser.parse_args()
+    named = args.bench in (*BENCHES, "rooms", "all")
+    for name in ("out", "predictions" if args.predictions else "model", *(("data",) if named else ())):
+        if getattr(args, name) is None:
+            parser.error(f"--{name} is missing")
+    for name in ("limit", "batch_size", "max_completion_length"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least 1")
+    if args.predictions and args.bench == "all":
+        parser.error("--predictions goes with one benchmark, not with all")
+    benches = found_benches(args.data) if args.bench == "all" else {args.bench: args.data}
+    for name in benches:
+        if args.scorer not in BENCHES.get(name, OURS).scorers:
+            parser.error(f"--scorer {args.scorer}: {name} has {', '.join(BENCHES.get(name, OURS).scorers)}")
+    ranks, model, processor = Ranks(args.device), None, None
+    if not args.predictions:
+        dtype = args.dtype or ("bfloat16" if ranks.device.type == "cuda" else "float32")
+        model = load_model(args.model, getattr(torch, dtype), ranks.device)
+        processor = Processor(args.model, model.config, args)
+    for name, data in benches.items():
+        out = Path(args.out, name) if args.bench == "all" else Path(args.out)
+        one = argparse.Namespace(**vars(args) | {"bench": name, "data": data and str(data)})
+        evaluate(one, ranks, model, processor, out)
     ranks.close()
 
 

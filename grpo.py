@@ -29,7 +29,7 @@ import torch
 from data import Processor, collate, prompt_text, read_all, rows_of_step
 from model import Batch, generate
 from rewards import REWARDS, UserError
-from runtime import (Ranks, Run, adamw, clip_gradients, gathered, load_sharded, main_guard, recipe_settings,
+from runtime import (Ranks, Run, adamw, clip_gradients, gathered, load_sharded, main_guard, need_inputs, recipe_settings,
                      scheduled_rate)
 
 LOG_RATIO_LIMIT = 20.0  # exp(20) = 5e8: beyond it k3 only overflows
@@ -61,7 +61,7 @@ def kl_k3(log_probs, reference):
     0.0
     """
     d = (reference - log_probs).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
-    return d.exp() - d - 1
+    return d.expm1() - d  # exp(d) - 1 without cancellation: most d are near 0
 
 
 def policy_loss(log_probs, old, advantages, epsilon, epsilon_high):
@@ -255,7 +255,8 @@ def main():
                         f"{ranks.world} processes")
 
     # data
-    samples = read_all(args.data, args.images)
+    need_inputs(args, ranks)
+    samples = read_all(args.data, args.images, ranks.print if args.drop_invalid else None)
     steps = math.ceil(args.epochs * len(samples) / args.prompts_per_step) * args.num_iterations
     steps = min(steps, args.max_steps or steps)
 

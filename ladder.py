@@ -29,7 +29,7 @@ FLAGS = {  # every setting of a run: (type, what it is). A list repeats, a tuple
     "out": (str, "output directory, a model directory in the end"),
     "replay": ([str], "jsonl files of earlier stages to mix in"),
     "replay_ratio": (float, "share of all rows that are replayed"),
-    "shuffle": (float, "1 shuffles all rows, 0 keeps the files' order, between keeps it roughly"),
+    "curriculum": (float, "share of the rows, from the beginning of the file, that the first steps draw from; 1: all"),
     "epochs": (float, "passes over the data"),
     "max_steps": (int, "stop after this many optimizer steps, whatever the epochs"),
     "batch_size": (int, "examples per optimizer step, over all processes"),
@@ -45,6 +45,7 @@ FLAGS = {  # every setting of a run: (type, what it is). A list repeats, a tuple
     "num_frames": (int, "frames taken from a video file, spread evenly"),
     "fps": (float, "frames per second taken from a video file, in place of --num-frames"),
     "video_seconds": (("grid", "real"), "time of a video's frames: one second per pair, or the true times"),
+    "drop_invalid": (bool, "leave out rows that are not valid and say how many, in place of an error at the first"),
     "prompts": (str, "JSON file with prompt texts in place of ours"),
     "prompts_per_step": (int, "prompts per rollout, over all processes"),
     "num_generations": (int, "completions per prompt: the group"),
@@ -72,13 +73,13 @@ FLAGS = {  # every setting of a run: (type, what it is). A list repeats, a tuple
 
 RUN = dict(images=None, seed=0, save_every=0, keep_last=2, resume=None, workers=0, device=None, dtype=None,
            prompts=None, min_pixels=None, max_pixels=None, num_frames=16, fps=None, video_seconds="grid",
-           reshard_after_forward=True, activation_checkpointing=False)
+           drop_invalid=False, reshard_after_forward=True, activation_checkpointing=False)
 
 # ---------------------------------------------------------------------------------------------- tiny
 # 2 CPU cores, 15 minutes in all. Rates and lengths as measured on this model, not taken from anywhere.
 TINY = dict(RUN, weight_decay=0.05, betas=[0.9, 0.95], max_grad_norm=1.0, micro_batch=16, warmup_ratio=0.05,
             lr_scheduler_type="cosine")
-TINY_SFT = dict(TINY, replay=None, replay_ratio=0.0, shuffle=1.0, epochs=1000.0, batch_size=16)
+TINY_SFT = dict(TINY, replay=None, replay_ratio=0.0, curriculum=1.0, epochs=1000.0, batch_size=16)
 ROOMS = "runs/tiny/rooms/train/"
 GROUNDING, SPATIAL, COLDSTART = (f"spld_{kind}_data.jsonl" for kind in ("grounding", "spatial", "coldstart"))
 
@@ -88,7 +89,7 @@ GROUNDING, SPATIAL, COLDSTART = (f"spld_{kind}_data.jsonl" for kind in ("groundi
 # G = 4, 1,024 tokens, beta 0.01, pictures and frames of 16 to 128 x 28 x 28 pixels.
 PAPER = dict(RUN, weight_decay=0.0, betas=[0.9, 0.999], max_grad_norm=1.0, micro_batch=1, workers=4, save_every=200,
              keep_last=1, min_pixels=16 * 28 * 28, max_pixels=128 * 28 * 28, activation_checkpointing=True, epochs=1.0)
-PAPER_SFT = dict(PAPER, replay=None, replay_ratio=0.0, shuffle=1.0, batch_size=8, learning_rate=1e-5, warmup_ratio=0.1,
+PAPER_SFT = dict(PAPER, replay=None, replay_ratio=0.0, curriculum=1.0, batch_size=8, learning_rate=1e-5, warmup_ratio=0.1,
                  lr_scheduler_type="cosine")
 
 RECIPES = {
@@ -122,6 +123,12 @@ RUNGS = (  # name, stage that trains it, what it starts from, its data, how it i
     ("cold", "cold", "stage2", COLDSTART, "thinking", "learned to write its reasoning down before it answers"),
     ("grpo", "grpo", "cold", SPATIAL, "thinking", "learned to reason from its own attempts and their rewards"),
 )
+MADE_BY = {  # what the bare commands need and the command that makes it; the last two are made without asking
+    "runs/tiny/stage1": "python train_sft.py --stage 1", "runs/tiny/stage2": "python train_sft.py --stage 2",
+    "runs/tiny/cold": "python train_sft.py --stage cold",
+    "runs/tiny/rooms": "python scenes.py --out runs/tiny/rooms",
+    "runs/tiny/base": "python tiny.py --data runs/tiny/rooms/train --out runs/tiny/base",
+}
 SMOKE = {"1": 4, "2": 4, "cold": 4, "grpo": 1}  # optimizer steps of --smoke
 
 

@@ -8,8 +8,10 @@ import difflib
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from contextlib import contextmanager
@@ -26,7 +28,7 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from checkpoint import build_model, load_config, load_weights, read_json, save_model, write_json
-from ladder import FLAGS, RECIPES
+from ladder import FLAGS, MADE_BY, RECIPES
 from rewards import UserError
 
 
@@ -54,9 +56,10 @@ class Parser(argparse.ArgumentParser):
 
 
 FREE = ("resume", "device", "workers", "micro_batch", "save_every", "keep_last")  # may change when a run continues
-POSITIVE = ("epochs", "max_steps", "batch_size", "micro_batch", "learning_rate", "max_grad_norm", "min_pixels", "max_pixels",
-            "num_frames", "fps", "prompts_per_step", "max_completion_length", "num_iterations", "keep_last")
-AT_MOST = {"replay_ratio": 0.99, "warmup_ratio": 1, "shuffle": 1}
+POSITIVE = ("epochs", "max_steps", "batch_size", "micro_batch", "learning_rate", "max_grad_norm", "min_pixels",
+            "max_pixels", "num_frames", "fps", "prompts_per_step", "max_completion_length", "num_iterations",
+            "keep_last")
+AT_MOST = {"replay_ratio": 0.99, "warmup_ratio": 1, "curriculum": 1}
 
 
 def add_flags(parser, names):
@@ -107,6 +110,23 @@ def recipe_settings(doc, argv=None, stage=None):
     return argparse.Namespace(**args)
 
 
+def need_inputs(args, ranks):
+    """Make the tiny preset's rooms and random weights where they are missing; name the command for a missing rung."""
+    given = (*args.data, *(vars(args).get("replay") or ()), args.model)  # GRPO replays nothing
+    for made, command in MADE_BY.items():
+        inputs = [path for path in given if Path(path).is_relative_to(made)]
+        complete = Path(made) / ("meta.json" if made.endswith("rooms") else "config.json")
+        if not inputs or ranks.gather(complete.is_file())[0]:  # rank 0 decides for all: it may be quick to make it
+            continue
+        script, *flags = shlex.split(command)[1:]
+        if script not in ("scenes.py", "tiny.py"):
+            raise UserError(f"{made}: no model there yet; make it with: {command}")
+        ranks.print(f"$ {command}")
+        failed = ranks.rank == 0 and subprocess.run([sys.executable, Path(__file__).parent / script, *flags]).returncode
+        if ranks.gather(failed)[0]:
+            raise UserError(f"{made}: could not be made with: {command}")
+
+
 def main_guard(main):
     """Run a script's main: a user's mistake is one line on stderr and exit code 2."""
     code = 0
@@ -114,7 +134,7 @@ def main_guard(main):
         main()
     except UserError as error:
         rank = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
-        line = str(error).strip().splitlines()[-1].removeprefix("rewards.UserError: ")  # DataLoader's workers add a traceback
+        line = str(error).strip().splitlines()[-1].removeprefix("rewards.UserError: ")  # after a DataLoader's traceback
         sys.stderr.write(f"{rank}{Path(sys.argv[0]).name}: {line}\n")  # in one piece: ranks write to the same terminal
         code = 2
     if dist.is_initialized():  # else gloo's threads abort the interpreter at its exit

@@ -3,15 +3,14 @@
     python scenes.py --out DIR --scenes 4000 --seed 0          # writes DIR/{train,val,test}, see write_rooms
     python scenes.py --out DIR --scenes 40 --cast 0            # a few rooms, without the lens's colour cast
 
-Three of four rooms are compact and pictured by four cameras, one at each wall: every picture gives a localization
-row and most a single-image row, the four together multi-view rows. Every fourth room is of any size and filmed from
-a moving camera: video rows. All answers are computed from the 3D scene, all boxes from the visible pixels.
+Three of four rooms are compact and pictured by four cameras, one at each wall: every picture gives localization and
+single-image rows, the four together multi-view rows. Every fourth room is of any size and filmed from a moving camera:
+video rows. All answers are computed from the 3D scene, all boxes from the visible pixels.
 
 Room coordinates: x and y along the walls from a corner, z up, meters. On the floor a camera has things `right` and
 `ahead` of it. Boxes [x1, y1, x2, y2] cover pixel columns x1 to x2-1 and rows y1 to y2-1: x2 - x1 is the width.
 """
 import argparse
-import contextlib
 import io
 import itertools
 import json
@@ -35,15 +34,16 @@ from rewards import UserError
 SPLITS = ("train", "val", "test")
 # Difficulty. Blind guessing earns little only where the range of a number is wide: hence the factors on sides.
 SIZE = 112  # side of a picture in pixels; a multiple of 28, a merged patch of the vision encoder
-CAST = 56  # the lens's colour cast at the edges in grey levels; the model, which has no absolute positions, can use it
+CAST = 40  # the lens's colour cast at the edges in grey levels; the model, which has no absolute positions, can use it
 FIELD_OF_VIEW, EYE_HEIGHT, PITCH, CEILING = math.radians(64), 1.5, math.radians(15), 2.9
 VIEW_SIDES, VIDEO_SIDES = (3.8, 5.0), (2.8, 9.5)  # shortest and longest wall, log-uniform, meters
-VIEW_CATEGORIES, VIDEO_CATEGORIES = (4, 6), (4, 6)  # different categories in a room, both ends included
-REPEATS = 0.6  # share of rooms where one category has 2 to 4 instances
+VIEW_CATEGORIES, VIDEO_CATEGORIES = (2, 5), (4, 6)  # different categories in a room, both ends included
+EASY = 0.3  # share of the training rooms with views that hold a single thing: where localization begins
+REPEATS = 0.9  # share of rooms where one category has 2 to 4 instances
 SCALE, STRETCH = (0.5, 1.6), (0.85, 1.18)  # factors on all sides of a thing, on each side
 GAP, CLEARANCE, WALL = 0.15, 0.75, 0.03  # meters from things to things, cameras and walls
 VIEWS, FRAMES, FRAMES_PER_SECOND, AVI_SHARE = 4, 8, 2, 1 / 6
-SINGLE_SHARE = 2 / 3  # of the localization questions are single-image rows as well
+SIZE_SHARE = 0.25  # of the questions about size are spatial rows; there would be too many
 # A question may name what shows this share of the picture's pixels and sides, and of its own pixels, where others
 # hide the rest, and has this share of its projected rectangle inside the picture.
 MIN_PIXELS, MIN_SIDE, MIN_RATIO, MIN_INSIDE = 0.005, 0.06, 0.5, 0.6
@@ -51,7 +51,7 @@ MIN_PIXELS, MIN_SIDE, MIN_RATIO, MIN_INSIDE = 0.005, 0.06, 0.5, 0.6
 # right (front and back), degrees to a sector's edge; closer things than MIN_DISTANCE have no distance asked.
 NEAREST_MARGIN, SIDE_MARGIN, COLUMN_MARGIN, ANGLE_MARGIN, MIN_DISTANCE = 0.3, 0.35, 0.04, 15, 0.2
 # How often a type comes before others: the more, the fewer rooms allow it; the last two, of video only, always.
-COUNT_ONE = 0.04  # chance to ask for the number of a category with one instance, each, where none has more
+COUNT_ONE = 0.12  # chance to ask for the number of a category with one instance, each, where none has more
 WEIGHTS = {"object size": 2, "absolute distance": 3, "relative direction": 4, "relative distance": 8,
            "object count": 12, "room size": 1e9, "appearance order": 1e9}
 
@@ -71,12 +71,7 @@ FURNITURE = {
     "plant": ((50, 165, 55), (.75, .75, 1.1), [
         (8, .5, -.5, .5, .35, 1, .35, 1), (8, .25, -.25, .25, 0, .35, 1.3, .55)]),
     "bin": ((45, 45, 50), (.6, .6, .8), [(8, .36, -.36, .36, 0, .9, 1.25, 1), (8, .5, -.5, .5, .9, 1, 1, 1.6)]),
-    "shelf": ((240, 135, 30), (1, .45, 1.35), [
-        (4, .5, .36, .5, 0, 1, 1, .75), (4, .5, -.5, .36, .44, .54, 1, 1), (4, .5, -.5, .36, .9, 1, 1, 1)]),
-    "fridge": ((150, 230, 235), (.75, .7, 1.4), [
-        (4, .5, -.5, .5, 0, .62, 1, 1), (4, .5, -.5, .5, .66, 1, 1, 1), (4, .47, -.4, .5, .62, .66, 1, .4)]),
 }
-PLURALS = {"shelf": "shelves"}  # the others take an s
 LIGHT = np.array([0.45, 0.2, 0.87])  # unit vector towards it
 DIAGONALS = ("left-front", "left-back", "right-front", "right-back")
 
@@ -188,15 +183,15 @@ def fits(thing, things, cameras, sides):
     return all(polygon_distance(other.footprint, thing.footprint) >= GAP for other in things)
 
 
-def make_room(rng, video):
-    """A furnished room and its cameras; drawn anew until it holds the least number of categories."""
-    least, most = VIDEO_CATEGORIES if video else VIEW_CATEGORIES
+def make_room(rng, video, easy=False):
+    """A furnished room and its cameras; drawn anew until it holds the least number of categories, one if easy."""
+    least, most = (1, 1) if easy else VIDEO_CATEGORIES if video else VIEW_CATEGORIES
     things = []
     while len({t.name for t in things}) < least:
         sides = np.round(np.exp(rng.uniform(*np.log(VIDEO_SIDES if video else VIEW_SIDES), 2)), 1)
         cameras, things = make_cameras(rng, sides, video), []
         names = rng.permutation(list(FURNITURE))[:rng.integers(least, most + 1)].tolist()
-        if rng.random() < REPEATS:
+        if rng.random() < REPEATS and not easy:
             names[:1] *= min(4, int(rng.integers(2, 7)))  # most are 4: not all will fit
         for name in names:
             scale = SCALE[0] * (SCALE[1] / SCALE[0]) ** rng.beta(0.5, 0.5)  # the ends are likelier than the middle
@@ -452,7 +447,7 @@ def ask(rng, world, function, texts):
             things, answer, steps, choices = found[rng.choice(sorted(found))]
             named = names(world, things)
             if function is object_count:
-                named = [PLURALS.get(named[0], named[0] + "s")]
+                named = [named[0] + "s"]
             return things, text.format(*named), answer, f"{describe(world, things)} {steps}".strip(), choices
 
 
@@ -464,7 +459,7 @@ def make_files(seed, split, index, size=SIZE, cast=CAST):
     folder, video, ids = f"room{index:05d}", index % 4 == 3, itertools.count(100 * index)
     files, rows = {}, {"grounding": [], "spatial": [], "coldstart": []}
 
-    def add(world, images, data_type, number, spatial=True):
+    def add(world, images, data_type, number):
         """Rows of `number` types that the world has a question of."""
         types = sorted(TYPES[data_type], key=lambda t: rng.exponential(1 / WEIGHTS[t]))
         asked = ((t, ask(rng, world, *TYPES[data_type][t])) for t in types)
@@ -477,17 +472,19 @@ def make_files(seed, split, index, size=SIZE, cast=CAST):
             row = {"question_id": next(ids), "question": text, "image": images, "data_type": data_type}
             if data_type == "single_image":
                 boxes = [{"bbox_2d": [*world.sights[0][k].box], "label": world.room.things[k].name} for k in things]
-                rows["grounding"].append(row | {"answer": boxes})
+                shown = sum(sight.box is not None for sight in world.sights[0])
+                rows["grounding"].append(row | {"answer": boxes, "shown": shown})
             if options:
                 answer = next(option[0] for option in options if option[3:] == answer)
                 chain += f" Option {answer}."
-            if spatial:
+            if question_type != "object size" or rng.random() < SIZE_SHARE:
                 row |= {"options": options, "answer": answer, "question_type": question_type}
                 rows["spatial"].append(row)
                 rows["coldstart"].append(row | {"solution": f"<think>{chain}</think><answer>{answer}</answer>"})
 
+    easy = split == "train" and not video and rng.random() < EASY
     while True:
-        room = make_room(rng, video)
+        room = make_room(rng, video, easy)
         pictures, _, sights = zip(*(render(room, camera, size, cast) for camera in room.cameras))
         world = make_world(room, sights, "frame" if video else "view", room.cameras[0])
         if not video or ask(rng, world, *TYPES["video"]["appearance order"]):  # a path worth filming
@@ -501,8 +498,8 @@ def make_files(seed, split, index, size=SIZE, cast=CAST):
         add(world, list(files), "video", 4)
     else:
         for name, camera, sight in zip(files, room.cameras, sights):
-            add(make_world(room, [sight], "", camera), [name], "single_image", 1, rng.random() < SINGLE_SHARE)
-        add(world, list(files), "multi_view", 1 + (index % 4 == 0))
+            add(make_world(room, [sight], "", camera), [name], "single_image", 2)
+        add(world, list(files), "multi_view", 1 if easy else 2)
     return files, rows
 
 
@@ -551,12 +548,13 @@ def write_rooms(out, scenes, seed, test_scenes=640, size=SIZE, cast=CAST, proces
                 folder, kinds = beside / split, ("grounding", "spatial") + ("coldstart",) * (split == "train")
                 jobs = [(folder / "images", (seed, split, index, size, cast)) for index in range(rooms)]
                 folder.mkdir()
-                with contextlib.ExitStack() as stack:
-                    lines = {k: stack.enter_context(open(folder / f"spld_{k}_data.jsonl", "w")) for k in kinds}
-                    for made in tqdm(pool.imap(save_room, jobs, 4), f"{split} rooms", rooms, mininterval=1):
-                        for kind in kinds:
-                            for row in made[kind]:
-                                print(json.dumps(add_prompt(row) if kind == "coldstart" else row), file=lines[kind])
+                made = list(tqdm(pool.imap(save_room, jobs, 4), f"{split} rooms", rooms, mininterval=1))
+                for kind in kinds:
+                    rows = [row for room in made for row in room[kind]]
+                    if kind == "grounding":  # from pictures of one thing to those of many: a curriculum, read in order
+                        rows.sort(key=lambda row: row.pop("shown"))
+                    lines = [json.dumps(add_prompt(row) if kind == "coldstart" else row) + "\n" for row in rows]
+                    (folder / f"spld_{kind}_data.jsonl").write_text("".join(lines))
         (beside / "meta.json").write_text(json.dumps(request) + "\n")
         os.replace(beside, out)
     finally:

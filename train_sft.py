@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from data import IGNORE, Processor, collate, cost, micro_batches, read_all, rows_of_step, style_of
 from rewards import UserError
-from runtime import Ranks, Run, adamw, clip_gradients, load_sharded, main_guard, recipe_settings, scheduled_rate
+from runtime import Ranks, Run, adamw, clip_gradients, load_sharded, main_guard, need_inputs, recipe_settings, scheduled_rate
 
 
 def with_replay(samples, earlier, ratio, seed):
@@ -27,6 +27,17 @@ def with_replay(samples, earlier, ratio, seed):
     """
     count = round(len(samples) * ratio / (1 - ratio))
     return samples + random.Random(seed).choices(earlier, k=count) if count else samples
+
+
+def competence(step, steps, start):
+    """Share of the rows, from the easy end of the file, that a step draws from: grows from `start` to 1 at 3/4 of the run.
+
+    Source: competence-based curriculum learning (Platanios et al. 2019), linear.
+
+    >>> [competence(step, 100, 0.25) for step in (0, 25, 75, 100)]
+    [0.25, 0.5, 1.0, 1.0]
+    """
+    return min(1.0, start + (1 - start) * step / (0.75 * steps))
 
 
 class Rows(Dataset):
@@ -65,9 +76,11 @@ def main():
     ranks = Ranks(args.device)
 
     # data
-    samples = read_all(args.data, args.images)
+    need_inputs(args, ranks)
+    tell = ranks.print if args.drop_invalid else None
+    samples = read_all(args.data, args.images, tell)
     if args.replay:
-        samples = with_replay(samples, read_all(args.replay, args.images), args.replay_ratio, args.seed)
+        samples = with_replay(samples, read_all(args.replay, args.images, tell), args.replay_ratio, args.seed)
     steps = math.ceil(args.epochs * len(samples) / args.batch_size)
     steps = min(steps, args.max_steps or steps)
 
@@ -84,13 +97,14 @@ def main():
     # loop
     plan = []
     for step in range(first + 1, steps + 1):
-        rows = rows_of_step(step, len(samples), args.batch_size, args.seed, args.shuffle)
+        rows = rows_of_step(step, len(samples), args.batch_size, args.seed, competence(step, steps, args.curriculum))
         size = min(args.micro_batch, math.ceil(len(rows) / ranks.world))  # larger ones would leave ranks without rows
-        plan.append(micro_batches(rows, [cost(samples[row]) for row in rows], size, ranks.rank, ranks.world))
-    loader = iter(DataLoader(Rows(samples, processor), batch_sampler=[batch for batches in plan for batch in batches],
+        costs = [cost(samples[row]) for row in rows]
+        plan.append((rows, micro_batches(rows, costs, size, ranks.rank, ranks.world)))
+    loader = iter(DataLoader(Rows(samples, processor), batch_sampler=[batch for _, batches in plan for batch in batches],
                              collate_fn=partial(collate, config=model.config), num_workers=args.workers))
     model.train()
-    for step, batches in zip(run.steps(first, steps), plan):
+    for step, (rows, batches) in zip(run.steps(first, steps), plan):
         batches = [next(loader).to(ranks.device) for _ in batches]
         tokens, targets = ranks.sum(sum(int(b.lengths.sum()) for b in batches if len(b.targets)),  # fillers have none
                                     sum(len(b.targets) for b in batches))
@@ -99,9 +113,8 @@ def main():
         loss = ranks.sum(train_step(model, batches, targets))[0]
         norm = clip_gradients(model, args.max_grad_norm)
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            rows = sorted(rows_of_step(step, len(samples), args.batch_size, args.seed, args.shuffle))
             raise UserError(f"step {step}: loss {loss}, gradient norm {norm}; not applied. Rows of this step: "
-                            + ", ".join(samples[row].where for row in rows))
+                            + ", ".join(samples[row].where for row in sorted(set(rows))))
         optimizer.step()
         optimizer.zero_grad()
         if run.end_step(model, optimizer, step, steps, {

@@ -81,12 +81,12 @@ def exit_line(capsys, function, *arguments):
     (["--stage", "1", "--learning-rate", "nan"], "--learning-rate is nan, expected a positive number"),
     (["--stage", "1", "--epochs", "inf"], "--epochs is inf, expected a positive number"),
     (["--stage", "1", "--replay-ratio", "1"], "--replay-ratio is 1.0, expected 0 to 0.99"),
-    (["--stage", "1", "--shuffle", "2"], "--shuffle is 2.0, expected 0 to 1"),
+    (["--stage", "1", "--curriculum", "2"], "--curriculum is 2.0, expected 0 to 1"),
     (["--stage", "1", "--seed", "-1"], "--seed is -1, expected 0 to inf"),
     (["--stage", "1", "--betas", "0.9"], "--betas has 1 numbers, expected 2"),
     (["--stage", "1", "--dtype", "float16"], "argument --dtype: invalid choice: 'float16'"),
     (["--stage", "1", "--preset", "paper"], "preset paper has no default for --model; give it"),
-    (["--stage", "2", "--preset", "paper", "--model", "m", "--out", "o"], "preset paper has no default for --data; give it"),
+    (["--stage", "2", "--preset", "paper", "--model", "m", "--out", "o"], "preset paper has no default for --data"),
 ), ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "")
 def test_wrong_flags_are_one_line(capsys, argv, expected):
     """No traceback, no usage text, no guess at what was meant: exit code 2 and a line that says what to type."""
@@ -110,12 +110,14 @@ def test_flags_take_the_place_of_the_recipe():
     """Dashes and underscores, = and blank alike; everything else is the recipe's row, for every preset and stage."""
     for preset, rows in ladder.RECIPES.items():
         for stage, row in rows.items():
-            given = ["--preset", preset, "--model", "m", "--data", "a.jsonl", "b.jsonl", "--out=under_score", "--max_steps=7",
-                     "--max-pixels", "50176", "--activation_checkpointing", "--no-reshard-after-forward"]
-            args = recipe_settings("", given + (["--stage", stage] if stage != "grpo" else []), "grpo" if stage == "grpo" else None)
+            flags = ["--preset", preset, "--model", "m", "--data", "a.jsonl", "b.jsonl", "--out=under_score",
+                     "--max_steps=7", "--max-pixels", "50176", "--activation_checkpointing",
+                     "--no-reshard-after-forward"]
+            flags += [] if stage == "grpo" else ["--stage", stage]
+            args = recipe_settings("", flags, "grpo" if stage == "grpo" else None)
             assert vars(args) == row | {
-                "preset": preset, "stage": stage, "model": "m", "data": ["a.jsonl", "b.jsonl"], "out": "under_score", "max_steps": 7,
-                "max_pixels": 50176, "activation_checkpointing": True, "reshard_after_forward": False}
+                "preset": preset, "stage": stage, "model": "m", "data": ["a.jsonl", "b.jsonl"], "out": "under_score",
+                "max_steps": 7, "max_pixels": 50176, "activation_checkpointing": True, "reshard_after_forward": False}
 
 
 def test_every_setting_has_a_flag():
@@ -128,7 +130,8 @@ def test_values_may_hold_underscores(capsys):
     """Only a flag's name is rewritten."""
     parser = Parser(prog="x")
     parser.add_argument("--out-dir")
-    assert parser.parse_args(["--out_dir=a_b=c_d"]).out_dir == "a_b=c_d" and parser.parse_args(["--out-dir", "a_b"]).out_dir == "a_b"
+    assert parser.parse_args(["--out_dir=a_b=c_d"]).out_dir == "a_b=c_d"
+    assert parser.parse_args(["--out-dir", "a_b"]).out_dir == "a_b"
 
 
 def test_main_guard_turns_a_mistake_into_one_line(capsys):
@@ -187,13 +190,13 @@ def test_clipping_scales_all_gradients_together():
 
 
 def sft_flags(rooms, model, out, *more):
-    return ("--stage", "1", "--model", model, "--data", rooms / "train" / "spld_grounding_data.jsonl", "--out", out, "--batch-size",
-            4, "--micro-batch", 2, "--max-steps", 4, *more)
+    return ("--stage", "1", "--model", model, "--data", rooms / "train" / "spld_grounding_data.jsonl", "--out", out,
+            "--batch-size", 4, "--micro-batch", 2, "--max-steps", 4, *more)
 
 
 def grpo_flags(rooms, model, out, *more):
-    return ("--model", model, "--data", rooms / "train" / "spld_spatial_data.jsonl", "--out", out, "--prompts-per-step", 2,
-            "--num-generations", 3, "--max-completion-length", 8, "--max-steps", 4, "--num-iterations", 2, *more)
+    return ("--model", model, "--data", rooms / "train" / "spld_spatial_data.jsonl", "--out", out, "--max-steps", 4,
+            "--prompts-per-step", 2, "--num-generations", 3, "--max-completion-length", 8, "--num-iterations", 2, *more)
 
 
 FLAGS = {train_sft: sft_flags, grpo: grpo_flags}
@@ -235,6 +238,29 @@ def test_a_directory_that_is_not_ours_is_refused(call, rooms, tiny_model, tmp_pa
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize("script, flags, made, command", (
+    (train_sft, ("--stage", "2"), "stage1", "train_sft.py --stage 1"),
+    (train_sft, ("--stage", "cold"), "stage2", "train_sft.py --stage 2"),
+    (grpo, (), "cold", "train_sft.py --stage cold")), ids=("2", "cold", "grpo"))
+def test_a_missing_rung_names_its_command(monkeypatch, call, tmp_path, script, flags, made, command):
+    """A bare command on a fresh machine says what to run before it, and starts nothing long by itself."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as error:
+        call(script, *flags)
+    assert str(error.value) == f"runs/tiny/{made}: no model there yet; make it with: python {command}"
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_bare_first_stage_makes_rooms_and_model(monkeypatch, call, tmp_path):
+    """The first command a reader types needs nothing but the repository (fewer rooms here than its own)."""
+    monkeypatch.chdir(tmp_path)
+    command = ladder.MADE_BY["runs/tiny/rooms"] + " --scenes 8 --test-scenes 2"
+    monkeypatch.setitem(ladder.MADE_BY, "runs/tiny/rooms", command)
+    call(train_sft, "--stage", "1", "--max-steps", 1, "--batch-size", 2)
+    assert (tmp_path / "runs" / "tiny" / "stage1" / "config.json").is_file()
+    assert sorted(path.name for path in (tmp_path / "runs" / "tiny").iterdir()) == ["base", "rooms", "stage1"]
+
+
 def test_a_run_continues_only_as_it_began(monkeypatch, call, rooms, tiny_model, tmp_path, capsys):
     """Changed settings are refused by name and value; those that do not touch the result may change; a finished run
     is left alone; without --resume a started one is refused."""
@@ -247,7 +273,8 @@ def test_a_run_continues_only_as_it_began(monkeypatch, call, rooms, tiny_model, 
     with pytest.raises(UserError) as error:
         call(train_sft, *sft_flags(rooms, tiny_model, out, "--resume", "auto", "--learning-rate", 1, "--seed", 3))
     assert str(error.value) == f"{out}: was begun with other settings: seed 0, now 3, learning_rate 0.0008, now 1.0"
-    call(train_sft, *sft_flags(rooms, tiny_model, out, "--resume", "auto", "--micro-batch", 4, "--save-every", 1, "--keep-last", 3))
+    free = ("--micro-batch", 4, "--save-every", 1, "--keep-last", 3)
+    call(train_sft, *sft_flags(rooms, tiny_model, out, "--resume", "auto", *free))
     assert f"resumed {out / 'resume' / 'step-000002'}" in capsys.readouterr().out
     assert states(out) == ["step-000002", "step-000003"] and (out / "config.json").exists()
     weights = (out / "model.safetensors").read_bytes()
@@ -334,7 +361,8 @@ def test_a_damaged_state_falls_back(monkeypatch, call, rooms, tiny_model, tmp_pa
     capsys.readouterr()
     call(train_sft, *flags, "--resume", "auto")
     said = capsys.readouterr().out
-    assert f"{parts / 'resume' / 'step-000003'}: not readable" in said and f"resumed {parts / 'resume' / 'step-000002'}" in said
+    assert f"{parts / 'resume' / 'step-000003'}: not readable" in said
+    assert f"resumed {parts / 'resume' / 'step-000002'}" in said
     assert log_of(parts) == log_of(whole)
     assert (parts / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
     shutil.rmtree(parts)
@@ -395,9 +423,9 @@ def test_bfloat16_trains_float32_weights(call, rooms, tiny_model, tmp_path):
 def driver(tmp_path):
     """The path of a script's DRIVER."""
     def write(script):
-        tests = Path(__file__).resolve().parent
-        path = tmp_path / f"drive_{script}.py"
-        path.write_text(DRIVER.replace("SCRIPT", script).replace("REPOSITORY", repr(str(tests.parent))).replace("TESTS", repr(str(tests))))
+        tests, path = Path(__file__).resolve().parent, tmp_path / f"drive_{script}.py"
+        names = {"SCRIPT": script, "REPOSITORY": repr(str(tests.parent)), "TESTS": repr(str(tests))}
+        path.write_text(re.sub("|".join(names), lambda match: names[match[0]], DRIVER))
         return path
 
     return write
@@ -428,12 +456,12 @@ def test_two_processes_train_as_one(call, rooms, tiny_model, tmp_path):
 def test_text_only_rows_do_not_hang(call, rooms, tiny_model, tmp_path):
     """Rows without pictures are the cheapest, so one rank has nothing else: it must enter the vision tower with the
     other, whose pictures need its part of the weights."""
-    rows = [{"messages": [{"role": "user", "content": f"What is {i} and {i}?"}, {"role": "assistant", "content": str(2 * i)}]}
-            for i in range(9)]
+    rows = [{"messages": [{"role": "user", "content": f"What is {i} and {i}?"},
+                          {"role": "assistant", "content": str(2 * i)}]} for i in range(9)]
     pictures = (rooms / "train" / "spld_grounding_data.jsonl").read_text().splitlines()[:9]
     data = tmp_path / "mixed.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows) + "\n".join(pictures) + "\n")
-    flags = ("--data", data, "--images", rooms / "train" / "images", "--batch-size", 4, "--micro-batch", 2, "--max-steps", 4)
+    flags = ("--data", data, "--images", rooms / "train" / "images")
     call(train_sft, *sft_flags(rooms, tiny_model, tmp_path / "one", *flags))
     done = launch(train_sft.__file__, *sft_flags(rooms, tiny_model, tmp_path / "two", *flags), processes=2)
     assert done.returncode == 0, done.stderr
@@ -441,7 +469,8 @@ def test_text_only_rows_do_not_hang(call, rooms, tiny_model, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("more", ((), ("--num-iterations", 1, "--beta", 0, "--no-reshard-after-forward")), ids=("iterations", "plain"))
+@pytest.mark.parametrize("more", ((), ("--num-iterations", 1, "--beta", 0, "--no-reshard-after-forward")),
+                         ids=("iterations", "plain"))
 def test_two_processes_roll_out_and_train_as_one(monkeypatch, call, driver, rooms, tiny_model, tmp_path, more):
     """3 prompts on 2 ranks: the same completions, whole groups, the same losses; ranks decode on their own."""
     monkeypatch.setitem(rewards.REWARDS, "accuracy", varied_reward)
@@ -466,8 +495,10 @@ def test_a_failing_rank_ends_all(rooms, tiny_model, tmp_path):
     path = tmp_path / "train" / "spld_grounding_data.jsonl"
     for picture in {row["image"][0] for row in read_rows(path)[::7]}:
         (tmp_path / "train" / "images" / picture).write_bytes(b"broken")
-    done = launch(train_sft.__file__, *sft_flags(rooms, tiny_model, tmp_path / "out", "--data", path, "--max-steps", 30), processes=2)
-    assert done.returncode == 1 and re.search(r"\[rank \d\] train_sft.py: \S+.jsonl:\d+: \S+: not a readable picture", done.stderr)
+    flags = sft_flags(rooms, tiny_model, tmp_path / "out", "--data", path, "--max-steps", 30)
+    done = launch(train_sft.__file__, *flags, processes=2)
+    expected = r"\[rank \d\] train_sft.py: \S+.jsonl:\d+: \S+: not a readable picture"
+    assert done.returncode == 1 and re.search(expected, done.stderr)
     assert not (tmp_path / "out" / "config.json").exists()
 
 

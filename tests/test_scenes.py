@@ -59,7 +59,7 @@ def questions(made):
     """(room, pictures, row, named things' numbers, solution) of every spatial row."""
     for _, room, pictures, rows, _ in made:
         for row, cold in zip(rows["spatial"], rows["coldstart"]):
-            names = re.findall("|".join(FURNITURE), row["question"].replace("shelves", "shelf"))
+            names = re.findall("|".join(FURNITURE), row["question"])
             numbers = [[k for k, t in enumerate(room.things) if t.name == n] for n in names]
             yield room, pictures, row, numbers, cold["solution"]
 

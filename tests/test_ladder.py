@@ -1,0 +1,236 @@
+"""ladder.py: the recipes are complete, the commands can be typed by hand, and the whole of it runs (slow)."""
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import ladder
+from conftest import launch
+from ladder import FLAGS, RECIPES, RUNGS, SMOKE, commands, lesson, table
+from runtime import recipe_settings
+
+REPOSITORY = Path(ladder.__file__).parent
+
+
+def arguments(*flags, **changes):
+    """ladder.py's arguments."""
+    values = {"preset": "tiny", "out": "runs/tiny", "seed": 0, "nproc_per_node": 1, "smoke": False, "model": None,
+              "data": None, "test": None}
+    return SimpleNamespace(**values | changes)
+
+
+CLIMBS = {"tiny": arguments(), "smoke": arguments(smoke=True, seed=3), "two": arguments(nproc_per_node=2),
+          "paper": arguments(preset="paper", out="runs/paper", model="3b", data="26k", nproc_per_node=4),
+          "paper tested": arguments(preset="paper", out="runs/paper", model="3b", data="26k", test="rooms")}
+
+
+def as_typed(args):
+    """[(rung, purpose, words)]"""
+    return [(rung, purpose, list(map(str, command))) for rung, purpose, command in commands(args)]
+
+
+# ---------------------------------------------------------------------------------------------- recipes
+
+
+def test_presets_say_the_same_things():
+    """A setting that one preset's stage has and the other's lacks would be None there without anyone's asking."""
+    assert set(RECIPES) == {"tiny", "paper"}
+    for stage in RECIPES["tiny"]:
+        assert set(RECIPES["tiny"][stage]) == set(RECIPES["paper"][stage]), stage
+        assert set(RECIPES["tiny"][stage]) <= set(FLAGS)
+    assert set(RECIPES["tiny"]) == set(RECIPES["paper"]) == set(SMOKE) == {stage for _, stage, *_ in RUNGS if stage}
+
+
+def test_recipe_values_have_their_flags_types():
+    """What a recipe says must be what its flag could have said, or config_run.json differs between the two."""
+    def fits(value, kind):
+        if value is None:
+            return True
+        if isinstance(kind, tuple):
+            return value in kind
+        if isinstance(kind, list):
+            return isinstance(value, list) and all(type(item) is kind[0] for item in value)
+        return type(value) is kind
+
+    wrong = [(preset, stage, name, value) for preset, rows in RECIPES.items() for stage, row in rows.items()
+             for name, value in row.items() if not fits(value, FLAGS[name][0])]
+    assert not wrong
+
+
+def test_tiny_rungs_start_where_the_last_one_ended():
+    """Typed bare, one after the other, the stages climb the same ladder as ladder.py does."""
+    outs = {"base": "runs/tiny/base"} | {rung: RECIPES["tiny"][stage]["out"] for rung, stage, *_ in RUNGS if stage}
+    for rung, stage, start, file, *_ in RUNGS:
+        if stage:
+            assert RECIPES["tiny"][stage]["model"] == outs[start]
+            assert RECIPES["tiny"][stage]["data"] == [f"runs/tiny/rooms/train/{file}"]
+
+
+# ---------------------------------------------------------------------------------------------- commands
+
+
+@pytest.mark.parametrize("name", CLIMBS)
+def test_commands_are_accepted_as_typed(name):
+    """Every training command parses, and resolves to the recipe but for what the command says."""
+    args, trained = CLIMBS[name], []
+    for rung, purpose, words in as_typed(args):
+        script = next(word for word in words if word.endswith(".py"))
+        launcher, flags = words[:words.index(script)], words[words.index(script) + 1:]
+        assert (REPOSITORY / script).is_file()
+        alone = ["python"] if args.nproc_per_node == 1 or purpose not in ("train", "evaluate") else \
+            ["torchrun", "--standalone", f"--nproc-per-node={args.nproc_per_node}"]
+        assert launcher == alone
+        if purpose == "train":
+            settings = vars(recipe_settings("", flags, "grpo" if script == "grpo.py" else None))
+            stage = settings["stage"]
+            said = {"preset", "stage", "model", "data", "out", "replay", "seed", "max_steps", "resume"}
+            assert {key: value for key, value in settings.items() if key not in said} == {
+                key: value for key, value in RECIPES[args.preset][stage].items() if key not in said}
+            assert settings["seed"] == args.seed and settings["resume"] == "auto"
+            assert settings["max_steps"] == (SMOKE[stage] if args.smoke else RECIPES[args.preset][stage]["max_steps"])
+            trained.append((rung, stage, settings["model"], settings["out"]))
+    base = "3b" if args.preset == "paper" else f"{args.out}/base"
+    rungs = ["stage1", "stage2", "cold", "grpo"]
+    assert [t[:2] for t in trained] == list(zip(rungs, ["1", "2", "cold", "grpo"]))
+    assert [t[2] for t in trained] == [base, *(f"{args.out}/{rung}" for rung in rungs[:-1])]
+    assert [t[3] for t in trained] == [f"{args.out}/{rung}" for rung in rungs]
+
+
+def test_tiny_commands_are_the_recipes_defaults():
+    """The commands ladder.py prints for preset tiny name just what the bare commands would take."""
+    for rung, purpose, words in as_typed(arguments()):
+        if purpose == "train":
+            stage = words[words.index("--stage") + 1] if "--stage" in words else "grpo"
+            script = words.index("grpo.py" if stage == "grpo" else "train_sft.py")
+            bare = [] if stage == "grpo" else ["--stage", stage]
+            only = "grpo" if stage == "grpo" else None
+            typed, default = (vars(recipe_settings("", flags, only)) for flags in (words[script + 1:], bare))
+            assert typed == default | {"resume": "auto"}
+
+
+@pytest.mark.parametrize("name", CLIMBS)
+def test_each_rung_is_trained_then_evaluated(name):
+    """In the order of RUNGS; the paper preset evaluates only where it is told on what."""
+    steps = [(rung, purpose) for rung, purpose, _ in as_typed(CLIMBS[name]) if rung]
+    tested = CLIMBS[name].preset == "tiny" or CLIMBS[name].test
+    assert steps == [step for rung, stage, *_ in RUNGS for step in
+                     ([(rung, "train")] if stage else []) + ([(rung, "evaluate")] if tested else [])]
+
+
+def test_other_scripts_know_the_flags_they_are_given():
+    """scenes.py, tiny.py and eval.py list each flag of the commands in their --help."""
+    given = {}
+    for name in ("smoke", "paper tested"):
+        for _, _, words in as_typed(CLIMBS[name]):
+            script = next(word for word in words if word.endswith(".py"))
+            given.setdefault(script, set()).update(word for word in words if word.startswith("--"))
+    for script in ("scenes.py", "tiny.py", "eval.py"):
+        said = launch(REPOSITORY / script, "--help").stdout.replace("[", " ").replace(",", " ").split()
+        assert given[script] <= {word.rstrip("]") for word in said}, script
+
+
+def test_what_is_printed_is_what_runs(monkeypatch, capsys):
+    """The printed line is shell-quoted and stands for the very process that is started, from any directory."""
+    started = []
+    monkeypatch.setattr(subprocess, "run", lambda words: started.append(words) or SimpleNamespace(returncode=0))
+    ladder.run(["python", "tiny.py", "--data", Path("my rooms"), "--seed", 3])
+    ladder.run(["torchrun", "--standalone", "--nproc-per-node=2", "grpo.py", "--out", "o"])
+    lines = [shlex.split(line[2:]) for line in capsys.readouterr().out.splitlines() if line.startswith("$ ")]
+    assert lines == [["python", "tiny.py", "--data", "my rooms", "--seed", "3"],
+                     ["torchrun", "--standalone", "--nproc-per-node=2", "grpo.py", "--out", "o"]]
+    assert started == [[sys.executable, str(REPOSITORY / "tiny.py"), "--data", "my rooms", "--seed", "3"],
+                       [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+                        str(REPOSITORY / "grpo.py"), "--out", "o"]]
+
+
+def test_the_ladder_ends_where_a_rung_fails(monkeypatch, capsys):
+    """With that rung's exit code, and one line on how to go on."""
+    monkeypatch.setattr(subprocess, "run", lambda words: SimpleNamespace(returncode=7))
+    with pytest.raises(SystemExit) as error:
+        ladder.run(["python", "tiny.py"])
+    assert error.value.code == 7
+    assert capsys.readouterr().err == "ladder.py: stopped (exit code 7); the same command goes on from here\n"
+
+
+# ---------------------------------------------------------------------------------------------- the result
+
+
+def rung(name, score):
+    scores = {"overall": score, "well_formed": 0.5, "seconds": 1.0,
+              "localization": {"mean_iou": 0.25, "valid_json": 1.0, "mean_box_iou": 0.125},
+              "types": {kind: {"score": score, "blind": 0.3} for kind in ("object count", "room size")}}
+    return {"name": name, "style": "direct", "seconds": 12.0, "scores": scores}
+
+
+def test_table_and_lesson_say_what_the_scores_say():
+    """Each number stands under its own heading, each rung is compared with the one before."""
+    lines = [line.split() for line in table([rung("base", 0.1), rung("stage1", 0.4)]).splitlines()]
+    assert lines[0] == ["box", "IoU", "valid", "object", "room", "mean", "formed", "sec"]
+    assert lines[1] == ["count", "size"]
+    assert lines[2] == ["base", "0.25", "100%", "0.10", "0.10", "0.100", "50%", "12"]
+    assert lines[-1] == ["blind", "guess", "0.12", "0.30", "0.30", "0.300"]
+    assert len({len(line) for line in table([rung("base", 0.1)]).splitlines()}) == 1
+    said = lesson([rung("base", 0.1), rung("stage1", 0.4)])
+    assert "stage1" in said and "0.400" in said and "(was 0.25 and 0.100)" in said and "0.300" in said
+    assert "was" not in lesson([rung("base", 0.1)]).split("guessing")[0].replace("without", "")
+
+
+# ---------------------------------------------------------------------------------------------- bad input and the whole
+
+
+@pytest.mark.parametrize("flags, expected", (
+    (["--preset", "paper"], "--preset paper needs --model and --data"),
+    (["--preset", "huge"], "invalid choice: 'huge'"),
+    (["--out", "TAKEN"], "holds something else; give another --out"),
+    (["--out", "BEGUN"], "holds a ladder with other settings"),
+    (["--out", "FILE"], "cannot write in"),
+), ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+def test_bad_input_starts_nothing(monkeypatch, capsys, tmp_path, flags, expected):
+    """Exit code 2 and a line that says what to give, before any command runs, and nothing of anyone's touched."""
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "thesis.txt").touch()
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "ladder.json").write_text('{"seed": 8}')
+    (tmp_path / "file").touch()
+    before = sorted(tmp_path.rglob("*"))
+    words = [str(tmp_path / word.lower()) if word.isupper() else word for word in flags]
+    monkeypatch.setattr(sys, "argv", ["ladder.py", *words])
+    monkeypatch.setattr(ladder, "run", lambda command: pytest.fail("a command was run"))
+    with pytest.raises(SystemExit) as error:
+        ladder.main()
+    assert error.value.code == 2 and expected in capsys.readouterr().err.splitlines()[-1]
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.slow
+def test_smoke_climbs_everything(tmp_path):
+    """Rooms, tiny model, four stages, five evaluations, results and report; a second call finds all of it
+    done and says the same."""
+    out = tmp_path / "smoke"
+    done = launch(REPOSITORY / "ladder.py", "--smoke", "--out", out)
+    assert done.returncode == 0, done.stderr[-2000:]
+    results = json.loads((out / "results.json").read_text())
+    assert [rung["name"] for rung in results["rungs"]] == ["base", "stage1", "stage2", "cold", "grpo"]
+    for rung in results["rungs"]:
+        folder = out / "eval" / rung["name"]
+        assert rung["scores"] == json.loads((folder / "scores.json").read_text()) and rung["seconds"] > 0
+        assert (folder / "predictions.jsonl").is_file()
+    for rung, stage, *_ in RUNGS:
+        assert (out / rung / "config.json").is_file()
+        if stage:
+            assert len((out / rung / "log.jsonl").read_text().splitlines()) == SMOKE[stage]
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "<svg" in page and "GRPO" in page and "data:image" in page
+    printed = [line for line in done.stdout.splitlines() if line.startswith("$ ")]
+    assert len(printed) == 2 + 4 + 5 + 1  # rooms, model, stages, evaluations, report
+    assert "the ladder took" in done.stdout
+
+    weights = {rung: (out / rung / "model.safetensors").read_bytes() for rung, *_ in RUNGS}
+    again = launch(REPOSITORY / "ladder.py", "--smoke", "--out", out)
+    assert again.returncode == 0 and again.stdout.count("finished already") == 4, again.stderr[-2000:]
+    assert json.loads((out / "results.json").read_text())["rungs"] == results["rungs"]
+    assert all((out / rung / "model.safetensors").read_bytes() == weights[rung] for rung in weights)
