@@ -304,7 +304,7 @@ def summarize(rows, bench, scorer="spatialladder", seed=0):
     if bench.split:
         scores["groups"] |= {value: measure(part, *how)["score"] for value, part in by(bench.split, asked).items()}
     scores |= {"overall": scores.pop("score"), "types": {kind: measure(part) for kind, part in kinds.items()},
-               "well_formed": float(np.mean(format_reward([row["completion"] for row in rows])))}
+               "well_formed": float(np.mean(format_reward([row["completion"] for row in asked or boxes])))}
     if boxes:
         found, box = [localization_scores(row["prediction"], row["answer"]) for row in boxes], measure(boxes)
         valid = 1 - [row["prediction"] for row in boxes].count(None) / len(boxes)

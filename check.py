@@ -53,7 +53,7 @@ def check(path, images, processor=None, max_tokens=None):
         for text in texts:
             print(f"{label}: {text}")
     for kind, count in sorted(kinds.items()):
-        print(f"{count:>8}  {' '.join(kind)}")
+        print(f"{count:>8}  {' '.join(kind).strip()}")
     for bits, count in sorted(Counter(map(int.bit_length, lengths)).items()):
         print(f"{count:>8}  of {2**bits // 2} to {2**bits - 1} tokens {'#' * round(50 * count / len(lengths))}")
     print(f"{path}: {len(wrong) + kinds.total()} rows, {len(wrong)} errors, {len(odd)} warnings"

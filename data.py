@@ -240,13 +240,18 @@ def smart_resize(height, width, min_pixels, max_pixels, factor=28):
 
 
 def open_picture(source, pixels=True):
-    """A picture (path, or bytes of a file) as RGB, upright as EXIF says; without `pixels` its size, from the header."""
+    """A picture (path, or bytes of a file) as RGB, upright as EXIF says, what is transparent on white; without `pixels`
+    its size, from the header."""
     name = "picture given as bytes" if isinstance(source, bytes) else source
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             size = image.size[::-1] if image.getexif().get(ExifTags.Base.Orientation, 1) > 4 else image.size
-            image = ImageOps.exif_transpose(image).convert("RGB") if pixels else SimpleNamespace(size=size)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            if pixels:
+                image = ImageOps.exif_transpose(image)
+                if image.has_transparency_data:
+                    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+            image = image.convert("RGB") if pixels else SimpleNamespace(size=size)
+    except (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError) as error:  # AVIF: RuntimeError
         raise UserError(f"{name}: not a readable picture ({error})") from None
     if min(image.size) < 28:
         raise UserError(f"{name}: {image.size[0]}x{image.size[1]} pixels, expected at least 28 on each side")
@@ -461,10 +466,10 @@ class Processor:
 
     def turns(self, sample, style, scale, answer):
         """The conversation as ((role, (text or Media, ...)), ...)."""
+        system = (("system", (self.prompts["system"],)),)  # a chat may bring its own
         if sample.messages is not None:
-            return sample.messages if answer else sample.messages[:-1]
-        turns = (("system", (self.prompts["system"],)),
-                 ("user", (*sample.media, prompt_text(sample, style, self.prompts))))
+            return system * (sample.messages[0][0] != "system") + sample.messages[:None if answer else -1]
+        turns = (*system, ("user", (*sample.media, prompt_text(sample, style, self.prompts))))
         return turns + (("assistant", (answer_text(sample, style, scale),)),) if answer else turns
 
     def example(self, sample, style, answer=True, pixels=True):
@@ -474,9 +479,9 @@ class Processor:
                  pixels: False leaves the patches out: only headers of pictures are read.
         Raises:  UserError that begins with the sample's file:line.
         """
+        if sample.question_type == "localization":
+            check_media(sample)
         try:
-            if sample.question_type == "localization":
-                check_media(sample)
             loaded = [self.load(media, pixels) for media in sample.media]
             scale = loaded[0][3] if loaded else (1, 1)
             ids, labels, pictures = [], [], iter(loaded)

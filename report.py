@@ -1,6 +1,7 @@
-"""Write RUN_DIR/report.html, one page that shows what a run of the ladder learned.
+"""Write RUN_DIR/report.html, one page that shows what a run of the ladder learned. Or show a row as the model sees it.
 
     python report.py runs/tiny
+    python report.py show FILE.jsonl --row N --model DIR [--images DIR] [--out FILE.html]
 
 The page stands alone: pictures are inlined, curves are SVG, nothing is fetched. A file that the run has not written yet
 costs its section, which then says so; a line that cannot be read is an error naming file and line.
@@ -10,7 +11,9 @@ import base64
 import io
 import json
 import re
+import sys
 from html import escape
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +64,9 @@ svg { display: block; width: 100% } text { font-size: 10.5px; fill: var(--soft) 
 .head { display: grid; grid-template-columns: 6.4em 1fr auto; gap: 10px } img:only-child { width: 224px }
 li { border-top: 1px solid var(--line); padding: 6px 0; font-size: 14px; list-style: none } .bad b { color: var(--bad) }
 li .text { font: 12px/1.5 ui-monospace, SFMono-Regular, Menlo, monospace; color: var(--soft); margin: 2px 0 0 }
+.flow { display: flex; flex-wrap: wrap } .flow svg { max-width: 100% } .tokens { max-width: none } .tokens span {
+  border-radius: 3px; margin-right: 1px; padding: 1px 0; background: var(--line); color: var(--ink) }
+.trained .tokens span { background: rgb(40 167 90 / .3) } .vision .tokens span { background: rgb(47 111 222 / .25) }
 @media (max-width: 760px) { body { padding: 24px 14px 60px } .charts { grid-template-columns: 1fr 1fr; gap: 18px 10px }
   text { font-size: 12.5px } .rungs { grid-template-columns: repeat(3, 1fr) } .rungs path { stroke-width: 1.4px }
   .cards { columns: 1 } .wide ul { display: block } img { width: 76px } img:only-child { width: 168px }
@@ -117,13 +123,14 @@ def pictures(path, longest=448):
     except OSError:
         images = [Image.new("RGB", (224, 224), "#777")]
         ImageDraw.Draw(images[0]).multiline_text((8, 98), f"not shown:\n{Path(path).name}", fill="white")
-    uris = []
-    for image in images:
-        buffer = io.BytesIO()
-        image.thumbnail((longest, longest))
-        image.save(buffer, "JPEG", quality=92, subsampling=0)
-        uris.append("data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode())
-    return uris
+    return [data_uri(image, longest) for image in images]
+
+
+def data_uri(image, longest):
+    buffer = io.BytesIO()
+    image.thumbnail((longest, longest))
+    image.save(buffer, "JPEG", quality=92, subsampling=0)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def measures(scores):
@@ -317,12 +324,92 @@ def report(run):
     return (run / "report.html.tmp").replace(run / "report.html")
 
 
+def seen(example):
+    """An example's pictures and frames as the patches hold them: data.to_patches backwards. One list per grid."""
+    from data import MEAN, STD
+
+    first, found = 0, []
+    for t, h, w in example.grids:
+        patches = example.patches[first:first + t * h * w].numpy().reshape(t, h // 2, w // 2, 2, 2, 3, 2, 14, 14)
+        first += t * h * w
+        frames = patches.transpose(0, 6, 1, 3, 7, 2, 4, 8, 5).reshape(2 * t, 14 * h, 14 * w, 3)
+        pixels = (255 * (frames * np.array(STD) + np.array(MEAN))).round().clip(0, 255).astype(np.uint8)
+        found.append([Image.fromarray(frame) for frame in pixels])
+    return found
+
+
+def token_runs(example, processor):
+    """Runs of tokens of one kind, "vision", "trained" or "prompt": (kind, pieces of text, positions (3, n))."""
+    pads = [processor.config.image_token_id, processor.config.video_token_id]
+    kinds = ["vision" if token in pads else "prompt" if label < 0 else "trained"
+             for token, label in zip(example.ids.tolist(), example.labels.tolist())]
+    for kind, places in groupby(range(len(kinds)), kinds.__getitem__):
+        places, pieces, pending = list(places), [], []
+        for token in example.ids[places[:1] if kind == "vision" else places].tolist():
+            pending.append(token)
+            piece = processor.tokenizer.decode(pending, skip_special_tokens=False)
+            if "\ufffd" not in piece:  # else a part of a character that the next token completes
+                pieces, pending = [*pieces, piece], []
+        yield kind, pieces, example.positions[:, places]
+
+
+def show(args):
+    """Write a page of the exact input that the model is trained on for one row, and return its path."""
+    from checkpoint import load_config
+    from data import Processor, parse_line, parse_row, read_lines, style_of
+
+    where = f"{args.file}:{args.row}"
+    line = dict(read_lines(args.file)).get(where)
+    if line is None:
+        raise UserError(f"{where}: there is no such row")
+    sample = parse_row(parse_line(line, where), where, args.images or args.file.parent / "images")
+    processor = Processor(args.model, load_config(args.model), args)
+    example, style = processor.example(sample, style_of(sample)), style_of(sample)
+
+    colors = dict(zip(sorted({box["label"] for box in example.boxes}), COLORS))
+    key = "".join(f'<span><i style="background:{c}"></i>{escape(name)}</span>' for name, c in colors.items())
+    views, rows = "", ""
+    for media, frames in zip(sample.media, seen(example)):
+        for frame in frames if media.kind == "video" else frames[:1]:
+            w, h = frame.size
+            views += (f'<svg style="width:{w}px;--picture:url({data_uri(frame, max(w, h))})" viewBox="0 0 {w} {h}">'
+                      f'{outlines("true", example.boxes, colors)}</svg>')
+    for kind, pieces, positions in token_runs(example, processor):
+        count = positions.shape[1]
+        axes = ", ".join(f"{name} {axis.min()}" + f" to {axis.max()}" * bool(axis.min() < axis.max())
+                         for name, axis in zip(("time", "height", "width"), positions))
+        text = "".join(f"<span>{escape(piece)}</span>" for piece in pieces).replace("\n", "↵\n")
+        text += f" × {count}" * (kind == "vision")
+        rows += (f'<li class="{kind}"><div class="head"><b>{kind}</b><span>{count} token{"s" * (count > 1)}</span>'
+                 f'<small>{axes}</small></div><p class="text tokens">{text}</p></li>')
+    trained = int((example.labels >= 0).sum())
+    html = page(escape(Path(where).name), f"{sample.question_type or 'cold start'} {sample.data_type}, style {style}: "
+                f"{len(example.ids)} tokens, {trained} of them trained", {
+        "Pictures": "<p>At the size that the model sees, as its patches hold them. Boxes are those of the answer.</p>"
+                    f'<p class="key">{key}</p><div class="rungs flow">{views}</div>',
+        "Tokens": "<p>One shade a token; ↵ ends a line. Green is trained, blue stands for a picture or video, grey "
+                  f"is only read. On the right the positions on the three axes.</p><ul>{rows}</ul>"})
+    args.out.with_suffix(".tmp").write_text(html, "utf-8")
+    return args.out.with_suffix(".tmp").replace(args.out)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("run", type=Path, metavar="RUN_DIR", help="directory that ladder.py wrote, such as runs/tiny")
+    if sys.argv[1:2] == ["show"]:
+        parser.add_argument("show", choices=["show"])
+        parser.add_argument("file", type=Path, help="jsonl file")
+        parser.add_argument("--row", type=int, required=True, help="line number of the row, from 1")
+        parser.add_argument("--model", required=True, help="model directory: tokenizer, picture limits, positions")
+        parser.add_argument("--images", type=Path, help="folder of the pictures (default: images beside the file)")
+        parser.add_argument("--max-pixels", type=int, help="picture limit in place of the model's, as in training")
+        parser.add_argument("--out", type=Path, default=Path("row.html"), help="page to write (default: %(default)s)")
+        parser.set_defaults(min_pixels=None, num_frames=16, fps=None, video_seconds="grid", prompts=None)
+    else:
+        parser.add_argument("run", type=Path, metavar="RUN_DIR", help="directory that ladder.py wrote: runs/tiny")
+    args = parser.parse_args()
     try:
-        print(report(parser.parse_args().run))
-    except UserError as error:
+        print(show(args) if "show" in args else report(args.run))
+    except (UserError, OSError) as error:
         parser.exit(2, f"{error}\n")
 
 

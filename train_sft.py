@@ -11,7 +11,6 @@ import math
 import random
 from functools import partial
 
-import torch
 from torch.utils.data import DataLoader, Dataset
 
 from data import IGNORE, Processor, collate, cost, micro_batches, read_all, rows_of_step, style_of

@@ -25,6 +25,7 @@ import rewards
 import runtime
 import train_sft
 from conftest import launch, varied_reward
+from data import rows_of_step
 from rewards import UserError
 from runtime import Parser, adamw, clip_gradients, main_guard, recipe_settings, scheduled_rate
 
@@ -313,6 +314,10 @@ def test_stop_and_resume_is_exact(monkeypatch, call, rooms, tiny_model, tmp_path
     assert (parts / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
     if script is grpo:
         assert (parts / "rollouts.jsonl").read_bytes() == (whole / "rollouts.jsonl").read_bytes()
+        rollouts, data_file = read_rows(whole / "rollouts.jsonl"), rooms / "train" / "spld_spatial_data.jsonl"
+        rows = [row for rollout in (1, 2) for row in rows_of_step(rollout, len(read_rows(data_file)), 2, 0)]
+        assert [(r["step"], r["where"]) for r in rollouts] == [
+            (step, f"{data_file}:{row + 1}") for step, row in zip((1, 1, 3, 3), rows)]
 
 
 def test_death_between_saves_is_exact(monkeypatch, call, rooms, tiny_model, tmp_path):
@@ -443,13 +448,15 @@ def assert_same_run(start, one, two, drift=1e-3):
         assert (two[name] - one[name]).norm() <= drift * (one[name] - start[name]).norm(), name
 
 
-def test_two_processes_train_as_one(call, rooms, tiny_model, tmp_path):
-    """5 SFT steps, 6 rows at a time in micro-batches of 4 (2 ranks: uneven shares), then the sharded weights saved."""
-    flags = ("--max-steps", 5, "--batch-size", 7, "--micro-batch", 2)
+@pytest.mark.parametrize("processes", (2, pytest.param(3, marks=pytest.mark.slow)))
+def test_processes_train_as_one(call, rooms, tiny_model, tmp_path, processes):
+    """5 SFT steps and the sharded weights saved. 5 rows make three micro-batches: one of 2 ranks gets a filler; and
+    the rows of a weight do not divide by 3."""
+    flags = ("--max-steps", 5, "--batch-size", 5, "--micro-batch", 2)
     call(train_sft, *sft_flags(rooms, tiny_model, tmp_path / "one", *flags))
-    done = launch(train_sft.__file__, *sft_flags(rooms, tiny_model, tmp_path / "two", *flags), processes=2)
+    done = launch(train_sft.__file__, *sft_flags(rooms, tiny_model, tmp_path / "many", *flags), processes=processes)
     assert done.returncode == 0, done.stderr
-    assert_same_run(tiny_model, tmp_path / "one", tmp_path / "two")
+    assert_same_run(tiny_model, tmp_path / "one", tmp_path / "many")
 
 
 @pytest.mark.slow

@@ -23,8 +23,8 @@ def made():
     out, last = [], {}
     make_room, render = scenes.make_room, scenes.render
 
-    def keep_room(rng, video):
-        last.update(room=make_room(rng, video), pictures=[])
+    def keep_room(rng, video, easy):
+        last.update(room=make_room(rng, video, easy), pictures=[])
         return last["room"]
 
     def keep_picture(*arguments):

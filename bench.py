@@ -1,0 +1,184 @@
+"""Timings: a checkpoint's load, prefill and decode; and the same work here and in transformers.
+
+    python bench.py load --model DIR                 # seconds and peak memory of loading it and answering a question
+    python bench.py peers                            # against transformers (pip install transformers) on random weights
+    python bench.py peers --task train --side ours   # one task of one side alone, as `peers` does for peak memory
+
+Every figure is the median of --repeat runs, both sides in turn on the same weights, dtype and inputs.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from checkpoint import build_model, load_model, parse_config, save_model
+from data import Processor, Sample, Media, collate, to_patches
+from model import Batch, generate, mrope_positions
+from runtime import Parser, main_guard
+from tiny import initialize
+
+PEER = {  # about 110 million weights, 78 of them the words
+    "architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl", "torch_dtype": "float32",
+    "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8,
+    "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "max_position_embeddings": 32768,
+    "rope_scaling": {"type": "mrope", "mrope_section": [8, 12, 12]}, "hidden_act": "silu", "vocab_size": 151936,
+    "tie_word_embeddings": True, "image_token_id": 151655, "video_token_id": 151656,
+    "vision_start_token_id": 151652, "vision_end_token_id": 151653,
+    "vision_config": {"depth": 8, "hidden_size": 320, "num_heads": 4, "intermediate_size": 880, "in_chans": 3,
+                      "out_hidden_size": 512, "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2,
+                      "window_size": 112, "fullatt_block_indexes": [3, 7], "tokens_per_second": 2,
+                      "hidden_act": "silu"},
+}
+TASKS = {
+    "images": "vision encoder, 8 pictures of 640x480", "video": "vision encoder, 32 frames of 336x252",
+    "prefill": "prefill, one 640x480 picture and text, 1,000 tokens", "decode 1": "64 tokens prefill, 32 decode, 1 row",
+    "decode 16": "64 tokens prefill, 32 decode, 16 rows", "train": "forward + backward, 1,500 tokens, 64 supervised",
+}
+
+
+def peak_gib():
+    """Largest resident memory of this process so far, mapped files included, in GiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def measure_load(args):
+    """Load a checkpoint, look at a picture, answer with 16 tokens. Prints one line each."""
+    device, dtype = args.device, getattr(torch, args.dtype)
+    began = time.time()
+    model = load_model(args.model, dtype, device)
+    print(f"load         {time.time() - began:8.2f} s   peak {peak_gib():6.2f} GiB")
+    processor = Processor(args.model, model.config, argparse.Namespace(
+        min_pixels=None, max_pixels=None, num_frames=16, fps=None, video_seconds="grid", prompts=None))
+    picture = tempfile.NamedTemporaryFile(suffix=".png")
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (480, 640, 3), dtype=np.uint8)).save(picture.name)
+    sample = Sample("bench", "0", "", "", "", media=(Media("image", picture.name),), prompt="What is in the picture?")
+    batch = collate([processor.example(sample, "direct", answer=False)], model.config).to(device)
+    seconds = {}
+    for tokens in (1, 17):
+        began = time.time()
+        generate(model, batch, tokens, (-1,), banned=processor.banned(device))
+        seconds[tokens] = time.time() - began
+    print(f"prefill      {seconds[1]:8.2f} s   {batch.ids.shape[1]} tokens, a picture of 640x480 among them")
+    print(f"decode       {(seconds[17] - seconds[1]) / 16:8.3f} s   per token, peak {peak_gib():6.2f} GiB")
+
+
+def inputs(task, config):
+    """Patches, grids and token ids of a task, random but the same on both sides."""
+    rng = np.random.default_rng(0)
+    pictures = [Image.fromarray(rng.integers(0, 255, (480, 640, 3), dtype=np.uint8)) for _ in range(8)]
+    if task == "video":
+        seen = [to_patches([picture.resize((336, 252)) for picture in pictures * 4], (252, 336))]
+    else:
+        count = {"images": 8, "prefill": 1, "train": 1}.get(task, 0)
+        seen = [to_patches([picture, picture], (476, 644)) for picture in pictures[:count]]
+    grids = [grid for _, grid in seen]
+    pads = sum(t * h * w // 4 for t, h, w in grids)
+    length = {"prefill": 1000, "train": 1500}.get(task, pads + 64)
+    words = torch.from_numpy(rng.integers(0, 151000, length - pads))
+    ids = torch.cat((torch.full((pads,), config.image_token_id), words))
+    return torch.cat([patches for patches, _ in seen] or [torch.zeros(4, 1176)]), grids, ids
+
+
+def ours(directory, task, dtype):
+    """A function that does the task once."""
+    model = load_model(directory, dtype)
+    patches, grids, ids = inputs(task, model.config)
+    if task in ("images", "video"):
+        return lambda: torch.no_grad()(model.visual)(patches, grids, model.run)
+    positions = mrope_positions(ids, grids, [None] * len(grids), model.config)[:, None]
+    places = torch.arange(len(ids) - 65, len(ids) - 1) if task == "train" else torch.arange(0)
+    batch = Batch(ids[None], positions, torch.tensor([len(ids)]), patches, grids or [(1, 2, 2)],
+                  (ids == model.config.image_token_id).nonzero()[:, 0], places, ids[places + 1])
+    if task == "train":
+        def step():
+            model.zero_grad()
+            (-model(batch)[0].mean()).backward()
+        return step
+    return lambda: generate(model, batch, 1 if task == "prefill" else 32, (-1,), group=16 if task == "decode 16" else 1)
+
+
+def theirs(directory, task, dtype):
+    """The same in transformers."""
+    from transformers import Qwen2_5_VLForConditionalGeneration
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(directory, dtype=dtype).eval()
+    patches, grids, ids = inputs(task, parse_config(PEER))
+    grids = torch.tensor(grids)
+    if task in ("images", "video"):
+        return lambda: torch.no_grad()(model.model.visual)(patches.to(dtype), grids)
+    given = {"input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None]}
+    if len(grids):
+        given |= {"pixel_values": patches, "image_grid_thw": grids, "mm_token_type_ids": (ids == 151655).int()[None]}
+    if task == "train":
+        labels = ids.clone()[None]
+        labels[:, :-64] = -100
+
+        def step():
+            model.zero_grad()
+            model(**given, labels=labels).loss.backward()
+        return step
+    tokens, rows = 1 if task == "prefill" else 32, 16 if task == "decode 16" else 1
+    return lambda: model.generate(**given, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=rows > 1, top_k=0,
+                                  num_return_sequences=rows, pad_token_id=0)
+
+
+def seconds_of(work):
+    began = time.time()
+    work()
+    return time.time() - began
+
+
+def measure_peers(args):
+    dtype = getattr(torch, args.dtype)
+    with tempfile.TemporaryDirectory() as folder:
+        directory = args.model or folder
+        if args.model is None:
+            model = build_model(parse_config(PEER)).to_empty(device="cpu")
+            initialize(model, 0)
+            save_model(folder, model.named_parameters(), model.config)
+            print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.0f} million random weights, {args.dtype}, "
+                  f"{torch.get_num_threads()} threads, torch {torch.__version__}", flush=True)
+        if args.side:  # one side alone, for its peak memory
+            work = {"ours": ours, "theirs": theirs}[args.side](directory, args.task, dtype)
+            print(json.dumps({"seconds": seconds_of(work), "peak": peak_gib()}))
+            return
+        print(f"{'':<52}{'ours':>9}{'peer':>9}{'ratio':>8}")
+        for task in [args.task] if args.task else TASKS:
+            sides = [make(directory, task, dtype) for make in (ours, theirs)]
+            runs = [[seconds_of(work) for work in sides] for _ in range(args.repeat + 1)][1:]  # the first warms up
+            mine, peer = (statistics.median(run[i] for run in runs) for i in (0, 1))
+            print(f"{TASKS[task]:<52}{mine:>8.2f}s{peer:>8.2f}s{peer / mine:>7.2f}x", flush=True)
+            del sides
+        peaks = [json.loads(subprocess.run([sys.executable, __file__, "peers", "--task", "train", "--side", side,
+                                            "--model", directory, "--dtype", args.dtype],
+                                           capture_output=True, text=True, check=True).stdout.splitlines()[-1])["peak"]
+                 for side in ("ours", "theirs")]
+        print(f"{'peak memory of training':<52}{peaks[0]:>7.2f}Gi{peaks[1]:>7.2f}Gi{peaks[1] / peaks[0]:>7.2f}x")
+
+
+def main():
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("load", "peers"))
+    parser.add_argument("--model", help="model directory (peers: random weights if not given)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--task", choices=tuple(TASKS))
+    parser.add_argument("--side", choices=("ours", "theirs"))
+    args = parser.parse_args()
+    if args.what == "load" and not args.model:
+        parser.error("--model is missing")
+    {"load": measure_load, "peers": measure_peers}[args.what](args)
+
+
+if __name__ == "__main__":
+    main_guard(main)
