@@ -19,7 +19,6 @@ import multiprocessing
 import os
 import shutil
 import struct
-import sys
 import tempfile
 from collections import Counter, namedtuple
 from functools import lru_cache
@@ -29,18 +28,24 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from data import Sample, prompt_text
 from rewards import UserError
+from runtime import Parser, main_guard
 
 SPLITS = ("train", "val", "test")
 # Difficulty. Blind guessing earns little only where the range of a number is wide: hence the factors on sides.
 SIZE = 112  # side of a picture in pixels; a multiple of 28, a merged patch of the vision encoder
 CAST = 40  # the lens's colour cast at the edges in grey levels; the model, which has no absolute positions, can use it
 FIELD_OF_VIEW, EYE_HEIGHT, PITCH, CEILING = math.radians(64), 1.5, math.radians(15), 2.9
-VIEW_SIDES, VIDEO_SIDES = (3.8, 5.0), (2.8, 9.5)  # shortest and longest wall, log-uniform, meters
-VIEW_CATEGORIES, VIDEO_CATEGORIES = (2, 5), (4, 6)  # different categories in a room, both ends included
+DIFFICULTY = {  # least and most; flags of these names set them
+    "view_sides": (3.8, 5.0), "video_sides": (2.8, 9.5),  # walls in meters, log-uniform: distance
+    "view_categories": (2, 5), "video_categories": (4, 6),  # different categories in a room: number
+    "scale": (0.5, 1.6),  # factor on all sides of a thing: size
+}
+TRIES = 1000  # of a room that must hold something before it is said to be impossible
 EASY = 0.3  # share of the training rooms with views that hold a single thing: where localization begins
 REPEATS = 0.9  # share of rooms where one category has 2 to 4 instances
-SCALE, STRETCH = (0.5, 1.6), (0.85, 1.18)  # factors on all sides of a thing, on each side
+STRETCH = (0.85, 1.18)  # factors on each side of a thing
 GAP, CLEARANCE, WALL = 0.15, 0.75, 0.03  # meters from things to things, cameras and walls
 VIEWS, FRAMES, FRAMES_PER_SECOND, AVI_SHARE = 4, 8, 2, 1 / 6
 SIZE_SHARE = 0.25  # of the questions about size are spatial rows; there would be too many
@@ -183,24 +188,29 @@ def fits(thing, things, cameras, sides):
     return all(polygon_distance(other.footprint, thing.footprint) >= GAP for other in things)
 
 
-def make_room(rng, video, easy=False):
+def make_room(rng, video, easy=False, difficulty=DIFFICULTY):
     """A furnished room and its cameras; drawn anew until it holds the least number of categories, one if easy."""
-    least, most = (1, 1) if easy else VIDEO_CATEGORIES if video else VIEW_CATEGORIES
-    things = []
-    while len({t.name for t in things}) < least:
-        sides = np.round(np.exp(rng.uniform(*np.log(VIDEO_SIDES if video else VIEW_SIDES), 2)), 1)
+    walls, categories = (difficulty[f"{'video' if video else 'view'}_{what}"] for what in ("sides", "categories"))
+    (least, most), (small, large) = (1, 1) if easy else categories, difficulty["scale"]
+    for _ in range(TRIES):
+        sides = np.round(np.exp(rng.uniform(*np.log(walls), 2)), 1)
         cameras, things = make_cameras(rng, sides, video), []
         names = rng.permutation(list(FURNITURE))[:rng.integers(least, most + 1)].tolist()
         if rng.random() < REPEATS and not easy:
             names[:1] *= min(4, int(rng.integers(2, 7)))  # most are 4: not all will fit
         for name in names:
-            scale = SCALE[0] * (SCALE[1] / SCALE[0]) ** rng.beta(0.5, 0.5)  # the ends are likelier than the middle
+            scale = small * (large / small) ** rng.beta(0.5, 0.5)  # the ends are likelier than the middle
             dims = scale * np.exp(rng.uniform(*np.log(STRETCH), 3)) * FURNITURE[name][1]
             for _ in range(30):  # tries
                 thing = make_thing(name, rng.uniform(0, sides), rng.uniform(0, 2 * math.pi), dims)
                 if fits(thing, things, cameras, sides):
                     things.append(thing)
                     break
+        if len({t.name for t in things}) >= least:
+            break
+    else:
+        raise UserError(f"{least} categories of scale {small} to {large} find no place between walls of {walls[0]} to "
+                        f"{walls[1]} meters")
     gaps = np.zeros((len(things), len(things)))
     for a, b in itertools.combinations(range(len(things)), 2):
         gaps[a, b] = gaps[b, a] = polygon_distance(things[a].footprint, things[b].footprint)
@@ -452,7 +462,7 @@ def ask(rng, world, function, texts):
 
 
 # ---------------------------------------------------------------------------------------------------- files
-def make_files(seed, split, index, size=SIZE, cast=CAST):
+def make_files(seed, split, index, size=SIZE, cast=CAST, difficulty=DIFFICULTY):
     """One room's files {name: bytes} and rows {"grounding", "spatial", "coldstart": list of dicts}, the cold-start rows
     without their prompt. A pure function of its arguments."""
     rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(SPLITS.index(split), index)))
@@ -483,12 +493,14 @@ def make_files(seed, split, index, size=SIZE, cast=CAST):
                 rows["coldstart"].append(row | {"solution": f"<think>{chain}</think><answer>{answer}</answer>"})
 
     easy = split == "train" and not video and rng.random() < EASY
-    while True:
-        room = make_room(rng, video, easy)
+    for _ in range(TRIES):
+        room = make_room(rng, video, easy, difficulty)
         pictures, _, sights = zip(*(render(room, camera, size, cast) for camera in room.cameras))
         world = make_world(room, sights, "frame" if video else "view", room.cameras[0])
         if not video or ask(rng, world, *TYPES["video"]["appearance order"]):  # a path worth filming
             break
+    else:
+        raise UserError(f"no video with an order of appearance in {TRIES} rooms of this difficulty {difficulty}")
     frames = [jpeg(picture) for picture in pictures]
     if video and rng.random() < AVI_SHARE:
         files[f"{folder}/video.avi"] = mjpeg_avi(frames, size, FRAMES_PER_SECOND)
@@ -515,22 +527,29 @@ def save_room(job):
 
 def add_prompt(row):
     """A cold-start row with the user's text of the thinking style."""
-    import data  # here: it imports torch, which the workers have no use for
-    sample = data.Sample("scenes.py", str(row["question_id"]), row["question"], row["question_type"], row["answer"],
-                         tuple(row["options"] or ()))
-    return row | {"prompt": data.prompt_text(sample, "thinking")}
+    sample = Sample("scenes.py", str(row["question_id"]), row["question"], row["question_type"], row["answer"],
+                    tuple(row["options"] or ()))
+    return row | {"prompt": prompt_text(sample, "thinking")}
 
 
-def write_rooms(out, scenes, seed, test_scenes=640, size=SIZE, cast=CAST, processes=None):
+def write_rooms(out, scenes, seed, test_scenes=640, size=SIZE, cast=CAST, processes=None, **difficulty):
     """Write out/{train,val,test}/spld_{grounding,spatial,coldstart}_data.jsonl (cold start: train only), images/
     roomNNNNN/{view0..3.jpg, frame0..7.jpg, video.avi} and out/meta.json: `scenes` training rooms, `test_scenes` test
     rooms, half as many for validation. Built beside and renamed; does nothing where out holds this very request.
 
-    Raises: UserError where out holds anything else or cannot be written, and for a size that is no multiple of 28.
+    Args:   difficulty: pairs in place of those of DIFFICULTY.
+    Raises: UserError where out holds anything else or cannot be written, for a size that is no multiple of 28 and a
+            difficulty that makes no rooms.
     """
-    out, request = Path(out), {"scenes": scenes, "test_scenes": test_scenes, "seed": seed, "size": size, "cast": cast}
+    difficulty = {name: [*difficulty.get(name, pair)] for name, pair in DIFFICULTY.items()}
+    out, request = Path(out), {"scenes": scenes, "test_scenes": test_scenes, "seed": seed, "size": size, "cast": cast,
+                               **difficulty}
     if size < 28 or size % 28:
         raise UserError(f"--size {size}: expected a multiple of 28")
+    for name, (low, high) in difficulty.items():
+        if not 0 < low <= high < 100 or "categories" in name and high > len(FURNITURE):
+            raise UserError(f"--{name.replace('_', '-')} {low} {high}: expected the least and the most, above 0"
+                            + f", at most {len(FURNITURE)}" * ("categories" in name))
     try:
         if out.exists() and any(out.iterdir()):
             meta = out / "meta.json"
@@ -546,7 +565,7 @@ def write_rooms(out, scenes, seed, test_scenes=640, size=SIZE, cast=CAST, proces
         with multiprocessing.Pool(processes) as pool:
             for split, rooms in zip(SPLITS, (scenes, test_scenes // 2, test_scenes)):
                 folder, kinds = beside / split, ("grounding", "spatial") + ("coldstart",) * (split == "train")
-                jobs = [(folder / "images", (seed, split, index, size, cast)) for index in range(rooms)]
+                jobs = [(folder / "images", (seed, split, index, size, cast, difficulty)) for index in range(rooms)]
                 folder.mkdir()
                 made = list(tqdm(pool.imap(save_room, jobs, 4), f"{split} rooms", rooms, mininterval=1))
                 for kind in kinds:
@@ -562,7 +581,7 @@ def write_rooms(out, scenes, seed, test_scenes=640, size=SIZE, cast=CAST, proces
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, help="folder to make")
     parser.add_argument("--scenes", type=int, default=4000, help="training rooms")
     parser.add_argument("--test-scenes", type=int, default=640, help="test rooms; validation has half as many")
@@ -570,12 +589,11 @@ def main():
     parser.add_argument("--size", type=int, default=SIZE, help="side of a picture in pixels, a multiple of 28")
     parser.add_argument("--cast", type=int, default=CAST, help="the lens's colour cast in grey levels, 0 for none")
     parser.add_argument("--processes", type=int, help="default: one per core")
-    try:
-        write_rooms(**vars(parser.parse_args()))
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    for name, pair in DIFFICULTY.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", nargs=2, type=type(pair[0]), default=pair,
+                            metavar=("LEAST", "MOST"), help="difficulty, default: %(default)s")
+    write_rooms(**vars(parser.parse_args()))
 
 
 if __name__ == "__main__":
-    main()
+    main_guard(main)

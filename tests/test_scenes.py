@@ -12,6 +12,7 @@ from PIL import Image
 
 import scenes
 from rewards import UserError
+from runtime import main_guard
 from scenes import CAST, FURNITURE, SIZE, TYPES
 
 ROOMS = range(24)
@@ -23,8 +24,8 @@ def made():
     out, last = [], {}
     make_room, render = scenes.make_room, scenes.render
 
-    def keep_room(rng, video, easy):
-        last.update(room=make_room(rng, video, easy), pictures=[])
+    def keep_room(*arguments):
+        last.update(room=make_room(*arguments), pictures=[])
         return last["room"]
 
     def keep_picture(*arguments):
@@ -308,6 +309,17 @@ def test_files_do_not_depend_on_processes(tmp_path):
     assert {Image.open(io.BytesIO(content)).size for p, content in one.items() if p.suffix == ".jpg"} == {(56, 56)}
 
 
+def test_difficulty_is_what_is_asked_for():
+    """Walls, categories and sizes of rooms stay within the pairs that are given, and reach beyond the default's."""
+    hard = scenes.DIFFICULTY | {"view_sides": (6.0, 7.0), "view_categories": (6, 8), "scale": (0.2, 0.4)}
+    for seed in range(20):
+        room = scenes.make_room(np.random.default_rng(seed), False, False, hard)
+        assert (room.sides >= 6).all() and (room.sides <= 7).all() and 6 <= len({t.name for t in room.things}) <= 8
+        for thing in room.things:
+            factors = thing.dims / FURNITURE[thing.name][1]
+            assert (factors > 0.2 * 0.85).all() and (factors < 0.4 * 1.18).all()
+
+
 def test_folder_mistakes(tmp_path, capsys, monkeypatch):
     """A folder of other data is never touched; the same request is not made twice; each mistake is one line."""
     out = tmp_path / "rooms"
@@ -319,12 +331,19 @@ def test_folder_mistakes(tmp_path, capsys, monkeypatch):
         scenes.write_rooms(out, 1, 1, test_scenes=0, size=28, processes=1)
     with pytest.raises(UserError, match="multiple of 28"):
         scenes.write_rooms(tmp_path / "new", 1, 0, size=30)
+    for name, pair, expected in (("scale", (2, 1), "--scale 2 1: expected the least and the most, above 0"),
+                                 ("view_categories", (3, 9), "above 0, at most 8"),
+                                 ("view_sides", (1.0, 1.0), "find no place between walls of 1.0 to 1.0 meters"),
+                                 ("video_categories", (2, 2), "no video with an order of appearance")):
+        with pytest.raises(UserError, match=expected):
+            scenes.write_rooms(tmp_path / "new", 4, 0, test_scenes=0, size=28, processes=1, **{name: pair})
     (tmp_path / "file").write_text("")
     for bad in (tmp_path / "file", tmp_path / "file" / "rooms"):
         with pytest.raises(UserError, match="cannot write"):
             scenes.write_rooms(bad, 1, 0)
+    capsys.readouterr()  # the progress bars so far
     monkeypatch.setattr("sys.argv", ["scenes.py", "--out", str(tmp_path / "file"), "--scenes", "1"])
     with pytest.raises(SystemExit) as stopped:
-        scenes.main()
+        main_guard(scenes.main)
     assert stopped.value.code == 2 and capsys.readouterr().err.count("\n") == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "rooms"]
