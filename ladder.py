@@ -15,9 +15,9 @@ the project; the trainers read their settings from RECIPES here.
 
 import argparse
 import json
-import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -165,9 +165,6 @@ def commands(args):
                                      out / "eval" / rung, "--prompt-style", style, *limit]
 
 
-WAITING = {"OMP_WAIT_POLICY": "PASSIVE"}  # threads that wait sleep: spinning beside another program costs up to 6 x
-
-
 def run(command):
     """Print a command as a person would type it, run it, and end the ladder where it failed."""
     words = [str(word) for word in command]
@@ -179,10 +176,18 @@ def run(command):
         script = next(i for i, word in enumerate(words) if word.endswith(".py"))
         words = [sys.executable, "-m", "torch.distributed.run", *words[1:script], str(here / words[script]),
                  *words[script + 1:]]
-    try:
-        code = subprocess.run(words, env=os.environ | WAITING).returncode
-    except KeyboardInterrupt:
-        code = 130
+    child, stopped = subprocess.Popen(words), []
+
+    def stop(number, frame):
+        """Wait for the command, which saves its state and ends: Ctrl-C reaches it too, SIGTERM is passed on."""
+        stopped.append(number)
+        if number == signal.SIGTERM:
+            child.terminate()
+
+    before = [signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)]
+    code = child.wait() or (128 + stopped[0] if stopped else 0)
+    for number, handler in zip((signal.SIGINT, signal.SIGTERM), before):
+        signal.signal(number, handler)
     if code:
         print(f"ladder.py: stopped (exit code {code}); the same command goes on from here", file=sys.stderr)
         sys.exit(code)
@@ -264,7 +269,6 @@ def main():
 
     # climb
     began = time.time()
-    print("$ export " + " ".join(f"{name}={value}" for name, value in WAITING.items()))
     for rung, purpose, command in commands(args):
         run(command)
         if purpose == "evaluate":

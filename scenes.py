@@ -469,6 +469,12 @@ def make_files(seed, split, index, size=SIZE, cast=CAST, difficulty=DIFFICULTY):
     folder, video, ids = f"room{index:05d}", index % 4 == 3, itertools.count(100 * index)
     files, rows = {}, {"grounding": [], "spatial": [], "coldstart": []}
 
+    def locate(world, row, things):
+        """A localization row: the boxes of the things in the order in which the question names them."""
+        boxes = [{"bbox_2d": [*world.sights[0][k].box], "label": world.room.things[k].name} for k in things]
+        shown = sum(sight.box is not None for sight in world.sights[0])
+        rows["grounding"].append(row | {"answer": boxes, "shown": shown})
+
     def add(world, images, data_type, number):
         """Rows of `number` types that the world has a question of."""
         types = sorted(TYPES[data_type], key=lambda t: rng.exponential(1 / WEIGHTS[t]))
@@ -481,9 +487,7 @@ def make_files(seed, split, index, size=SIZE, cast=CAST, difficulty=DIFFICULTY):
             options = [f"{'ABCD'[i]}. {texts[k]}" for i, k in enumerate(order)] if choices else None
             row = {"question_id": next(ids), "question": text, "image": images, "data_type": data_type}
             if data_type == "single_image":
-                boxes = [{"bbox_2d": [*world.sights[0][k].box], "label": world.room.things[k].name} for k in things]
-                shown = sum(sight.box is not None for sight in world.sights[0])
-                rows["grounding"].append(row | {"answer": boxes, "shown": shown})
+                locate(world, row, things)
             if options:
                 answer = next(option[0] for option in options if option[3:] == answer)
                 chain += f" Option {answer}."
@@ -510,7 +514,17 @@ def make_files(seed, split, index, size=SIZE, cast=CAST, difficulty=DIFFICULTY):
         add(world, list(files), "video", 4)
     else:
         for name, camera, sight in zip(files, room.cameras, sights):
-            add(make_world(room, [sight], "", camera), [name], "single_image", 2)
+            view = make_world(room, [sight], "", camera)
+            add(view, [name], "single_image", 2)
+            seen = [k for k, one in enumerate(sight) if one.box]
+            unclear = {room.things[k].name for k in seen if not sight[k].clear}
+            kinds = rng.permutation(sorted({room.things[k].name for k in seen} - unclear)).tolist()
+            if kinds:  # and everything of these kinds, from left to right
+                things = sorted(seen, key=lambda k: sight[k].box)
+                things = [k for kind in kinds for k in things if room.things[k].name == kind]
+                text = f"Where in the picture: {', '.join(kinds)}?"
+                locate(view, {"question_id": next(ids), "question": text, "image": [name],
+                              "data_type": "single_image"}, things)
         add(world, list(files), "multi_view", 1 if easy else 2)
     return files, rows
 

@@ -136,7 +136,7 @@ def test_other_scripts_know_the_flags_they_are_given():
 def test_what_is_printed_is_what_runs(monkeypatch, capsys):
     """The printed line is shell-quoted and stands for the very process that is started, from any directory."""
     started = []
-    monkeypatch.setattr(subprocess, "run", lambda words, env: started.append(words) or SimpleNamespace(returncode=0))
+    monkeypatch.setattr(subprocess, "Popen", lambda words: started.append(words) or SimpleNamespace(wait=lambda: 0))
     ladder.run(["python", "tiny.py", "--data", Path("my rooms"), "--seed", 3])
     ladder.run(["torchrun", "--standalone", "--nproc-per-node=2", "grpo.py", "--out", "o"])
     lines = [shlex.split(line[2:]) for line in capsys.readouterr().out.splitlines() if line.startswith("$ ")]
@@ -149,7 +149,7 @@ def test_what_is_printed_is_what_runs(monkeypatch, capsys):
 
 def test_the_ladder_ends_where_a_rung_fails(monkeypatch, capsys):
     """With that rung's exit code, and one line on how to go on."""
-    monkeypatch.setattr(subprocess, "run", lambda words, env: SimpleNamespace(returncode=7))
+    monkeypatch.setattr(subprocess, "Popen", lambda words: SimpleNamespace(wait=lambda: 7))
     with pytest.raises(SystemExit) as error:
         ladder.run(["python", "tiny.py"])
     assert error.value.code == 7
