@@ -42,8 +42,7 @@ DIFFICULTY = {  # least and most; flags of these names set them
     "view_categories": (2, 5), "video_categories": (4, 6),  # different categories in a room: number
     "scale": (0.5, 1.6),  # factor on all sides of a thing: size
 }
-TRIES = 1000  # of a room that must hold something before it is said to be impossible
-EASY = 0.3  # share of the training rooms with views that hold a single thing: where localization begins
+TRIES, EASY = 1000, 0.3  # rooms drawn before one of this kind is called impossible; share of the training rooms with views that hold a single thing: where localization begins
 REPEATS = 0.9  # share of rooms where one category has 2 to 4 instances
 STRETCH = (0.85, 1.18)  # factors on each side of a thing
 GAP, CLEARANCE, WALL = 0.15, 0.75, 0.03  # meters from things to things, cameras and walls
@@ -209,8 +208,7 @@ def make_room(rng, video, easy=False, difficulty=DIFFICULTY):
         if len({t.name for t in things}) >= least:
             break
     else:
-        raise UserError(f"{least} categories of scale {small} to {large} find no place between walls of {walls[0]} to "
-                        f"{walls[1]} meters")
+        raise UserError(f"{least} categories of scale {small} to {large} do not fit between walls of {walls} meters")
     gaps = np.zeros((len(things), len(things)))
     for a, b in itertools.combinations(range(len(things)), 2):
         gaps[a, b] = gaps[b, a] = polygon_distance(things[a].footprint, things[b].footprint)
@@ -463,8 +461,9 @@ def ask(rng, world, function, texts):
 
 # ---------------------------------------------------------------------------------------------------- files
 def make_files(seed, split, index, size=SIZE, cast=CAST, difficulty=DIFFICULTY):
-    """One room's files {name: bytes} and rows {"grounding", "spatial", "coldstart": list of dicts}, the cold-start rows
-    without their prompt. A pure function of its arguments."""
+    """One room's files {name: bytes} and rows {"grounding", "spatial", "coldstart": list of dicts}.
+
+    A pure function of its arguments."""
     rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(SPLITS.index(split), index)))
     folder, video, ids = f"room{index:05d}", index % 4 == 3, itertools.count(100 * index)
     files, rows = {}, {"grounding": [], "spatial": [], "coldstart": []}
@@ -494,7 +493,9 @@ def make_files(seed, split, index, size=SIZE, cast=CAST, difficulty=DIFFICULTY):
             if question_type != "object size" or rng.random() < SIZE_SHARE:
                 row |= {"options": options, "answer": answer, "question_type": question_type}
                 rows["spatial"].append(row)
-                rows["coldstart"].append(row | {"solution": f"<think>{chain}</think><answer>{answer}</answer>"})
+                sample = Sample("scenes.py", "", text, question_type, answer, tuple(options or ()))
+                rows["coldstart"].append(row | {"solution": f"<think>{chain}</think><answer>{answer}</answer>",
+                                                "prompt": prompt_text(sample, "thinking")})
 
     easy = split == "train" and not video and rng.random() < EASY
     for _ in range(TRIES):
@@ -516,15 +517,13 @@ def make_files(seed, split, index, size=SIZE, cast=CAST, difficulty=DIFFICULTY):
         for name, camera, sight in zip(files, room.cameras, sights):
             view = make_world(room, [sight], "", camera)
             add(view, [name], "single_image", 2)
-            seen = [k for k, one in enumerate(sight) if one.box]
+            # and where everything is of the kinds that are wholly clear, kind by kind from left to right
+            seen = sorted((k for k, one in enumerate(sight) if one.box), key=lambda k: sight[k].box)
             unclear = {room.things[k].name for k in seen if not sight[k].clear}
-            kinds = rng.permutation(sorted({room.things[k].name for k in seen} - unclear)).tolist()
-            if kinds:  # and everything of these kinds, from left to right
-                things = sorted(seen, key=lambda k: sight[k].box)
-                things = [k for kind in kinds for k in things if room.things[k].name == kind]
-                text = f"Where in the picture: {', '.join(kinds)}?"
-                locate(view, {"question_id": next(ids), "question": text, "image": [name],
-                              "data_type": "single_image"}, things)
+            if kinds := rng.permutation(sorted({room.things[k].name for k in seen} - unclear)).tolist():
+                row = {"question_id": next(ids), "question": f"Where in the picture: {', '.join(kinds)}?"}
+                locate(view, row | {"image": [name], "data_type": "single_image"},
+                       [k for kind in kinds for k in seen if room.things[k].name == kind])
         add(world, list(files), "multi_view", 1 if easy else 2)
     return files, rows
 
@@ -539,31 +538,20 @@ def save_room(job):
     return rows
 
 
-def add_prompt(row):
-    """A cold-start row with the user's text of the thinking style."""
-    sample = Sample("scenes.py", str(row["question_id"]), row["question"], row["question_type"], row["answer"],
-                    tuple(row["options"] or ()))
-    return row | {"prompt": prompt_text(sample, "thinking")}
-
-
 def write_rooms(out, scenes, seed, test_scenes=640, size=SIZE, cast=CAST, processes=None, **difficulty):
     """Write out/{train,val,test}/spld_{grounding,spatial,coldstart}_data.jsonl (cold start: train only), images/
     roomNNNNN/{view0..3.jpg, frame0..7.jpg, video.avi} and out/meta.json: `scenes` training rooms, `test_scenes` test
     rooms, half as many for validation. Built beside and renamed; does nothing where out holds this very request.
-
-    Args:   difficulty: pairs in place of those of DIFFICULTY.
-    Raises: UserError where out holds anything else or cannot be written, for a size that is no multiple of 28 and a
-            difficulty that makes no rooms.
+    `difficulty` are pairs in place of those of DIFFICULTY. UserError for what cannot be made or written.
     """
     difficulty = {name: [*difficulty.get(name, pair)] for name, pair in DIFFICULTY.items()}
-    out, request = Path(out), {"scenes": scenes, "test_scenes": test_scenes, "seed": seed, "size": size, "cast": cast,
-                               **difficulty}
+    out, request = Path(out), dict(difficulty, scenes=scenes, test_scenes=test_scenes, seed=seed, size=size, cast=cast)
     if size < 28 or size % 28:
         raise UserError(f"--size {size}: expected a multiple of 28")
     for name, (low, high) in difficulty.items():
         if not 0 < low <= high < 100 or "categories" in name and high > len(FURNITURE):
-            raise UserError(f"--{name.replace('_', '-')} {low} {high}: expected the least and the most, above 0"
-                            + f", at most {len(FURNITURE)}" * ("categories" in name))
+            most = f", at most {len(FURNITURE)}" * ("categories" in name)
+            raise UserError(f"--{name.replace('_', '-')} {low} {high}: expected the least and the most, above 0{most}")
     try:
         if out.exists() and any(out.iterdir()):
             meta = out / "meta.json"
@@ -578,16 +566,15 @@ def write_rooms(out, scenes, seed, test_scenes=640, size=SIZE, cast=CAST, proces
         beside.chmod(0o755)
         with multiprocessing.Pool(processes) as pool:
             for split, rooms in zip(SPLITS, (scenes, test_scenes // 2, test_scenes)):
-                folder, kinds = beside / split, ("grounding", "spatial") + ("coldstart",) * (split == "train")
+                folder = beside / split
                 jobs = [(folder / "images", (seed, split, index, size, cast, difficulty)) for index in range(rooms)]
                 folder.mkdir()
                 made = list(tqdm(pool.imap(save_room, jobs, 4), f"{split} rooms", rooms, mininterval=1))
-                for kind in kinds:
+                for kind in ("grounding", "spatial") + ("coldstart",) * (split == "train"):
                     rows = [row for room in made for row in room[kind]]
                     if kind == "grounding":  # from pictures of one thing to those of many: a curriculum, read in order
                         rows.sort(key=lambda row: row.pop("shown"))
-                    lines = [json.dumps(add_prompt(row) if kind == "coldstart" else row) + "\n" for row in rows]
-                    (folder / f"spld_{kind}_data.jsonl").write_text("".join(lines))
+                    (folder / f"spld_{kind}_data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         (beside / "meta.json").write_text(json.dumps(request) + "\n")
         os.replace(beside, out)
     finally:
