@@ -325,6 +325,10 @@ def table(name, scores, bench, scorer="spatialladder"):
     lines = [line(f"{name}, {scorer} scorer" + ", our prompt" * (scorer == "official"), *keys,
                   *(("paper 3B", "SpLadder") if bench.paper else ()))]
     lines += [line(title, *map(part.get, keys), *map(str, bench.paper.get(title, ()))) for title, part in parts.items()]
+    if scores.get("truncated"):
+        lines.append(f"{100 * scores['truncated']:.1f}% of the completions reached --max-completion-length.")
+    if scores.get("skipped"):
+        lines.append(f"{scores['skipped']} samples without a completion: they count as wrong.")
     if name in ("vsibench", "spbench-si", "spbench-mv"):
         lines.append("The paper gives the 3B a mean of 38.8 over VSI-Bench and both SPBench; it should read 35.4.")
     return "\n".join(lines)
