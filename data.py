@@ -258,7 +258,7 @@ def open_picture(source, pixels=True):
                     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
             image = image.convert("RGB") if pixels else SimpleNamespace(size=size)
     except (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError) as error:  # AVIF: RuntimeError
-        raise UserError(f"{name}: not a readable picture ({error})") from None
+        raise UserError(f"{name}: not a readable picture ({str(error).split(' <')[0]})") from None
     if min(image.size) < 28:
         raise UserError(f"{name}: {image.size[0]}x{image.size[1]} pixels, expected at least 28 on each side")
     return image

@@ -190,7 +190,7 @@ def evaluate(args, ranks, model, processor, benchmark, out):
                    "min_pixels": processor.min_pixels, "max_pixels": processor.max_pixels} | {
             key: vars(args)[key] for key in ("num_frames", "fps", "video_seconds", "prompt_style", "max_completion_length")}
     asked = {key: value for key, value in vars(args).items() if key not in ("device", "out", "predictions")}
-    asked["weights"] = recipe.get("model")  # another model under the same name is another evaluation
+    asked["model_hash"] = recipe.get("model")  # another model under the same name is another evaluation
     problem = ranks.gather(claim(out, asked) if ranks.rank == 0 else None)[0]
     if problem:
         raise UserError(problem)
