@@ -12,6 +12,7 @@ of thought in <think></think> and the answer in <answer></answer>.
 import io
 import json
 import math
+import re
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import groupby
@@ -350,7 +351,8 @@ def prompt_text(sample, style, prompts=PROMPTS):
         return sample.prompt
     kind = "choice" if sample.options else "number" if parse_number(str(sample.answer)) is not None else "text"
     text = prompts[style if style == "localize" else f"{style} {kind}"]
-    return text.replace("{question}", sample.question).replace("{options}", "\n".join(sample.options))
+    slots = {"{question}": sample.question, "{options}": "\n".join(sample.options)}
+    return re.sub("{question}|{options}", lambda slot: slots[slot[0]], text)  # at once: a question may hold {options}
 
 
 def read_prompts(path):
