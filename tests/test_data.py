@@ -1,6 +1,8 @@
 """data.py: every malformed row is one line that names its place, and a good row becomes exactly the tokens it should."""
 import json
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -469,3 +471,41 @@ def test_show_of_no_such_row_is_one_line(tmp_path, images, tiny_model, monkeypat
     with pytest.raises(SystemExit) as stop:
         report.main()
     assert stop.value.code == 2 and capsys.readouterr().err == f"{path}:2: there is no such row\n"
+
+
+# ---------------------------------------------------------------------------------------------- what the README says
+
+
+def readme_block(word):
+    """The code block of the README's data section in which a word stands."""
+    section = (REPO / "README.md").read_text(encoding="utf-8").split("## Your data, six benchmarks")[1]
+    [block] = [block for block in re.findall(r"```\n(.*?)```", section, re.DOTALL) if word in block]
+    return block
+
+
+def test_the_readme_turns_conversations_into_messages(tmp_path, images):
+    """LLaVA's single picture, ShareGPT's list of pictures, a video of frames and a system turn, by the printed command."""
+    def row(*values, **media):
+        return media | {"conversations": [{"from": speaker, "value": value} for speaker, value in values]}
+
+    one, two = CHOICE["image"][0], VIEWS["image"][:2]
+    (tmp_path / "llava.json").write_text(json.dumps([
+        row(("human", "<image>\nHow wide?"), ("gpt", "85"), ("human", "And high?"), ("gpt", "200"), image=one),
+        row(("system", "Be brief."), ("human", "<image><image>Same room?"), ("gpt", "Yes"), images=two),
+        row(("human", "<video>What is it?"), ("gpt", "A door"), video=VIDEO["image"])]))
+    done = subprocess.run(readme_block("conversations").replace("python", sys.executable, 1), shell=True, cwd=tmp_path)
+    assert done.returncode == 0
+    first, second, third = (sample.messages for sample in read_samples(tmp_path / "chat.jsonl", images))
+    picture, *views = (Media("image", str(images / name)) for name in (one, *two))
+    assert first == (("user", (picture, "How wide?")), ("assistant", ("85",)), ("user", ("And high?",)),
+                     ("assistant", ("200",)))
+    assert second == (("system", ("Be brief.",)), ("user", (*views, "Same room?")), ("assistant", ("Yes",)))
+    assert third[0] == ("user", (Media("video", tuple(str(images / name) for name in VIDEO["image"])), "What is it?"))
+
+
+def test_the_readmes_prompts_and_chat_row_are_read(tmp_path, images):
+    (tmp_path / "prompts.json").write_text(readme_block("You look at pictures"))
+    assert read_prompts(tmp_path / "prompts.json")["system"] == "You look at pictures of rooms."
+    row = json.loads(readme_block('"messages": [{"role": "user"'))
+    [sample] = read_samples(write_rows(tmp_path / "rows.jsonl", row), images)
+    assert sample.messages[1] == ("assistant", ("85",)) and sample.media[0].kind == "image"
