@@ -45,7 +45,10 @@ def found_benches(data):
 
 
 def read_rows(bench, data, images):
-    """Samples of a named benchmark, of the rooms (both files of a folder), or of one jsonl file, and their extras."""
+    """Samples of a named benchmark, of the rooms (both files of a folder), or of one jsonl file.
+
+    Returns: [Sample], [what the benchmark's aggregate needs of a row besides] (nothing for ours).
+    """
     if bench in BENCHES:
         return read_bench(bench, data)
     files = [Path(data) / f"spld_{kind}_data.jsonl" for kind in ("grounding", "spatial")] if bench == "rooms" else [bench]
@@ -179,9 +182,9 @@ def evaluate(args, ranks, model, processor, benchmark, out):
 
     # what to answer
     samples, extras = subset(*benchmark, args.limit, args.seed)
-    blind_from = Path(args.blind_from) if args.blind_from else None
-    files = [] if blind_from is None else sorted(blind_from.glob("spld_[gs]*_data.jsonl")) or [blind_from]
-    train = read_all(files, None) if files else []
+    train = []
+    if args.blind_from:  # a folder's grounding and spatial rows, or one file
+        train = read_all(sorted(Path(args.blind_from).glob("spld_[gs]*_data.jsonl")) or [args.blind_from], None)
     recipe = {"scorer": args.scorer, "seed": args.seed}
     if args.predictions:
         answers, recipe = given_answers(args.predictions, samples, benchmark[0]), recipe | {"predictions": args.predictions}
