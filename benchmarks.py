@@ -200,11 +200,14 @@ def read_bench(name, folder):
     Returns: [Sample], [what the aggregate needs of its row besides]. Raises: UserError for anything missing."""
     bench, folder, samples, extras = BENCHES[name], Path(folder), [], []
 
+    @cache
+    def look(pattern):  # many rows show the same picture
+        return next(filter(None, (sorted(folder.glob(depth + pattern)) for depth in ("", "*/"))), None)
+
     def find(pattern, where):
-        paths = sorted(path for depth in ("", "*/") for path in folder.glob(depth + pattern))
-        if not paths:
+        if look(pattern) is None:
             raise UserError(f"{where}: no {pattern} in {folder}; it comes with {bench.hub} on the Hugging Face hub")
-        return paths
+        return look(pattern)
 
     for path in (path for pattern in bench.files for path in find(pattern, name)):
         for where, row in ((f"{path}:{n}", row) for n, row in enumerate(read_table(path), 1)):

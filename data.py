@@ -292,10 +292,17 @@ def read_video(path, num_frames, fps):
 open_header = cache(partial(open_picture, pixels=False))  # a data set shows one picture in many rows
 
 
+@cache
+def video_header(path, num_frames, fps):
+    """As read_video, but of the frames only their sizes."""
+    frames, seconds = read_video(path, num_frames, fps)
+    return [SimpleNamespace(size=frame.size) for frame in frames], seconds
+
+
 def open_media(media, num_frames=1, fps=None, pixels=True):
     """-> [the picture] or the frames of a video (see open_picture), seconds between two frames or None."""
     if media.kind == "video" and isinstance(media.source, str):
-        return read_video(media.source, num_frames, fps)
+        return (read_video if pixels else video_header)(media.source, num_frames, fps)
     pictures = [open_picture(source) if pixels else open_header(source) for source in media.sources]
     if any(picture.size != pictures[0].size for picture in pictures):
         raise UserError(f"{media.sources[0]}: the frames of one video differ in size")
