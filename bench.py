@@ -1,13 +1,15 @@
-"""Timings: a checkpoint's load, prefill and decode; and the same work here and in transformers.
+"""Timings: a checkpoint's load, prefill and decode; the same work here and in transformers; reading the data.
 
     python bench.py load --model DIR                 # seconds and peak memory of loading it and answering a question
     python bench.py peers                            # against transformers (pip install transformers) on random weights
     python bench.py peers --task train --side ours   # one task of one side alone, as `peers` does for peak memory
+    python bench.py data --workers 1                 # indexing 26,610 rows, waiting for pictures, memory over 2,000 videos
 
-Every figure is the median of --repeat runs, both sides in turn on the same weights, dtype and inputs.
+Every figure of `peers` is the median of --repeat runs, both sides in turn on the same weights, dtype and inputs.
 """
 
 import argparse
+import io
 import json
 import resource
 import statistics
@@ -15,17 +17,22 @@ import subprocess
 import sys
 import tempfile
 import time
+import tracemalloc
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 
-from checkpoint import build_model, load_model, parse_config, save_model
-from data import Processor, Sample, Media, collate, to_patches
+from checkpoint import build_model, load_config, load_model, parse_config, save_model
+from data import Media, Processor, Sample, collate, read_all, to_patches
 from model import Batch, generate, mrope_positions
 from runtime import Parser, main_guard
+from scenes import mjpeg_avi
 from tiny import initialize
+from train_sft import Rows, train_step
 
 PEER = {  # about 110 million weights, 78 of them the words
     "architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl", "torch_dtype": "float32",
@@ -165,19 +172,99 @@ def measure_peers(args):
         print(f"{'peak memory of training':<52}{peaks[0]:>7.2f}Gi{peaks[1]:>7.2f}Gi{peaks[1] / peaks[0]:>7.2f}x")
 
 
+def write_data_set(folder):
+    """SpatialLadder-26k in size and kinds of rows, over 64 pictures of 1296x968 and a video file of 16 frames."""
+    rng, names = np.random.default_rng(0), [f"scene0000_00/{n}.jpg" for n in range(64)]
+    (folder / "images" / "scene0000_00").mkdir(parents=True)
+
+    def jpeg(width, height):  # soft noise, about as many bytes as a photograph
+        file = io.BytesIO()
+        noise = rng.integers(0, 255, (height // 8, width // 8, 3), dtype=np.uint8)
+        Image.fromarray(noise).resize((width, height)).save(file, "JPEG", quality=90)
+        return file.getvalue()
+
+    for name in names:
+        (folder / "images" / name).write_bytes(jpeg(1296, 968))
+    (folder / "images" / "video.avi").write_bytes(mjpeg_avi([jpeg(640, 640) for _ in range(16)], 640, 2))
+    kinds = [("single_image", 1, 5929), ("multi_view", 8, 5752), ("video", 16, 9000)]
+    with open(folder / "spld_grounding_data.jsonl", "w") as file:
+        for n in range(5929):
+            answer = [{"bbox_2d": [296, 166, 408, 277], "label": "whiteboard"}]
+            file.write(json.dumps({"question_id": n, "question": "Is the whiteboard to the door's left or right?",
+                                   "answer": answer, "image": [names[n % 64]], "data_type": "single_image"}) + "\n")
+    with open(folder / "spld_spatial_data.jsonl", "w") as file:
+        for kind, pictures, count in kinds:
+            for n in range(count):
+                images = [names[(n + i) % 64] for i in range(pictures)]
+                file.write(json.dumps({
+                    "question_id": n, "question": "From the camera's perspective, is the whiteboard to the door's left or "
+                    "right?", "options": ["A. left", "B. right"], "answer": "B", "question_type": "relative direction",
+                    "data_type": kind, "image": ["video.avi"] if kind == "video" and n % 2 else images}) + "\n")
+    return [folder / f"spld_{kind}_data.jsonl" for kind in ("grounding", "spatial")]
+
+
+def measure_data(args):
+    """What the data path costs: the index of a data set, waiting for pictures in training, memory over many videos."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = write_data_set(Path(folder))
+        began = time.time()
+        samples = read_all(files, None)
+        print(f"index        {time.time() - began:8.2f} s   {len(samples):,} rows", end="", flush=True)
+        tracemalloc.start()
+        read_all(files, None)
+        print(f", peak {tracemalloc.get_traced_memory()[1] / 1e6:.0f} MB", flush=True)
+        tracemalloc.stop()
+
+        small, tiny = Path(folder) / "small", Path(folder) / "tiny"  # for a tokenizer
+        small.mkdir()
+        (small / "spld_data.jsonl").write_text("".join(file.open().readline() for file in files))
+        subprocess.run([sys.executable, Path(__file__).parent / "tiny.py", "--data", small, "--out", tiny], check=True,
+                       stdout=subprocess.DEVNULL)
+        config = load_config(tiny)
+        processor = Processor(tiny, config, argparse.Namespace(
+            min_pixels=16 * 28 * 28, max_pixels=128 * 28 * 28, num_frames=16, fps=None, video_seconds="grid", prompts=None))
+
+        videos = [sample for sample in samples if sample.data_type == "video"]
+        for n, sample in enumerate(videos[:args.videos], 1):
+            processor.example(sample, "direct")
+            if n in (args.videos // 10, args.videos):
+                print(f"videos       {peak_gib():8.3f} GiB peak after {n:,}: 16 frames, half of them files", flush=True)
+
+        tokens = {key: value for key, value in config.source.items() if key.endswith("token_id")}
+        model = build_model(parse_config(PEER | tokens)).to_empty(device="cpu")
+        initialize(model, 0)
+
+        order = [[(row, True)] for row in range(8 * (args.steps + 1))]  # rows of one picture, 8 to a step
+        loader = iter(DataLoader(Rows(samples, processor), batch_sampler=order, num_workers=args.workers,
+                                 collate_fn=partial(collate, config=model.config)))
+        waited, trained = 0.0, 0.0
+        for step in range(args.steps + 1):
+            began = time.time()
+            batches = [next(loader) for _ in range(8)]
+            got = time.time()
+            train_step(model, batches, sum(len(batch.targets) for batch in batches))
+            if step:  # the first step starts the workers
+                waited, trained = waited + got - began, trained + time.time() - got
+        print(f"wait         {waited / args.steps:8.3f} s   of {(waited + trained) / args.steps:.2f} s a step of 8 pictures of "
+              f"1296x968, {100 * waited / (waited + trained):.1f}%, {args.workers} workers", flush=True)
+
+
 def main():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("load", "peers"))
+    parser.add_argument("what", choices=("load", "peers", "data"))
     parser.add_argument("--model", help="model directory (peers: random weights if not given)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--task", choices=tuple(TASKS))
     parser.add_argument("--side", choices=("ours", "theirs"))
+    parser.add_argument("--workers", type=int, default=1, help="data: processes that read and resize pictures")
+    parser.add_argument("--steps", type=int, default=20, help="data: optimizer steps that are timed")
+    parser.add_argument("--videos", type=int, default=2000, help="data: videos that are read")
     args = parser.parse_args()
     if args.what == "load" and not args.model:
         parser.error("--model is missing")
-    {"load": measure_load, "peers": measure_peers}[args.what](args)
+    {"load": measure_load, "peers": measure_peers, "data": measure_data}[args.what](args)
 
 
 if __name__ == "__main__":

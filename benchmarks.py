@@ -3,7 +3,8 @@
     read_bench -> completions -> score_rows (a matcher) -> add_baselines -> summarize (an aggregate) -> table
 
 The scorers of BENCHES are to the bit those of the authors (github ZJU-REAL/SpatialLadder, eval_spld: "spatialladder")
-or of the benchmark's makers ("official"), quirks included. Where theirs would crash, an answer earns 0.
+or of the benchmark's makers ("official"), quirks included. Where theirs would crash (a truth of 0, a text that is no
+number), an answer earns 0; errors relative to a negative truth, which theirs call right, are relative to its size.
 """
 
 import re
@@ -27,8 +28,9 @@ WORDS = dict(zip("one two three four five six seven eight nine ten eleven twelve
 LETTER, BRACKETED = re.compile(r"([A-D])\.?"), re.compile(r"[(\[{]?([A-D])[)\]}]?\.?", re.IGNORECASE)
 OPTION_LINE = re.compile(r"^[A-Z]\..*", re.MULTILINE)
 AXES = [("move_right", "move_left"), ("move_up", "move_down"), ("move_forward", "move_backward"),
-        ("rotate_right", "rotate_left"), ("rotate_up", "rotate_down")]
+        ("rotate_right", "rotate_left"), ("rotate_up", "rotate_down")]  # of a view change, the positive direction first
 VSI_LEVELS = [f"object_rel_direction_{level}" for level in ("easy", "medium", "hard")]
+# Groups of question types that means are given for: name -> pattern
 VSI = {"NQ": "counting|abs_distance|size_estimation", "MCQ": "rel_di|route_planning|appearance_order"}
 SPAR = {"Low": "_prediction_", "Middle": "view_change|matching|camera_motion", "High": "spatial|distance_infer"}
 VIEWS = {"camera": "Camera", "person": "Person", "scannet": "Camera.*Relative|Scene", "coco": "Object|Person.*- Rel"}
@@ -65,6 +67,7 @@ def first_number(text):
 
 
 def number_score(number, truth, absolute_at_zero=False):
+    """Mean relative accuracy of two texts; 0 if one is no number."""
     try:
         number, truth = float(number), float(truth)
     except ValueError:
@@ -75,6 +78,7 @@ def number_score(number, truth, absolute_at_zero=False):
 
 
 def vsi_match(text, row, official=False):
+    """Numbers by mean relative accuracy, choices by letter; spatialladder looks for them, official reads one token."""
     token = text.split(" ")[0].rstrip(".").strip()  # all that the official scorer looks at
     if re.search(VSI["NQ"], row["question_type"]):
         return number_score(token if official else first_number(text), row["answer"])
@@ -196,11 +200,14 @@ def read_bench(name, folder):
     Returns: [Sample], [what the aggregate needs of its row besides]. Raises: UserError for anything missing."""
     bench, folder, samples, extras = BENCHES[name], Path(folder), [], []
 
+    @cache
+    def look(pattern):  # many rows show the same picture
+        return next(filter(None, (sorted(folder.glob(depth + pattern)) for depth in ("", "*/"))), None)
+
     def find(pattern, where):
-        paths = sorted(path for depth in ("", "*/") for path in folder.glob(depth + pattern))
-        if not paths:
+        if look(pattern) is None:
             raise UserError(f"{where}: no {pattern} in {folder}; it comes with {bench.hub} on the Hugging Face hub")
-        return paths
+        return look(pattern)
 
     for path in (path for pattern in bench.files for path in find(pattern, name)):
         for where, row in ((f"{path}:{n}", row) for n, row in enumerate(read_table(path), 1)):
@@ -325,6 +332,10 @@ def table(name, scores, bench, scorer="spatialladder"):
     lines = [line(f"{name}, {scorer} scorer" + ", our prompt" * (scorer == "official"), *keys,
                   *(("paper 3B", "SpLadder") if bench.paper else ()))]
     lines += [line(title, *map(part.get, keys), *map(str, bench.paper.get(title, ()))) for title, part in parts.items()]
+    if scores.get("truncated"):
+        lines.append(f"{100 * scores['truncated']:.1f}% of the completions reached --max-completion-length.")
+    if scores.get("skipped"):
+        lines.append(f"{scores['skipped']} samples without a completion: they count as wrong.")
     if name in ("vsibench", "spbench-si", "spbench-mv"):
         lines.append("The paper gives the 3B a mean of 38.8 over VSI-Bench and both SPBench; it should read 35.4.")
     return "\n".join(lines)

@@ -2,19 +2,22 @@
 
     python data.py check FILE.jsonl --images DIR [--model DIR] [--max-pixels N] [--max-tokens N]
 
-An error is a row that training would stop at; a warning is a row worth a look. Pictures are opened, not decoded: what
-their headers say is checked. Exit code 2 if there are errors.
+An error is a row that training would stop at; a warning is a row worth a look. Every picture is decoded once, by all
+cores. Exit code 2 if there are errors.
 """
 
 import argparse
 import sys
 from collections import Counter
+from multiprocessing import Pool
 from pathlib import Path
 
+from tqdm import tqdm
+
 from checkpoint import load_config
-from data import Processor, open_header, read_samples, style_of
+from data import Processor, open_header, open_picture, read_samples, style_of
 from rewards import NUMBER_TYPES, UserError, parse_number
-from runtime import Parser, add_flags, main_guard
+from runtime import Parser, add_flags, main_guard, refuse_bad_values
 
 
 def warnings(sample, places):
@@ -32,6 +35,20 @@ def warnings(sample, places):
                 yield f"{box['label']} at {box['bbox_2d']} touches the edge of the picture of {width}x{height} pixels"
 
 
+def pictures_of(sample):
+    """Paths of a sample's pictures and of the frames of its videos, but for video files."""
+    return [path for media in sample.media if media.kind == "image" or isinstance(media.source, tuple)
+            for path in media.sources]
+
+
+def decode_error(path):
+    """What is wrong with a picture beyond its header, such as an end that is missing; None if nothing is."""
+    try:
+        open_picture(path)
+    except UserError as error:
+        return str(error)
+
+
 def check(path, images, processor=None, max_tokens=None):
     """Print what is wrong with the rows of a file, what is odd about them, and what they are.
 
@@ -40,7 +57,16 @@ def check(path, images, processor=None, max_tokens=None):
     Returns: number of rows that are wrong.
     """
     wrong, odd, places, kinds, lengths = [], [], {}, Counter(), []
-    for sample in read_samples(path, images, wrong):
+    samples = read_samples(path, images, wrong)
+    pictures = list(dict.fromkeys(picture for sample in samples for picture in pictures_of(sample)))
+    with Pool() as pool:
+        errors = dict(zip(pictures, tqdm(pool.imap(decode_error, pictures, 16), desc="pictures", total=len(pictures),
+                                         mininterval=2, disable=None)))
+    for sample in samples:
+        broken = next(filter(None, map(errors.get, pictures_of(sample))), None)
+        if broken:
+            wrong.append(f"{sample.where}: {broken}")
+            continue
         kinds[sample.question_type or "cold start", sample.data_type] += 1
         odd += [f"{sample.where}: {text}" for text in warnings(sample, places)]
         if processor:
@@ -49,6 +75,7 @@ def check(path, images, processor=None, max_tokens=None):
                 odd.append(f"{sample.where}: {lengths[-1]} tokens, more than {max_tokens}")
     if not wrong and not kinds:
         raise UserError(f"{path}: no rows in it")
+    wrong.sort(key=lambda text: int(text[len(str(path)) + 1:].partition(":")[0]))  # by line
     for label, texts in (("error", wrong), ("warning", odd)):
         for text in texts:
             print(f"{label}: {text}")
@@ -69,6 +96,7 @@ def main():
     add_flags(parser, ("images", "model", "min_pixels", "max_pixels", "num_frames", "fps", "video_seconds", "prompts"))
     parser.set_defaults(num_frames=16, video_seconds="grid")
     args = parser.parse_args()
+    refuse_bad_values(parser, args)
     if args.max_tokens and not args.model:
         parser.error("--max-tokens needs --model, whose tokenizer counts")
     processor = Processor(args.model, load_config(args.model), args) if args.model else None

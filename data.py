@@ -12,8 +12,10 @@ of thought in <think></think> and the answer in <answer></answer>.
 import io
 import json
 import math
+import re
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +23,7 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps
 from tokenizers import Tokenizer
+from torch.nn.utils.rnn import pad_sequence
 
 from checkpoint import read_json
 from model import Batch, mrope_positions
@@ -54,6 +57,10 @@ class Media:
     kind: str  # "image" | "video"
     source: object  # path or bytes of a picture; path of a video file, or a tuple of its frames' paths
     seconds_per_frame: float | None = None  # true time between the frames of a list, where the row gives it
+
+    @property
+    def sources(self):
+        return self.source if isinstance(self.source, tuple) else (self.source,)
 
 
 @dataclass(frozen=True)
@@ -252,7 +259,7 @@ def open_picture(source, pixels=True):
                     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
             image = image.convert("RGB") if pixels else SimpleNamespace(size=size)
     except (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError) as error:  # AVIF: RuntimeError
-        raise UserError(f"{name}: not a readable picture ({error})") from None
+        raise UserError(f"{name}: not a readable picture ({str(error).split(' <')[0]})") from None
     if min(image.size) < 28:
         raise UserError(f"{name}: {image.size[0]}x{image.size[1]} pixels, expected at least 28 on each side")
     return image
@@ -285,14 +292,20 @@ def read_video(path, num_frames, fps):
 open_header = cache(partial(open_picture, pixels=False))  # a data set shows one picture in many rows
 
 
+@cache
+def video_header(path, num_frames, fps):
+    """As read_video, but of the frames only their sizes."""
+    frames, seconds = read_video(path, num_frames, fps)
+    return [SimpleNamespace(size=frame.size) for frame in frames], seconds
+
+
 def open_media(media, num_frames=1, fps=None, pixels=True):
     """-> [the picture] or the frames of a video (see open_picture), seconds between two frames or None."""
     if media.kind == "video" and isinstance(media.source, str):
-        return read_video(media.source, num_frames, fps)
-    paths = media.source if isinstance(media.source, tuple) else (media.source,)
-    pictures = [open_picture(path) if pixels else open_header(path) for path in paths]
+        return (read_video if pixels else video_header)(media.source, num_frames, fps)
+    pictures = [open_picture(source) if pixels else open_header(source) for source in media.sources]
     if any(picture.size != pictures[0].size for picture in pictures):
-        raise UserError(f"{paths[0]}: the frames of one video differ in size")
+        raise UserError(f"{media.sources[0]}: the frames of one video differ in size")
     return pictures, media.seconds_per_frame
 
 
@@ -345,7 +358,8 @@ def prompt_text(sample, style, prompts=PROMPTS):
         return sample.prompt
     kind = "choice" if sample.options else "number" if parse_number(str(sample.answer)) is not None else "text"
     text = prompts[style if style == "localize" else f"{style} {kind}"]
-    return text.replace("{question}", sample.question).replace("{options}", "\n".join(sample.options))
+    slots = {"{question}": sample.question, "{options}": "\n".join(sample.options)}
+    return re.sub("{question}|{options}", lambda slot: slots[slot[0]], text)  # at once: a question may hold {options}
 
 
 def read_prompts(path):
@@ -426,6 +440,8 @@ class Processor:
         edges = limits.get("size") or {}
         self.min_pixels = args.min_pixels or limits.get("min_pixels") or edges.get("shortest_edge") or 56 * 56
         self.max_pixels = args.max_pixels or limits.get("max_pixels") or edges.get("longest_edge") or 1280 * 28 * 28
+        if self.min_pixels > self.max_pixels:
+            raise UserError(f"--min-pixels is {self.min_pixels}, above --max-pixels {self.max_pixels}")
         self.num_frames, self.fps, self.video_seconds = args.num_frames, args.fps, args.video_seconds
         generation = read_json(directory / "generation_config.json")
         stops = generation.get("eos_token_id", self.special["<|im_end|>"])
@@ -446,12 +462,10 @@ class Processor:
         """The rendered text with one pad token per picture or video, and how often each pad is repeated."""
         pads = {self.special["<|image_pad|>"], self.special["<|video_pad|>"]}
         ids, counts = [], []
-        for token in example.ids.tolist():
-            if token in pads and ids and ids[-1] == token:
-                counts[-1] += 1
-            else:
-                ids.append(token)
-                counts += [1] if token in pads else []
+        for token, run in groupby(example.ids.tolist()):
+            run = list(run)
+            ids += run[:1] if token in pads else run
+            counts += [len(run)] if token in pads else []
         return self.tokenizer.decode(ids, skip_special_tokens=False), counts
 
     def load(self, media, pixels=True):
@@ -533,12 +547,9 @@ def collate(examples, config):
 
     A batch without pictures gets a dummy picture of 2 x 2 patches whose features go nowhere.
     """
-    T = max(len(e.ids) for e in examples)
-    ids = torch.zeros(len(examples), T, dtype=torch.long)
-    labels = torch.full((len(examples), T), IGNORE)
-    positions = torch.zeros(3, len(examples), T, dtype=torch.long)
-    for row, e in enumerate(examples):
-        ids[row, :len(e.ids)], labels[row, :len(e.ids)], positions[:, row, :len(e.ids)] = e.ids, e.labels, e.positions
+    ids = pad_sequence([e.ids for e in examples], batch_first=True)  # (B, T)
+    labels = pad_sequence([e.labels for e in examples], batch_first=True, padding_value=IGNORE)  # (B, T)
+    positions = pad_sequence([e.positions.T for e in examples], batch_first=True).permute(2, 0, 1)  # (3, B, T)
     flat = ids.flatten()
     following = torch.cat((labels[:, 1:], torch.full_like(labels[:, :1], IGNORE)), dim=1).flatten()  # (B*T,) next token
     predict_at = (following != IGNORE).nonzero()[:, 0]
@@ -549,7 +560,7 @@ def collate(examples, config):
                  predict_at, following[predict_at])
 
 
-# ---------------------------------------------------------------------------------------------- order
+# ---------------------------------------------------------------------------------------------- kinds of rows
 
 
 def style_of(sample):
@@ -561,42 +572,8 @@ def style_of(sample):
 
 def cost(sample):
     """About how long a row is, in words and pictures: rows of like cost are padded together."""
-    pictures = sum(len(m.source) if isinstance(m.source, tuple) else 1 for m in sample.media)
+    pictures = sum(len(media.sources) for media in sample.media)
     return 100 * pictures + len(sample.question.split()) + len((sample.solution or "").split())
-
-
-def rows_of_step(step, count, batch_size, seed, window=1.0):
-    """Row numbers of optimizer step 1, 2, ...: a pure function, so any step can be repeated anywhere.
-
-    Epochs follow one another without a gap; each is a new permutation of all rows. With a window below 1 rows are
-    drawn from that share at the file's beginning instead: of a file that goes from easy to hard, the easier part.
-
-    >>> sorted(rows_of_step(1, 6, 4, 0) + rows_of_step(2, 6, 4, 0)[:2])
-    [0, 1, 2, 3, 4, 5]
-    >>> max(rows_of_step(1, 100, 50, 0, window=0.1)) < 10
-    True
-    """
-    if window < 1:
-        return np.random.default_rng((seed, step)).integers(0, math.ceil(window * count), batch_size).tolist()
-    places = range((step - 1) * batch_size, step * batch_size)
-    orders = {epoch: np.random.default_rng((seed, epoch)).permutation(count) for epoch in {p // count for p in places}}
-    return [int(orders[place // count][place % count]) for place in places]
-
-
-def micro_batches(rows, costs, size, rank, world):
-    """This rank's share of one step: lists of (row, trained), equally many on every rank.
-
-    Rows of like cost stand together, so that little is padded. Fillers (trained False) make the shares equal.
-
-    >>> micro_batches([7, 8, 9], [3, 1, 2], 2, rank=1, world=2)
-    [[(7, True)]]
-    >>> micro_batches([7, 8, 9], [3, 1, 2], 2, rank=2, world=4)
-    [[(7, False)]]
-    """
-    ordered = [row for _, row in sorted(zip(costs, rows))]
-    batches = [[(row, True) for row in ordered[i:i + size]] for i in range(0, len(ordered), size)]
-    batches += [[(rows[0], False)]] * (-len(batches) % world)
-    return batches[rank::world]
 
 
 if __name__ == "__main__":

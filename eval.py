@@ -28,7 +28,7 @@ from checkpoint import checkpoint_tensors, load_model, read_json, write_json
 from data import Processor, collate, cost, parse_line, read_all, read_lines
 from model import generate
 from rewards import CHOICE_TYPES, NUMBER_TYPES, UserError, parse_boxes
-from runtime import Parser, Ranks, add_flags, main_guard
+from runtime import Parser, Ranks, add_flags, main_guard, refuse_bad_values
 
 SEEN = ("min_pixels", "max_pixels", "num_frames", "fps", "video_seconds", "prompts")  # what data.Processor asks for
 
@@ -45,7 +45,10 @@ def found_benches(data):
 
 
 def read_rows(bench, data, images):
-    """Samples of a named benchmark, of the rooms (both files of a folder), or of one jsonl file, and their extras."""
+    """Samples of a named benchmark, of the rooms (both files of a folder), or of one jsonl file.
+
+    Returns: [Sample], [what the benchmark's aggregate needs of a row besides] (nothing for ours).
+    """
     if bench in BENCHES:
         return read_bench(bench, data)
     files = [Path(data) / f"spld_{kind}_data.jsonl" for kind in ("grounding", "spatial")] if bench == "rooms" else [bench]
@@ -81,8 +84,7 @@ def answer_rows(model, processor, samples, rows, args, device):
         sample = samples[row]
         prompt, vision_tokens = processor.shown(example)
         answer = {"index": row, "id": sample.id, "where": sample.where, "question_type": sample.question_type,
-                  "images": [str(p) for m in sample.media if not isinstance(m.source, bytes)
-                             for p in (m.source if isinstance(m.source, tuple) else (m.source,))],
+                  "images": [path for media in sample.media for path in media.sources if not isinstance(path, bytes)],
                   "prompt": prompt, "vision_tokens": vision_tokens,
                   "completion": processor.decode(rollout.ids[i, :rollout.lengths[i]].tolist()),
                   "truncated": not rollout.finished[i].item(), "answer": example.boxes or sample.answer}
@@ -101,21 +103,25 @@ def finished_rows(out):
     """Answers that an interrupted evaluation left, by row number; a line cut in the middle does not count."""
     rows = {}
     for path in sorted(out.glob("answers-rank*.jsonl")):
-        for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
+        for line in path.read_bytes().split(b"\n")[:-1]:
             row = json.loads(line)
             rows[row["index"]] = row
     return rows
 
 
 def answer_all(model, processor, samples, args, ranks, out):
-    """Answer every sample with the model, batch by batch over all ranks. Returns: answers in row order, the recipe."""
+    """Answer every sample with the model, batch by batch over all ranks. Returns: answers in row order.
+
+    Batches depend on the samples and the batch size only, and one that is not complete is answered again as a whole:
+    whenever it was interrupted, and whatever the number of ranks, a row is decoded beside the same others.
+    """
     order = sorted(range(len(samples)), key=lambda row: (cost(samples[row]), row), reverse=True)  # longest first
     batches = [order[i:i + args.batch_size] for i in range(0, len(order), args.batch_size)]
     done = finished_rows(out)
     todo = [batch for batch in batches[ranks.rank::ranks.world] if not all(row in done for row in batch)]
     path = out / f"answers-rank{ranks.rank}.jsonl"
-    if path.is_file() and not path.read_bytes().endswith(b"\n"):  # a line cut in the middle is answered again
-        path.write_bytes(path.read_bytes().rpartition(b"\n")[0] + b"\n")
+    if path.is_file():
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)  # a line cut in the middle is answered again
     with open(path, "a", encoding="utf-8") as file:
         for batch in tqdm(todo, desc="answers", disable=ranks.rank != 0, mininterval=2, dynamic_ncols=True):
             rows = answer_rows(model, processor, samples, batch, args, ranks.device)
@@ -123,10 +129,7 @@ def answer_all(model, processor, samples, args, ranks, out):
             file.flush()
     ranks.gather(None)  # all have written
     done = finished_rows(out)
-    recipe = {"model": model_hash(args.model), "min_pixels": processor.min_pixels, "max_pixels": processor.max_pixels,
-              "num_frames": args.num_frames, "fps": args.fps, "video_seconds": args.video_seconds,
-              "prompt_style": args.prompt_style, "decoding": "greedy", "max_completion_length": args.max_completion_length}
-    return [done[row] for row in range(len(samples))], recipe
+    return [done[row] for row in range(len(samples))]
 
 
 @cache
@@ -143,14 +146,15 @@ def model_hash(directory):
 def given_answers(path, samples, benchmark):
     """Another engine's completions in the samples' order; a sample without one counts as wrong.
 
-    Rows hold id, question_type and completion; a localization row may give `answer`, the true boxes in the pixels that
-    the engine saw (as our own predictions.jsonl does), else its boxes are taken to be in pixels of the file.
+    Rows hold id, question_type and completion. Where they hold `answer` too, it must be the sample's: ids that count
+    otherwise do not pass unseen. The answer of a localization row is its true boxes in the pixels that the engine saw
+    (as in our own predictions.jsonl); without it the completion's boxes are taken to be in pixels of the file.
 
     Args:    benchmark: all samples of it, of which `samples` are scored.
-    Raises:  UserError for a row without the three, that no sample has, or that stands twice.
+    Raises:  UserError for a row without the three, that no sample has, that stands twice or answers something else.
     """
-    given, names = {}, {(s.id, s.question_type) for s in benchmark}
-    if len(names) < len(benchmark):
+    given, truths = {}, {(s.id, s.question_type): s.answer for s in benchmark}
+    if len(truths) < len(benchmark):
         raise UserError(f"--predictions {path}: the benchmark has rows of equal id and question_type")
     for where, line in read_lines(path):
         row = parse_line(line, where)
@@ -158,7 +162,7 @@ def given_answers(path, samples, benchmark):
         if missing:
             raise UserError(f"{where}: expected id, question_type and completion, found {', '.join(row)}")
         name = str(row["id"]), row["question_type"]
-        if name not in names or name in given:
+        if name not in truths or name in given:
             raise UserError(f"{where}: id {name[0]} of {name[1]!r} "
                             + ("stands twice" if name in given else "is not in the benchmark"))
         given[name] = {"completion": str(row["completion"])}
@@ -166,30 +170,37 @@ def given_answers(path, samples, benchmark):
             given[name]["answer"] = parse_boxes(json.dumps(row["answer"]))
             if not given[name]["answer"]:
                 raise UserError(f"{where}: answer is {json.dumps(row['answer'])[:80]}, expected a list of boxes")
+        elif "answer" in row and str(row["answer"]) != truths[name]:
+            raise UserError(f"{where}: answer is {row['answer']!r}, expected {truths[name]!r} as in the benchmark")
     return [{"id": s.id, "where": s.where, "question_type": s.question_type, "answer": s.answer, "completion": "",
              "skipped": (s.id, s.question_type) not in given} | given.get((s.id, s.question_type), {}) for s in samples]
 
 
-def evaluate(args, ranks, model, processor, out):
-    """One benchmark, from its files to out/scores.json. model, processor: None with --predictions."""
+def evaluate(args, ranks, model, processor, benchmark, out):
+    """One benchmark, from its samples and their extras to out/scores.json. model, processor: None with --predictions."""
     bench, began = BENCHES.get(args.bench, OURS), time.time()
 
     # what to answer
-    benchmark = read_rows(args.bench, args.data, args.images)
     samples, extras = subset(*benchmark, args.limit, args.seed)
-    blind_from = Path(args.blind_from) if args.blind_from else None
-    files = [] if blind_from is None else sorted(blind_from.glob("spld_[gs]*_data.jsonl")) or [blind_from]
-    train = read_all(files, None) if files else []
+    train = []
+    if args.blind_from:  # a folder's grounding and spatial rows, or one file
+        train = read_all(sorted(Path(args.blind_from).glob("spld_[gs]*_data.jsonl")) or [args.blind_from], None)
+    recipe = {"scorer": args.scorer, "seed": args.seed}
     if args.predictions:
-        answers, recipe = given_answers(args.predictions, samples, benchmark[0]), {"predictions": args.predictions}
+        answers, recipe = given_answers(args.predictions, samples, benchmark[0]), recipe | {"predictions": args.predictions}
+    else:
+        recipe |= {"model": model_hash(args.model) if ranks.rank == 0 else None, "decoding": "greedy",
+                   "min_pixels": processor.min_pixels, "max_pixels": processor.max_pixels} | {
+            key: vars(args)[key] for key in ("num_frames", "fps", "video_seconds", "prompt_style", "max_completion_length")}
     asked = {key: value for key, value in vars(args).items() if key not in ("device", "out", "predictions")}
+    asked["model_hash"] = recipe.get("model")  # another model under the same name is another evaluation
     problem = ranks.gather(claim(out, asked) if ranks.rank == 0 else None)[0]
     if problem:
         raise UserError(problem)
 
     # answer
     if not args.predictions:
-        answers, recipe = answer_all(model, processor, samples, args, ranks, out)
+        answers = answer_all(model, processor, samples, args, ranks, out)
 
     # score
     if ranks.rank == 0:
@@ -202,7 +213,7 @@ def evaluate(args, ranks, model, processor, out):
         scores = summarize(rows, bench, args.scorer, args.seed)
         scores |= {"truncated": sum(row.get("truncated", False) for row in rows) / len(rows),
                    "skipped": sum(row.get("skipped", False) for row in rows),
-                   "recipe": recipe | {"scorer": args.scorer, "seed": args.seed}, "seconds": time.time() - began}
+                   "recipe": recipe, "seconds": time.time() - began}
         before = read_json(out / "scores.json") if (out / "scores.json").is_file() else scores
         scores["seconds"] = max(scores["seconds"], before["seconds"])  # not the moment it takes to find all done
         write_json(out / "scores.json", scores)
@@ -228,15 +239,14 @@ def main():
     for name in ("out", "predictions" if args.predictions else "model", *(("data",) if named else ())):
         if getattr(args, name) is None:
             parser.error(f"--{name} is missing")
-    for name in ("limit", "batch_size", "max_completion_length"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least 1")
+    refuse_bad_values(parser, args)
     if args.predictions and args.bench == "all":
         parser.error("--predictions goes with one benchmark, not with all")
     benches = found_benches(args.data) if args.bench == "all" else {args.bench: args.data}
     for name in benches:
         if args.scorer not in BENCHES.get(name, OURS).scorers:
             parser.error(f"--scorer {args.scorer}: {name} has {', '.join(BENCHES.get(name, OURS).scorers)}")
+    benchmarks = {name: read_rows(name, data, args.images) for name, data in benches.items()}
     ranks, model, processor = Ranks(args.device), None, None
     if not args.predictions:
         dtype = args.dtype or ("bfloat16" if ranks.device.type == "cuda" else "float32")
@@ -245,7 +255,7 @@ def main():
     for name, data in benches.items():
         out = Path(args.out, name) if args.bench == "all" else Path(args.out)
         one = argparse.Namespace(**vars(args) | {"bench": name, "data": data and str(data)})
-        evaluate(one, ranks, model, processor, out)
+        evaluate(one, ranks, model, processor, benchmarks[name], out)
     ranks.close()
 
 
@@ -258,7 +268,7 @@ def claim(out, asked):
             changed = [key for key in asked if before.get(key) != asked[key]]
             if changed:
                 return f"{out}: holds an evaluation with another {', '.join(changed)}; give another --out"
-        elif any(out.iterdir()):
+        elif any(path.suffix != ".tmp" for path in out.iterdir()):  # the rest of a try that was killed at once
             return f"{out}: not empty; give another --out"
         else:
             write_json(out / "config_run.json", asked)

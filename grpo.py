@@ -26,11 +26,11 @@ from itertools import zip_longest
 import numpy as np
 import torch
 
-from data import Processor, collate, prompt_text, read_all, rows_of_step
+from data import Processor, collate, prompt_text, read_all
 from model import Batch, generate
 from rewards import REWARDS, UserError
 from runtime import (Ranks, Run, adamw, clip_gradients, gathered, load_sharded, main_guard, need_inputs, recipe_settings,
-                     scheduled_rate)
+                     rows_of_step, scheduled_rate)
 
 LOG_RATIO_LIMIT = 20.0  # exp(20) = 5e8: beyond it k3 only overflows
 
@@ -238,7 +238,7 @@ def rollout_rows(groups, step):
     """What rollouts.jsonl keeps of every group."""
     return [{"step": step, "where": g.sample.where, "question_type": g.sample.question_type,
              "prompt": prompt_text(g.sample, "thinking"), "answer": g.sample.answer,
-             "images": [p for m in g.sample.media for p in (m.source if isinstance(m.source, tuple) else (m.source,))],
+             "images": [path for media in g.sample.media for path in media.sources],
              "completions": g.texts, "rewards": {name: r.tolist() for name, r in g.rewards.items()},
              "advantages": g.advantages.tolist()} for g in groups]
 

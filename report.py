@@ -64,7 +64,7 @@ svg { display: block; width: 100% } text { font-size: 10.5px; fill: var(--soft) 
 .head { display: grid; grid-template-columns: 6.4em 1fr auto; gap: 10px } img:only-child { width: 224px }
 li { border-top: 1px solid var(--line); padding: 6px 0; font-size: 14px; list-style: none } .bad b { color: var(--bad) }
 li .text { font: 12px/1.5 ui-monospace, SFMono-Regular, Menlo, monospace; color: var(--soft); margin: 2px 0 0 }
-.flow { display: flex; flex-wrap: wrap } .flow svg { max-width: 100% } .tokens { max-width: none } .tokens span {
+.flow { display: flex; flex-wrap: wrap } .flow figure { max-width: 100% } .tokens { max-width: none } .tokens span {
   border-radius: 3px; margin-right: 1px; padding: 1px 0; background: var(--line); color: var(--ink) }
 .trained .tokens span { background: rgb(40 167 90 / .3) } .vision .tokens span { background: rgb(47 111 222 / .25) }
 @media (max-width: 760px) { body { padding: 24px 14px 60px } .charts { grid-template-columns: 1fr 1fr; gap: 18px 10px }
@@ -362,7 +362,7 @@ def show(args):
     line = dict(read_lines(args.file)).get(where)
     if line is None:
         raise UserError(f"{where}: there is no such row")
-    sample = parse_row(parse_line(line, where), where, args.images or args.file.parent / "images")
+    sample = parse_row(parse_line(line, where), where, Path(args.images or args.file.parent / "images"))
     processor = Processor(args.model, load_config(args.model), args)
     example, style = processor.example(sample, style_of(sample)), style_of(sample)
 
@@ -370,10 +370,14 @@ def show(args):
     key = "".join(f'<span><i style="background:{c}"></i>{escape(name)}</span>' for name, c in colors.items())
     views, rows = "", ""
     for media, frames in zip(sample.media, seen(example)):
-        for frame in frames if media.kind == "video" else frames[:1]:
+        names = [Path(source).name for source in media.sources]
+        if media.kind == "video":  # in pairs: an odd last frame stands there twice
+            names = names + names[-1:] if len(names) > 1 else [f"{names[0]}, frame {n + 1}" for n in range(len(frames))]
+        for frame, name in zip(frames, names):
             w, h = frame.size
-            views += (f'<svg style="width:{w}px;--picture:url({data_uri(frame, max(w, h))})" viewBox="0 0 {w} {h}">'
-                      f'{outlines("true", example.boxes, colors)}</svg>')
+            views += (f'<figure style="width:{w}px"><svg style="--picture:url({data_uri(frame, max(w, h))})" '
+                      f'viewBox="0 0 {w} {h}">{outlines("true", example.boxes, colors)}</svg>'
+                      f"<figcaption><small>{escape(name)}, {w} × {h}</small></figcaption></figure>")
     for kind, pieces, positions in token_runs(example, processor):
         count = positions.shape[1]
         axes = ", ".join(f"{name} {axis.min()}" + f" to {axis.max()}" * bool(axis.min() < axis.max())
@@ -383,10 +387,10 @@ def show(args):
         rows += (f'<li class="{kind}"><div class="head"><b>{kind}</b><span>{count} token{"s" * (count > 1)}</span>'
                  f'<small>{axes}</small></div><p class="text tokens">{text}</p></li>')
     trained = int((example.labels >= 0).sum())
-    html = page(escape(Path(where).name), f"{sample.question_type or 'cold start'} {sample.data_type}, style {style}: "
-                f"{len(example.ids)} tokens, {trained} of them trained", {
-        "Pictures": "<p>At the size that the model sees, as its patches hold them. Boxes are those of the answer.</p>"
-                    f'<p class="key">{key}</p><div class="rungs flow">{views}</div>',
+    kind = f"{sample.question_type or 'cold start'} {sample.data_type}".strip()
+    html = page(escape(Path(where).name), f"{kind}, style {style}: {len(example.ids)} tokens, {trained} of them trained", {
+        "Pictures": "<p>At the size that the model sees, as its patches hold them"
+                    f'{", with the boxes of the answer" * bool(key)}.</p><p class="key">{key}</p><div class="rungs flow">{views}</div>',
         "Tokens": "<p>One shade a token; ↵ ends a line. Green is trained, blue stands for a picture or video, grey "
                   f"is only read. On the right the positions on the three axes.</p><ul>{rows}</ul>"})
     args.out.with_suffix(".tmp").write_text(html, "utf-8")
@@ -394,19 +398,22 @@ def show(args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     if sys.argv[1:2] == ["show"]:
+        from runtime import Parser, add_flags, refuse_bad_values
+
+        parser = Parser(description=show.__doc__)
         parser.add_argument("show", choices=["show"])
         parser.add_argument("file", type=Path, help="jsonl file")
         parser.add_argument("--row", type=int, required=True, help="line number of the row, from 1")
         parser.add_argument("--model", required=True, help="model directory: tokenizer, picture limits, positions")
-        parser.add_argument("--images", type=Path, help="folder of the pictures (default: images beside the file)")
-        parser.add_argument("--max-pixels", type=int, help="picture limit in place of the model's, as in training")
         parser.add_argument("--out", type=Path, default=Path("row.html"), help="page to write (default: %(default)s)")
-        parser.set_defaults(min_pixels=None, num_frames=16, fps=None, video_seconds="grid", prompts=None)
+        add_flags(parser, ("images", "min_pixels", "max_pixels", "num_frames", "fps", "video_seconds", "prompts"))
+        parser.set_defaults(num_frames=16, video_seconds="grid")
+        refuse_bad_values(parser, args := parser.parse_args())
     else:
+        parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
         parser.add_argument("run", type=Path, metavar="RUN_DIR", help="directory that ladder.py wrote: runs/tiny")
-    args = parser.parse_args()
+        args = parser.parse_args()
     try:
         print(show(args) if "show" in args else report(args.run))
     except (UserError, OSError) as error:

@@ -17,6 +17,7 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -58,7 +59,7 @@ class Parser(argparse.ArgumentParser):
 FREE = ("resume", "device", "workers", "micro_batch", "save_every", "keep_last")  # may change when a run continues
 POSITIVE = ("epochs", "max_steps", "batch_size", "micro_batch", "learning_rate", "max_grad_norm", "min_pixels",
             "max_pixels", "num_frames", "fps", "prompts_per_step", "max_completion_length", "num_iterations",
-            "keep_last")
+            "keep_last", "limit", "max_tokens")
 AT_MOST = {"replay_ratio": 0.99, "warmup_ratio": 1, "curriculum": 1}
 
 
@@ -99,7 +100,13 @@ def recipe_settings(doc, argv=None, stage=None):
     for name in ("model", "data", "out"):
         if args[name] is None:
             parser.error(f"preset {args['preset']} has no default for --{name}; give it")
-    for name, value in args.items():
+    refuse_bad_values(parser, args := argparse.Namespace(**args))
+    return args
+
+
+def refuse_bad_values(parser, args):
+    """End with one line at the first flag whose number makes no sense."""
+    for name, value in vars(args).items():
         flag, most = f"--{name.replace('_', '-')}", AT_MOST.get(name, math.inf)
         if name in POSITIVE and value is not None and not 0 < value < math.inf:
             parser.error(f"{flag} is {value}, expected a positive number")
@@ -107,7 +114,6 @@ def recipe_settings(doc, argv=None, stage=None):
             parser.error(f"{flag} is {value}, expected 0 to {most}")
         if name in ("betas", "reward_weights") and len(value) != 2:
             parser.error(f"{flag} has {len(value)} numbers, expected 2")
-    return argparse.Namespace(**args)
 
 
 def need_inputs(args, ranks):
@@ -261,6 +267,43 @@ def clip_gradients(model, max_norm):
     """Scale all gradients to a global norm of at most max_norm. Returns the norm before."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+
+
+# ---------------------------------------------------------------------------------------------- order of the rows
+
+
+def rows_of_step(step, count, batch_size, seed, window=1.0):
+    """Row numbers of optimizer step 1, 2, ...: a pure function, so any step can be repeated anywhere.
+
+    Epochs follow one another without a gap; each is a new permutation of all rows. With a window below 1 rows are
+    drawn from that share at the file's beginning instead: of a file that goes from easy to hard, the easier part.
+
+    >>> sorted(rows_of_step(1, 6, 4, 0) + rows_of_step(2, 6, 4, 0)[:2])
+    [0, 1, 2, 3, 4, 5]
+    >>> max(rows_of_step(1, 100, 50, 0, window=0.1)) < 10
+    True
+    """
+    if window < 1:
+        return np.random.default_rng((seed, step)).integers(0, math.ceil(window * count), batch_size).tolist()
+    places = range((step - 1) * batch_size, step * batch_size)
+    orders = {epoch: np.random.default_rng((seed, epoch)).permutation(count) for epoch in {p // count for p in places}}
+    return [int(orders[place // count][place % count]) for place in places]
+
+
+def micro_batches(rows, costs, size, rank, world):
+    """This rank's share of one step: lists of (row, trained), equally many on every rank.
+
+    Rows of like cost stand together, so that little is padded. Fillers (trained False) make the shares equal.
+
+    >>> micro_batches([7, 8, 9], [3, 1, 2], 2, rank=1, world=2)
+    [[(7, True)]]
+    >>> micro_batches([7, 8, 9], [3, 1, 2], 2, rank=2, world=4)
+    [[(7, False)]]
+    """
+    ordered = [row for _, row in sorted(zip(costs, rows))]
+    batches = [[(row, True) for row in ordered[i:i + size]] for i in range(0, len(ordered), size)]
+    batches += [[(rows[0], False)]] * (-len(batches) % world)
+    return batches[rank::world]
 
 
 # ---------------------------------------------------------------------------------------------- the run

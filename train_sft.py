@@ -13,9 +13,10 @@ from functools import partial
 
 from torch.utils.data import DataLoader, Dataset
 
-from data import IGNORE, Processor, collate, cost, micro_batches, read_all, rows_of_step, style_of
+from data import IGNORE, Processor, collate, cost, read_all, style_of
 from rewards import UserError
-from runtime import Ranks, Run, adamw, clip_gradients, load_sharded, main_guard, need_inputs, recipe_settings, scheduled_rate
+from runtime import (Ranks, Run, adamw, clip_gradients, load_sharded, main_guard, micro_batches, need_inputs,
+                     recipe_settings, rows_of_step, scheduled_rate)
 
 
 def with_replay(samples, earlier, ratio, seed):

@@ -39,6 +39,7 @@ VSI = [
     ("object_abs_distance", "1.2", "1.0", 0.7),
     ("object_abs_distance", "1.45", "1.0", 0.2),
     ("object_abs_distance", "0.5", "0", 0.0),  # truth 0 crashes there: 0 here
+    ("object_abs_distance", "0.5", "-1", 0.0),  # a negative truth makes all right there
     ("object_size_estimation", "95", "100", 1.0),
     ("object_size_estimation", "90", "100", 0.9),
     ("object_size_estimation", "80", "100", 0.6),

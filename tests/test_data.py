@@ -1,6 +1,9 @@
 """data.py: every malformed row is one line that names its place, and a good row becomes exactly the tokens it should."""
 import json
 import re
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -133,6 +136,10 @@ MALFORMED = [  # a row, what the message says after file:line
     (chat({"role": "user", "content": [{"type": "image", "image": 5}]}), 'content part {"type": "image", "image": 5}, exp'),
     (chat({"role": "assistant", "content": [{"type": "image", "image": "a.jpg"}]}), 'content part {"type": "image", "im'),
 ]
+MALFORMED_PIXELS = [  # rows whose pictures have a good header, and then an end that is missing
+    (CHOICE | {"image": ["cut.jpg"]}, "cut.jpg: not a readable picture (image file is truncated"),
+    (VIDEO | {"image": VIDEO["image"] + ["cut.jpg"]}, "cut.jpg: not a readable picture (image file is truncated"),
+]
 MALFORMED_MEDIA = [  # rows that are well-formed, whose files are not as they say
     (CHOICE | {"image": ["gone.jpg"]}, "gone.jpg: not a readable picture ("),
     (VIDEO | {"image": VIDEO["image"] + ["gone.jpg"]}, "gone.jpg: not a readable picture ("),
@@ -148,6 +155,8 @@ MALFORMED_MEDIA = [  # rows that are well-formed, whose files are not as they sa
 @pytest.fixture(scope="module", autouse=True)
 def odd_files(images):
     (images / "text.jpg").write_text("no picture")
+    Image.effect_noise((300, 200), 50).convert("RGB").save(images / "whole.jpg")
+    (images / "cut.jpg").write_bytes((images / "whole.jpg").read_bytes()[:-2000])
     for name, size in (("small.png", (27, 50)), ("thin.png", (6000, 28)), ("other.png", (100, 100))):
         Image.new("RGB", size).save(images / name)
 
@@ -174,6 +183,16 @@ def test_unusable_pictures_and_boxes_outside_name_the_row(row, message, tmp_path
         messages.add(str(error.value))
     assert len(messages) == 1 and messages.pop().removeprefix(f"{path}:1: ").removeprefix(f"{images}/").removeprefix(
         "scene0022_00/").startswith(message)
+
+
+@pytest.mark.parametrize("row, message", MALFORMED_PIXELS, ids=range(len(MALFORMED_PIXELS)))
+def test_truncated_pictures_name_the_row_where_they_are_decoded(row, message, tmp_path, images, processor):
+    path = write_rows(tmp_path / "rows.jsonl", row)
+    [sample] = read_samples(path, images)
+    assert check_media(sample) == sample  # the header says nothing of it
+    with pytest.raises(UserError) as error:
+        processor.example(sample, style_of(sample))
+    assert str(error.value).startswith(f"{path}:1: {images}/{message}") and "\n" not in str(error.value)
 
 
 def test_not_utf8_names_its_line_and_a_missing_file_its_path(tmp_path):
@@ -348,6 +367,8 @@ def test_prompts_of_a_file_replace_ours_one_by_one(tmp_path, images, tiny_model,
     processor = processor_for(tiny_model, model, prompts=tmp_path / "prompts.json")
     assert prompt_text(choice, "direct", processor.prompts) == "Q: Is the door left or right?\nA. left\nB. right\nLetter?"
     assert prompt_text(number, "direct", processor.prompts) == prompt_text(number, "direct")
+    odd = replace(choice, question="What is {options}?", options=("A. {question}", "B. b"))
+    assert prompt_text(odd, "direct", processor.prompts) == "Q: What is {options}?\nA. {question}\nB. b\nLetter?"
     assert "system\nBe brief<|im_end|>" in processor.shown(processor.example(choice, "direct"))[0]
 
 
@@ -356,7 +377,8 @@ def test_prompts_of_a_file_replace_ours_one_by_one(tmp_path, images, tiny_model,
 
 def test_check_finds_everything_in_one_go(tmp_path, images, tiny_model, processor):
     """Every malformed row above stands in one file; each is one line, and what is odd is a warning beside it."""
-    rows = [row for row, _ in MALFORMED + MALFORMED_MEDIA]
+    malformed = MALFORMED_PIXELS[:1] + MALFORMED + MALFORMED_PIXELS[1:] + MALFORMED_MEDIA
+    rows = [row for row, _ in malformed]
     odd = [LOCALIZE | {"question_id": 1, "answer": [BOX | {"bbox_2d": [0, 2, 30, 40]}, BOX | {"bbox_2d": [1, 2, 299, 40]}]},
            NUMBER | {"question_id": 1, "answer": "0"}, VIEWS, VIDEO, COLD, without(CHAT, "question_id")]
     path = write_rows(tmp_path / "rows.jsonl", *rows, *odd)
@@ -365,7 +387,7 @@ def test_check_finds_everything_in_one_go(tmp_path, images, tiny_model, processo
     assert done.returncode == 2 and done.stderr == ""
     errors = [line for line in lines if line.startswith("error: ")]
     assert [re.match(rf"error: {path}:(\d+): ", line)[1] for line in errors] == [str(n) for n in range(1, first)]
-    for line, (_, message) in zip(errors, MALFORMED + MALFORMED_MEDIA):
+    for line, (_, message) in zip(errors, malformed):
         assert message.split(": ")[-1] in line
     warnings = [line.removeprefix(f"warning: {path}:") for line in lines if line.startswith("warning: ")]
     length = len(processor.example(parse_row(VIEWS, "", images), "direct").ids)
@@ -427,6 +449,8 @@ def test_show_holds_the_exact_input(tmp_path, images, tiny_model, processor, mon
     assert pages[0].count("<svg") == 1 and 'viewBox="0 0 112 84"' in pages[0]
     assert 'd="M11.0 8.0H56.0V42.0H11.0Z"' in pages[0]
     assert "&lt;|image_pad|&gt;</span> × 12" in pages[0] and "time 9, height 9 to 11, width 9 to 12" in pages[0]
+    assert "<small>1760.jpg, 112 × 84</small>" in pages[0] and "with the boxes of the answer" in pages[0]
+    assert "<small>frame4.jpg, 112 × 84</small>" in pages[1] and "with the boxes" not in pages[1]
     assert pages[1].count("<svg") == 6 and "time 9 to 11, height 9 to 11, width 9 to 12" in pages[1]
 
     sample = read_samples(write_rows(path, LOCALIZE | {"question": "Where is the dôor?"}), images)[0]
@@ -447,3 +471,41 @@ def test_show_of_no_such_row_is_one_line(tmp_path, images, tiny_model, monkeypat
     with pytest.raises(SystemExit) as stop:
         report.main()
     assert stop.value.code == 2 and capsys.readouterr().err == f"{path}:2: there is no such row\n"
+
+
+# ---------------------------------------------------------------------------------------------- what the README says
+
+
+def readme_block(word):
+    """The code block of the README's data section in which a word stands."""
+    section = (REPO / "README.md").read_text(encoding="utf-8").split("## Your data, six benchmarks")[1]
+    [block] = [block for block in re.findall(r"```\n(.*?)```", section, re.DOTALL) if word in block]
+    return block
+
+
+def test_the_readme_turns_conversations_into_messages(tmp_path, images):
+    """LLaVA's single picture, ShareGPT's list of pictures, a video of frames and a system turn, by the printed command."""
+    def row(*values, **media):
+        return media | {"conversations": [{"from": speaker, "value": value} for speaker, value in values]}
+
+    one, two = CHOICE["image"][0], VIEWS["image"][:2]
+    (tmp_path / "llava.json").write_text(json.dumps([
+        row(("human", "<image>\nHow wide?"), ("gpt", "85"), ("human", "And high?"), ("gpt", "200"), image=one),
+        row(("system", "Be brief."), ("human", "<image><image>Same room?"), ("gpt", "Yes"), images=two),
+        row(("human", "<video>What is it?"), ("gpt", "A door"), video=VIDEO["image"])]))
+    done = subprocess.run(readme_block("conversations").replace("python", sys.executable, 1), shell=True, cwd=tmp_path)
+    assert done.returncode == 0
+    first, second, third = (sample.messages for sample in read_samples(tmp_path / "chat.jsonl", images))
+    picture, *views = (Media("image", str(images / name)) for name in (one, *two))
+    assert first == (("user", (picture, "How wide?")), ("assistant", ("85",)), ("user", ("And high?",)),
+                     ("assistant", ("200",)))
+    assert second == (("system", ("Be brief.",)), ("user", (*views, "Same room?")), ("assistant", ("Yes",)))
+    assert third[0] == ("user", (Media("video", tuple(str(images / name) for name in VIDEO["image"])), "What is it?"))
+
+
+def test_the_readmes_prompts_and_chat_row_are_read(tmp_path, images):
+    (tmp_path / "prompts.json").write_text(readme_block("You look at pictures"))
+    assert read_prompts(tmp_path / "prompts.json")["system"] == "You look at pictures of rooms."
+    row = json.loads(readme_block('"messages": [{"role": "user"'))
+    [sample] = read_samples(write_rows(tmp_path / "rows.jsonl", row), images)
+    assert sample.messages[1] == ("assistant", ("85",)) and sample.media[0].kind == "image"

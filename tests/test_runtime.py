@@ -25,9 +25,8 @@ import rewards
 import runtime
 import train_sft
 from conftest import launch, varied_reward
-from data import rows_of_step
 from rewards import UserError
-from runtime import Parser, adamw, clip_gradients, main_guard, recipe_settings, scheduled_rate
+from runtime import Parser, adamw, clip_gradients, main_guard, recipe_settings, rows_of_step, scheduled_rate
 
 TIMES = {"step_time", "tokens_per_second", "rollout_time", "update_time"}
 DRIVER = """

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 import train_sft
 from checkpoint import load_model
 from conftest import launch
-from data import IGNORE, Processor, collate, cost, micro_batches, read_all, rows_of_step, style_of
+from data import IGNORE, Processor, collate, cost, read_all, style_of
 from rewards import UserError
-from runtime import recipe_settings
+from runtime import micro_batches, recipe_settings, rows_of_step
 from train_sft import Rows, train_step, with_replay
 
 FILES = {"1": "spld_grounding_data.jsonl", "2": "spld_spatial_data.jsonl", "cold": "spld_coldstart_data.jsonl"}
