@@ -11,6 +11,7 @@ backward pass on this machine, times the layers. Planned, not measured on GPUs: 
 import argparse
 import math
 import re
+from functools import cache
 
 import torch
 
@@ -73,6 +74,7 @@ def empty_layer(cls, *arguments, dtype):
         lambda module: [torch.nn.init.zeros_(p) for p in module.parameters(recurse=False)])
 
 
+@cache
 def decoder_layer_bytes(config, prompt, group, dtype):
     """What one decoder layer keeps for a row of `prompt` tokens, or for [prompt | c1 | ... | cG] with group (G, C)."""
     G, C = group or (0, 0)
@@ -85,6 +87,7 @@ def decoder_layer_bytes(config, prompt, group, dtype):
     return kept_bytes(empty_layer(DecoderLayer, config, 0, dtype=dtype), x, rope, layout) * shrink
 
 
+@cache
 def vision_block_bytes(config, grids, dtype):
     """The largest of what a windowed and a full block keep for pictures of these grids, padding of windows included."""
     patches = sum(t * h * w for t, h, w in grids)
@@ -125,8 +128,7 @@ def memory(config, args, gpus, longest):
     dtype = getattr(torch, args.dtype or "bfloat16")
     b, text, vision, rl = dtype.itemsize, config.text, config.vision, args.stage == "grpo"
 
-    always = {"weights, fp32": 4 * held(every, gpus), "gradients, fp32": 4 * held(trained, gpus),
-              "optimizer, two fp32 moments": 8 * held(trained, gpus)}
+    always = {"weights, fp32": 4 * held(every, gpus), "optimizer, two fp32 moments": 8 * held(trained, gpus)}
     if rl and args.beta:
         always["reference, fp32"] = 4 * held(every, gpus)
 
@@ -136,7 +138,7 @@ def memory(config, args, gpus, longest):
     tokens = rows * longest.tokens + (math.prod(group) if rl else 0)
     patches = rows * sum(t * h * w for t, h, w in longest.grids)
     layer = rows * decoder_layer_bytes(text, longest.tokens, group, dtype)
-    block = rows * vision_block_bytes(vision, longest.grids, dtype) * (not args.freeze_vision) if longest.grids else 0
+    block = rows * vision_block_bytes(vision, tuple(longest.grids), dtype) * (not args.freeze_vision) if longest.grids else 0
     if args.activation_checkpointing:  # the inputs of all, and the inside of the one being computed
         inputs = b * (text.num_hidden_layers * tokens * text.hidden_size
                       + vision.depth * patches * vision.hidden_size * (not args.freeze_vision))
@@ -146,6 +148,7 @@ def memory(config, args, gpus, longest):
     root_size, root_trained = sum(p.numel() for p in root), sum(p.numel() for p in root if p.requires_grad)
     scored = min(HEAD_CHUNK, math.prod(group) if rl else rows * longest.targets)
     update = {
+        "gradients, fp32": 4 * held(trained, gpus),
         # a layer, the next one and its arrival; the embeddings stay throughout
         "gathered weights": b * (root_size + (3 * max(size["all"]) if args.reshard_after_forward else sum(size["all"]))),
         "gradients before they are reduced": 2 * b * root_trained + (b + 4) * max(size["trained"]),
@@ -196,7 +199,8 @@ def longest_rows(args, samples, config):
 def remedy(config, args, gpus, longest, usable):
     """The first flag, else the fewest flags taken in turn, else the number of GPUs, with which the run fits."""
     fits = lambda flags, n: peak(memory(config, argparse.Namespace(**vars(args) | flags), n, longest)) <= usable
-    changes = [change for change in REMEDIES if all(vars(args).get(name, value) != value for name, value in change.items())]
+    remedies = (*REMEDIES[:3], {"prompts_per_step": gpus}, *REMEDIES[3:])
+    changes = [change for change in remedies if all(vars(args).get(name, value) != value for name, value in change.items())]
     together = [{name: value for change in changes[:i] for name, value in change.items()} for i in range(2, len(changes) + 1)]
     for flags in changes + together:
         if fits(flags, gpus):
