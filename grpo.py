@@ -20,7 +20,6 @@ Letters in shapes: P prompt tokens, C completion tokens, G completions in a grou
 
 import dataclasses
 import math
-import time
 from itertools import zip_longest
 
 import numpy as np
@@ -28,6 +27,7 @@ import torch
 
 from data import Processor, collate, prompt_text, read_all
 from model import Batch, generate
+from plan import dry_run, step_flops
 from rewards import REWARDS, UserError
 from runtime import (Ranks, Run, adamw, clip_gradients, gathered, load_sharded, main_guard, need_inputs, recipe_settings,
                      rows_of_step, scheduled_rate)
@@ -187,11 +187,12 @@ def group_log_probs(model, groups, size, banned, temperature):
 # ---------------------------------------------------------------------------------------------- the update
 
 
-def update_step(model, groups, forwards, args, banned, sequences, tokens):
+def update_step(model, groups, forwards, args, banned, sequences, tokens, lap=lambda part: None):
     """Accumulate the gradient of one optimizer step over this rank's groups.
 
     Args:    forwards: how many forwards every rank makes; a rank with fewer repeats one with weight zero.
              sequences, tokens: of the whole step, all ranks.
+             lap: is told when a `forward` and when a `backward` has ended.
     Returns: this rank's sums: policy loss, KL loss, KL, entropy, clipped tokens, tokens.
     """
     work = [(group, part) for group in groups for part in parts(group, args.micro_batch)]
@@ -211,10 +212,12 @@ def update_step(model, groups, forwards, args, banned, sequences, tokens):
                                       args.epsilon if args.epsilon_high is None else args.epsilon_high)
         kl = kl_k3(log_probs, old if group.reference is None else group.reference[mine])
         loss = (weights * (policy + args.beta * kl)).sum()
-        loss.backward()
         if i < len(work):
             sums += torch.stack(((weights * policy).sum(), args.beta * (weights * kl).sum(), kl.sum(), entropies.sum(),
                                  clipped.sum(), torch.tensor(len(log_probs)))).detach().double().cpu()
+        lap("forward")
+        loss.backward()
+        lap("backward")
     return sums.tolist()
 
 
@@ -259,12 +262,15 @@ def main():
     samples = read_all(args.data, args.images, ranks.print if args.drop_invalid else None)
     steps = math.ceil(args.epochs * len(samples) / args.prompts_per_step) * args.num_iterations
     steps = min(steps, args.max_steps or steps)
+    if args.dry_run:
+        return dry_run(args, samples, steps)
 
     # policy and reference
     run = Run(args, ranks)
     if run.finished:
         return
-    model = load_sharded(args.model, ranks, args.dtype, args.reshard_after_forward, args.activation_checkpointing)
+    model = load_sharded(args.model, ranks, args.dtype, args.reshard_after_forward, args.activation_checkpointing,
+                         args.freeze_vision)
     reference = load_sharded(args.model, ranks, args.dtype).requires_grad_(False) if args.beta else None
     processor = Processor(args.model, model.config, args)
     banned = processor.banned(ranks.device)
@@ -277,16 +283,14 @@ def main():
         # sample, reward, advantage
         iteration = (step - 1) % args.num_iterations
         if iteration == 0:
-            began = time.time()
             rows = rows_of_step((step - 1) // args.num_iterations + 1, len(samples), args.prompts_per_step, args.seed)
             with gathered(model):
                 groups = sample_groups(model, processor, samples, rows[ranks.rank::ranks.world], step, args, ranks.device)
             metrics = rollout_metrics(groups, ranks)
             per_rank = ranks.gather(rollout_rows(groups, step))
             run.append("rollouts.jsonl", [row for some in zip_longest(*per_rank) for row in some if row is not None])
-            rollout_time = time.time() - began
+            run.lap("rollout")
             # log-probs of policy and reference before the first update
-            began = time.time()
             forwards = max(ranks.gather(sum(len(parts(g, args.micro_batch)) for g in groups)))
             if args.num_iterations > 1:
                 for group, old in zip(groups, group_log_probs(model, groups, args.micro_batch, banned, args.temperature)):
@@ -296,26 +300,29 @@ def main():
                                                                     args.temperature)):
                     group.reference = log_probs
             kept = [g.lengths * (g.finished | (not args.mask_truncated_completions)) for g in groups]
-            sequences, kept_tokens, all_tokens = ranks.sum(
-                sum(len(g.ids) for g in groups), sum(int(k.sum()) for k in kept),
-                sum(int(g.prompt.lengths) + int(g.lengths.sum()) for g in groups))
+            sequences, kept_tokens, scored, all_tokens, patches = ranks.sum(
+                sum(len(g.ids) for g in groups), sum(int(k.sum()) for k in kept), sum(int(g.lengths.sum()) for g in groups),
+                sum(int(g.prompt.lengths) + int(g.lengths.sum()) for g in groups), sum(len(g.prompt.patches) for g in groups))
         # update
         for group in optimizer.param_groups:
             group["lr"] = scheduled_rate(step, steps, args)
         policy, kl_loss, kl, entropy, clipped, tokens = ranks.sum(
-            *update_step(model, groups, forwards, args, banned, int(sequences), int(kept_tokens)))
+            *update_step(model, groups, forwards, args, banned, int(sequences), int(kept_tokens), run.lap))
         norm = clip_gradients(model, args.max_grad_norm)
         if not (math.isfinite(policy + kl_loss) and math.isfinite(norm)):
-            raise UserError(f"step {step}: loss {policy + kl_loss}, gradient norm {norm}; not applied. Rows of this step: "
+            raise UserError(f"loss {policy + kl_loss}, gradient norm {norm}; not applied. Rows of this step: "
                             + ", ".join(samples[row].where for row in sorted(rows)))
         optimizer.step()
         optimizer.zero_grad()
+        run.lap("optimizer")
         # log, save
         if run.end_step(model, optimizer, step, steps, {
                 "epoch": step * args.prompts_per_step / args.num_iterations / len(samples), "loss": policy + kl_loss,
                 "loss/policy": policy, "loss/kl": kl_loss, "learning_rate": optimizer.param_groups[0]["lr"],
                 "grad_norm": norm, "num_tokens": all_tokens, **metrics, "kl": kl / tokens, "entropy": entropy / tokens,
-                "clip_ratio": clipped / tokens, "rollout_time": rollout_time, "update_time": time.time() - began},
+                "clip_ratio": clipped / tokens, "update_time": sum(run.spent.values()) - run.spent["rollout"],
+                "model_flops": step_flops(model, all_tokens, scored, patches, forwards=1 + (iteration == 0) * (
+                    1 + (args.num_iterations > 1) + (reference is not None)))},
                 boundary=step % args.num_iterations == 0):
             break
     else:

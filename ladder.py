@@ -70,11 +70,14 @@ FLAGS = {  # every setting of a run: (type, what it is). A list repeats, a tuple
                                        "bfloat16 on a GPU)"),
     "reshard_after_forward": (bool, "free gathered weights after each layer's forward: less memory, more traffic"),
     "activation_checkpointing": (bool, "recompute layers in the backward: less memory, a third more work"),
+    "freeze_vision": (bool, "do not train the vision encoder, its merger included"),
+    "dry_run": (str, "GPUs x GB, such as 8x24: say what the run would need and whether it fits, and do nothing else"),
 }
 
 RUN = dict(images=None, seed=0, save_every=0, keep_last=2, resume=None, workers=0, device=None, dtype=None,
            prompts=None, min_pixels=None, max_pixels=None, num_frames=16, fps=None, video_seconds="grid",
-           drop_invalid=False, reshard_after_forward=True, activation_checkpointing=False)
+           drop_invalid=False, reshard_after_forward=True, activation_checkpointing=False, freeze_vision=False,
+           dry_run=None)
 
 # ---------------------------------------------------------------------------------------------- tiny
 # 2 CPU cores, 15 minutes in all. Rates and lengths as measured on this model, not taken from anywhere.

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -56,7 +57,7 @@ class Parser(argparse.ArgumentParser):
         return args
 
 
-FREE = ("resume", "device", "workers", "micro_batch", "save_every", "keep_last")  # may change when a run continues
+FREE = ("resume", "device", "workers", "micro_batch", "save_every", "keep_last", "dry_run")  # may change when a run continues
 POSITIVE = ("epochs", "max_steps", "batch_size", "micro_batch", "learning_rate", "max_grad_norm", "min_pixels",
             "max_pixels", "num_frames", "fps", "prompts_per_step", "max_completion_length", "num_iterations",
             "keep_last", "limit", "max_tokens")
@@ -134,14 +135,20 @@ def need_inputs(args, ranks):
 
 
 def main_guard(main):
-    """Run a script's main: a user's mistake is one line on stderr and exit code 2."""
+    """Run a script's main: a user's mistake is one line on stderr and exit code 2, any other error says where it was."""
     code = 0
     try:
         main()
-    except UserError as error:
-        rank = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+    except Exception as error:
+        steps = [frame.f_locals["step"] for frame, _ in traceback.walk_tb(error.__traceback__) if "step" in frame.f_locals]
+        rank = [f"rank {os.environ['RANK']}"] if int(os.environ.get("WORLD_SIZE", 1)) > 1 else []
+        where = ", ".join(rank + [f"step {step}" for step in steps[:1]])  # of the script's loop: the outermost
+        if not isinstance(error, UserError):  # ours, or a time-out of the backend: all of it is shown
+            error.add_note(where)
+            raise
         line = str(error).strip().splitlines()[-1].removeprefix("rewards.UserError: ")  # after a DataLoader's traceback
-        sys.stderr.write(f"{rank}{Path(sys.argv[0]).name}: {line}\n")  # in one piece: ranks write to the same terminal
+        line = ": ".join(filter(None, (Path(sys.argv[0]).name, where, line)))
+        sys.stderr.write(line + "\n")  # in one piece: ranks write to the same terminal
         code = 2
     if dist.is_initialized():  # else gloo's threads abort the interpreter at its exit
         dist.destroy_process_group()
@@ -190,7 +197,8 @@ class Ranks:
 # ---------------------------------------------------------------------------------------------- model and optimizer
 
 
-def load_sharded(directory, ranks, dtype=None, reshard_after_forward=True, activation_checkpointing=False):
+def load_sharded(directory, ranks, dtype=None, reshard_after_forward=True, activation_checkpointing=False,
+                 freeze_vision=False):
     """A model with fp32 weights that computes in `dtype`: built on the meta device, sharded, filled row by row.
 
     Sharded (FSDP2) under torchrun, on a GPU, or for bfloat16; plain fp32 on a CPU runs the bare module. Gradients are
@@ -199,6 +207,7 @@ def load_sharded(directory, ranks, dtype=None, reshard_after_forward=True, activ
     dtype = getattr(torch, dtype or ("bfloat16" if ranks.device.type == "cuda" else "float32"))
     model = build_model(load_config(directory))
     model.activation_checkpointing, model.reshard_after_forward = activation_checkpointing, reshard_after_forward
+    model.visual.requires_grad_(not freeze_vision)
     if ranks.launched or ranks.device.type == "cuda" or dtype != torch.float32:
         mesh = init_device_mesh(ranks.device.type, (ranks.world,))
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -244,7 +253,8 @@ def gathered(model):
 
 def adamw(model, args):
     """AdamW on the fp32 weights; weight decay on matrices only."""
-    groups = [{"params": [p for p in model.parameters() if (p.ndim > 1) == matrix], "weight_decay": decay}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in trained if (p.ndim > 1) == matrix], "weight_decay": decay}
               for matrix, decay in ((True, args.weight_decay), (False, 0.0))]
     return torch.optim.AdamW(groups, lr=args.learning_rate, betas=tuple(args.betas), eps=1e-8, fused=True)
 
@@ -314,12 +324,26 @@ def reason(error):
     return f"{type(error).__name__}: {error}".strip().splitlines()[-1][:150]
 
 
+def own_group(worker):
+    """A DataLoader's worker leaves the process group: Ctrl-C reaches all of a group, and the step needs its workers."""
+    os.setpgrp()
+
+
+@contextmanager
+def writing(path, what):
+    """A full disk, a directory that may not be written: one line."""
+    try:
+        yield
+    except (OSError, SafetensorError, dcp.CheckpointException) as error:
+        raise UserError(f"{path}: cannot write {what} ({reason(error)})") from None
+
+
 class Run:
     """An output directory: config_run.json, log.jsonl, resume/step-N, and in the end the model itself."""
 
     def __init__(self, args, ranks):
         self.args, self.ranks, self.out = args, ranks, Path(args.out)
-        self.stopping, self.saved, self.clock = False, 0, time.time()
+        self.stopping, self.saved, self.spent = False, 0, {}
         self.config = {key: value for key, value in vars(args).items() if key not in FREE}
         problem = ranks.gather(self.claim() if ranks.rank == 0 else None)[0]
         if problem:
@@ -331,7 +355,7 @@ class Run:
             signal.signal(name, self.stop)
 
     def claim(self):
-        """Take the directory on rank 0: empty, or another try at the same run. Returns what is wrong, if anything."""
+        """Look at the directory on rank 0: empty, or another try at the same run. Returns what is wrong, if anything."""
         config = self.out / "config_run.json"
         try:
             self.out.mkdir(parents=True, exist_ok=True)
@@ -343,21 +367,28 @@ class Run:
                         f"{key} {before.get(key)!r}, now {self.config[key]!r}" for key in changed))
             elif any(self.out.iterdir()):
                 return f"{self.out}: not empty; continue it with --resume auto, or give another --out"
-            else:
-                write_json(config, self.config)
+            for left in self.out.glob("resume/*.tmp"):  # by a save that was interrupted
+                shutil.rmtree(left)
         except OSError as error:
             return f"{self.out}: cannot write there ({error.strerror})"
         print("settings:", json.dumps(self.config), flush=True)
 
     def stop(self, number, frame):
-        """Ctrl-C or SIGTERM: finish the step, save, end. A second Ctrl-C ends at once."""
-        if self.stopping:
+        """Ctrl-C or SIGTERM: finish the step, save, end. A second one ends at once, but torchrun passes its own on."""
+        if self.stopping and not self.ranks.launched:
             raise KeyboardInterrupt
         self.stopping = True
 
     def restore(self, model, optimizer):
-        """Load the newest readable trainer state, or the one that --resume names. Returns the steps already done."""
+        """Load the newest readable trainer state, or the one that --resume names. Returns the steps already done.
+
+        Weights, the optimizer's moments and the number of the step are all the state there is: learning rate, data
+        order, curriculum and the noise of rollouts are functions of (seed, step), and no other random number is drawn.
+        """
         choice, states = self.args.resume, sorted((self.out / "resume").glob("step-??????"), reverse=True)
+        if self.ranks.rank == 0:
+            with writing(self.out, "there"):
+                write_json(self.out / "config_run.json", self.config)
         if choice and choice != "auto":
             if not (Path(choice) / "meta.json").is_file():
                 raise UserError(f"--resume {choice}: no trainer state there (no meta.json in it)")
@@ -389,12 +420,13 @@ class Run:
                 rows = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True)
                         if line.endswith("\n") and json.loads(line)["step"] <= step]
                 beside = Path(f"{path}.tmp")
-                beside.write_text("".join(rows), encoding="utf-8")
-                os.replace(beside, path)
+                with writing(path, "there"):
+                    beside.write_text("".join(rows), encoding="utf-8")
+                    os.replace(beside, path)
 
     def append(self, name, rows):
         if self.ranks.rank == 0:
-            with open(self.out / name, "a", encoding="utf-8") as file:
+            with writing(self.out / name, "there"), open(self.out / name, "a", encoding="utf-8") as file:
                 file.write("".join(json.dumps(row) + "\n" for row in rows))
 
     def save(self, model, optimizer, step):
@@ -402,40 +434,50 @@ class Run:
         folder = self.out / "resume"
         final, beside = folder / f"step-{step:06d}", folder / f"step-{step:06d}.tmp"
         names = get_state_dict(model, optimizer)
-        try:
+        with writing(beside, "the trainer state"):
             dcp.save({"model": names[0], "optimizer": names[1]}, checkpoint_id=str(beside))
-        except (OSError, dcp.CheckpointException) as error:
-            raise UserError(f"{beside}: cannot write the trainer state ({reason(error)})") from None
-        if self.ranks.rank == 0:
-            write_json(beside / "meta.json", {"step": step, "world": self.ranks.world, "config": self.config})
-            shutil.rmtree(final, ignore_errors=True)
-            os.replace(beside, final)
-            for old in sorted(folder.glob("step-??????"))[:-self.args.keep_last]:
-                shutil.rmtree(old)
+            if self.ranks.rank == 0:
+                write_json(beside / "meta.json", {"step": step, "world": self.ranks.world, "config": self.config})
+                shutil.rmtree(final, ignore_errors=True)
+                os.replace(beside, final)
+                for old in [path for path in sorted(folder.glob("step-??????")) if path <= final][:-self.args.keep_last]:
+                    shutil.rmtree(old)
+        self.saved = step
         dist.barrier()
+
+    def lap(self, part):
+        """Count the time since the last call as spent on this part of the step: `data`, `forward`, ..."""
+        now = time.perf_counter()
+        self.spent[part] = self.spent.get(part, 0.0) + now - self.clock
+        self.clock = now
 
     def end_step(self, model, optimizer, step, steps, row, boundary=True):
         """Log a step, save when it is time. Returns True when the run is to stop here.
 
         boundary: False inside the iterations over one rollout, where nothing is saved and no run stops.
         """
-        now = time.time()
-        row = {"step": step, **row, "step_time": now - self.clock}
-        row["tokens_per_second"] = row["num_tokens"] / row["step_time"]
-        self.clock = now
+        seconds = sum(self.spent.values())
+        row = {"step": step, **row, **{f"{part}_time": spent for part, spent in self.spent.items()}, "step_time": seconds}
+        row |= {"tokens_per_second": row["num_tokens"] / seconds, "model_flops_per_second": row["model_flops"] / seconds}
         self.append("log.jsonl", [row])
         self.bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
         stop = boundary and self.ranks.sum(self.stopping)[0] > 0
         due = self.args.save_every and step - self.saved >= self.args.save_every and step < steps
         if stop or boundary and due:
             self.save(model, optimizer, step)
-            self.saved = step
         if stop:
-            self.ranks.print(f"stopped after step {step} of {steps}; continue with the same command and --resume auto")
+            self.ranks.print(f"stopped after step {step} of {steps}; continue with: {self.command()}")
+        self.spent, self.clock = dict.fromkeys(self.spent, 0.0), time.perf_counter()  # saving is not a step's
         return stop
+
+    def command(self):
+        """The command that continues this run (on several nodes, with their rendezvous flags besides)."""
+        launcher = ["torchrun", f"--nproc-per-node={os.environ['LOCAL_WORLD_SIZE']}"] if self.ranks.launched else ["python"]
+        return shlex.join([*launcher, *sys.argv, *(["--resume", "auto"] if self.args.resume != "auto" else [])])
 
     def steps(self, first, steps):
         """Step numbers first + 1 ... steps, with a progress bar on rank 0."""
+        self.clock = time.perf_counter()
         self.bar = tqdm(range(first + 1, steps + 1), initial=first, total=steps, disable=self.ranks.rank != 0,
                         mininterval=2, desc=f"{self.args.stage:>5}", dynamic_ncols=True)
         return self.bar
@@ -444,10 +486,8 @@ class Run:
         """Write the model directory; with config.json in it the run is complete."""
         if self.ranks.rank == 0:
             limits = {"min_pixels": processor.min_pixels, "max_pixels": processor.max_pixels}
-            try:
+            with writing(self.out, "the model"):
                 save_model(self.out, whole_tensors(model), model.config, self.args.model, limits)
-            except (OSError, SafetensorError) as error:
-                raise UserError(f"{self.out}: cannot write the model ({reason(error)})") from None
         else:
             for _ in whole_tensors(model):
                 pass

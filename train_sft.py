@@ -14,8 +14,9 @@ from functools import partial
 from torch.utils.data import DataLoader, Dataset
 
 from data import IGNORE, Processor, collate, cost, read_all, style_of
+from plan import dry_run, step_flops
 from rewards import UserError
-from runtime import (Ranks, Run, adamw, clip_gradients, load_sharded, main_guard, micro_batches, need_inputs,
+from runtime import (Ranks, Run, adamw, clip_gradients, load_sharded, main_guard, micro_batches, need_inputs, own_group,
                      recipe_settings, rows_of_step, scheduled_rate)
 
 
@@ -55,10 +56,11 @@ class Rows(Dataset):
         return example
 
 
-def train_step(model, batches, targets):
+def train_step(model, batches, targets, lap=lambda part: None):
     """Mean negative log-likelihood of all answer tokens of one optimizer step, and its gradient.
 
     Args:    batches: this rank's micro-batches. targets: answer tokens in all ranks' batches together.
+             lap: is told when a `forward` and when a `backward` has ended.
     Returns: this rank's part of the loss: the parts add up to the mean over all tokens, whatever the number of
              micro-batches and ranks.
     """
@@ -66,8 +68,10 @@ def train_step(model, batches, targets):
     for batch in batches:
         log_probs, _ = model(batch)
         loss = -log_probs.sum() / targets
+        total += loss.item()  # waits for the device: what follows is the backward's time
+        lap("forward")
         loss.backward()
-        total += loss.item()
+        lap("backward")
     return total
 
 
@@ -83,12 +87,15 @@ def main():
         samples = with_replay(samples, read_all(args.replay, args.images, tell), args.replay_ratio, args.seed)
     steps = math.ceil(args.epochs * len(samples) / args.batch_size)
     steps = min(steps, args.max_steps or steps)
+    if args.dry_run:
+        return dry_run(args, samples, steps)
 
     # model
     run = Run(args, ranks)
     if run.finished:
         return
-    model = load_sharded(args.model, ranks, args.dtype, args.reshard_after_forward, args.activation_checkpointing)
+    model = load_sharded(args.model, ranks, args.dtype, args.reshard_after_forward, args.activation_checkpointing,
+                         args.freeze_vision)
     processor = Processor(args.model, model.config, args)
     optimizer = adamw(model, args)
     first = run.restore(model, optimizer)
@@ -102,24 +109,29 @@ def main():
         costs = [cost(samples[row]) for row in rows]
         plan.append((rows, micro_batches(rows, costs, size, ranks.rank, ranks.world)))
     loader = iter(DataLoader(Rows(samples, processor), batch_sampler=[batch for _, batches in plan for batch in batches],
-                             collate_fn=partial(collate, config=model.config), num_workers=args.workers))
+                             collate_fn=partial(collate, config=model.config), num_workers=args.workers,
+                             worker_init_fn=own_group))
     model.train()
     for step, (rows, batches) in zip(run.steps(first, steps), plan):
         batches = [next(loader).to(ranks.device) for _ in batches]
-        tokens, targets = ranks.sum(sum(int(b.lengths.sum()) for b in batches if len(b.targets)),  # fillers have none
-                                    sum(len(b.targets) for b in batches))
+        real = [b for b in batches if len(b.targets)]  # fillers have none
+        tokens, targets, patches = ranks.sum(sum(int(b.lengths.sum()) for b in real), sum(len(b.targets) for b in real),
+                                             sum(len(b.patches) for b in real))
+        run.lap("data")
         for group in optimizer.param_groups:
             group["lr"] = scheduled_rate(step, steps, args)
-        loss = ranks.sum(train_step(model, batches, targets))[0]
+        loss = ranks.sum(train_step(model, batches, targets, run.lap))[0]
         norm = clip_gradients(model, args.max_grad_norm)
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise UserError(f"step {step}: loss {loss}, gradient norm {norm}; not applied. Rows of this step: "
+            raise UserError(f"loss {loss}, gradient norm {norm}; not applied. Rows of this step: "
                             + ", ".join(samples[row].where for row in sorted(set(rows))))
         optimizer.step()
         optimizer.zero_grad()
+        run.lap("optimizer")
         if run.end_step(model, optimizer, step, steps, {
                 "epoch": step * args.batch_size / len(samples), "loss": loss, "grad_norm": norm,
-                "learning_rate": optimizer.param_groups[0]["lr"], "num_tokens": tokens}):
+                "learning_rate": optimizer.param_groups[0]["lr"], "num_tokens": tokens,
+                "model_flops": step_flops(model, tokens, targets, patches)}):
             break
     else:
         run.finish(model, processor)

@@ -427,7 +427,8 @@ FEW = ("--num-generations", 3, "--max-completion-length", 8, "--prompts-per-step
 KEYS = ("step, epoch, loss, learning_rate, grad_norm, num_tokens, tokens_per_second, step_time, reward, "
         "rewards/accuracy/mean, rewards/accuracy/std, rewards/format/mean, rewards/format/std, reward_std, "
         "frac_reward_zero_std, kl, entropy, clip_ratio, completions/mean_length, completions/clipped_ratio, "
-        "rollout_time, update_time, loss/policy, loss/kl").split(", ")
+        "rollout_time, update_time, forward_time, backward_time, optimizer_time, model_flops, model_flops_per_second, "
+        "loss/policy, loss/kl").split(", ")
 
 
 def test_a_run_writes_log_and_rollouts(call, rooms, tiny_model, tmp_path, monkeypatch):

@@ -169,7 +169,8 @@ def test_ranks_share_a_step_evenly(costs, size, world):
 
 
 FEW = ("--batch-size", 6, "--micro-batch", 3, "--max-steps", 6)
-KEYS = {"step", "epoch", "loss", "learning_rate", "grad_norm", "num_tokens", "tokens_per_second", "step_time"}
+KEYS = {"step", "epoch", "loss", "learning_rate", "grad_norm", "num_tokens", "tokens_per_second", "step_time", "data_time",
+        "forward_time", "backward_time", "optimizer_time", "model_flops", "model_flops_per_second"}
 
 
 @pytest.mark.parametrize("stage", FILES)
@@ -199,7 +200,7 @@ def test_a_loss_that_is_not_finite_is_refused(call, rooms, tiny_model, tmp_path,
     monkeypatch.setattr(train_sft, "rows_of_step", lambda *given: [3, 1, 4, 15, 9, 2])
     with pytest.raises(UserError) as error:
         call(train_sft, "--stage", "1", "--model", broken, "--data", path, "--out", out, *FEW, "--save-every", 1)
-    assert str(error.value).startswith("step 1: loss nan") and "\n" not in str(error.value)
+    assert str(error.value).startswith("loss nan") and "\n" not in str(error.value)
     assert str(error.value).endswith(": " + ", ".join(f"{path}:{line}" for line in (2, 3, 4, 5, 10, 16)))
     assert [p.name for p in out.iterdir()] == ["config_run.json"]
 
@@ -214,7 +215,7 @@ def test_a_broken_picture_names_its_row(rooms, tiny_model, tmp_path):
         done = launch(train_sft.__file__, "--stage", "1", "--model", tiny_model, "--data", path,
                       "--out", tmp_path / f"out{workers}", "--workers", workers, *FEW)
         line = done.stderr.splitlines()[-1]
-        number = int(re.match(rf"train_sft.py: {re.escape(str(path))}:(\d+): ", line)[1])
+        number = int(re.match(rf"train_sft.py: step \d: {re.escape(str(path))}:(\d+): ", line)[1])
         assert f"{images / read_rows(path)[number - 1]['image'][0]}: not a readable picture" in line
         assert done.returncode == 2 and "Traceback" not in done.stderr
 
