@@ -138,7 +138,7 @@ SELF_RUNGS = (  # in place of the last two with --cold-start self: no chains but
 )
 TEACHERS = {  # preset -> steps of the small cold start that makes stage 2 a teacher (None: it writes chains when asked,
     # as the 3B does; the tiny model never does), and how its chains are sampled
-    "tiny": (100, ["--limit", 150, "--per-question", 2, "--batch-size", 32, "--max-completion-length", 128]),
+    "tiny": (300, ["--limit", 150, "--per-question", 2, "--batch-size", 32, "--max-completion-length", 128]),
     "paper": (None, ["--limit", 400, "--per-type", 180]),
 }
 MADE_BY = {  # what the bare commands need and the command that makes it; the last two are made without asking
