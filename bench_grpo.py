@@ -224,10 +224,11 @@ def measure_decode(args):
         short, long = (median_seconds(lambda: generate(model, batch, n, (-1,)), 1) for n in (1, 17))
         token.append((long - short) / 16)
         copy.append(median_seconds(lambda: target.copy_(source), 5))
-    token, moved = float(np.median(token[1:])), 2 * source.nbytes / float(np.median(copy[1:]))
+    token, copied = float(np.median(token[1:])), source.nbytes / float(np.median(copy[1:]))
     print(f"bf16, {read / 1e9:.2f} GB read per token, {torch.get_num_threads()} threads: {token * 1e3:.1f} ms a token, "
           f"{read / token / 1e9:.1f} GB/s")
-    print(f"memory copy: {moved / 1e9:.1f} GB/s (read and written together); decoding reaches {read / token / moved:.0%}")
+    print(f"memory copy: {copied / 1e9:.1f} GB/s copied, {2 * copied / 1e9:.1f} GB/s read and written together; decoding "
+          f"reads at {read / token / copied:.0%} of the one, {read / token / copied / 2:.0%} of the other")
 
 
 def main():
