@@ -144,6 +144,11 @@ def seconds_of(work):
     return time.time() - began
 
 
+def median_seconds(work, repeat):
+    """Median of `repeat` runs after one that warms up."""
+    return statistics.median([seconds_of(work) for _ in range(repeat + 1)][1:])
+
+
 def measure_peers(args):
     dtype = getattr(torch, args.dtype)
     with tempfile.TemporaryDirectory() as folder:

@@ -436,6 +436,10 @@ class Processor:
             self.special[name] = self.tokenizer.token_to_id(name)
             if self.special[name] is None:
                 raise UserError(f"{directory / 'tokenizer.json'}: no token {name} in it; not Qwen2.5-VL's tokenizer?")
+        words = self.tokenizer.get_vocab_size()
+        if words > config.text.vocab_size or self.special["<|image_pad|>"] != config.image_token_id:
+            raise UserError(f"{directory}: tokenizer and model have other vocabularies: {words} words with <|image_pad|> at "
+                            f"{self.special['<|image_pad|>']}, the model {config.text.vocab_size} and {config.image_token_id}")
         limits = read_json(directory / "preprocessor_config.json")
         edges = limits.get("size") or {}
         self.min_pixels = args.min_pixels or limits.get("min_pixels") or edges.get("shortest_edge") or 56 * 56
@@ -563,11 +567,11 @@ def collate(examples, config):
 # ---------------------------------------------------------------------------------------------- kinds of rows
 
 
-def style_of(sample):
-    """How a row is asked when it is trained on: by what its answer is."""
+def style_of(sample, style=None):
+    """How a row is asked: for boxes, if those are its answer; else in the style given, or by what it is trained on."""
     if sample.question_type == "localization":
         return "localize"
-    return "direct" if sample.solution is None else "thinking"
+    return style or ("direct" if sample.solution is None else "thinking")
 
 
 def cost(sample):

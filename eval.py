@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from benchmarks import BENCHES, OURS, add_baselines, read_bench, score_rows, summarize, table
 from checkpoint import checkpoint_tensors, load_model, read_json, write_json
-from data import Processor, collate, cost, parse_line, read_all, read_lines
+from data import Processor, collate, cost, parse_line, read_all, read_lines, style_of
 from model import generate
 from rewards import CHOICE_TYPES, NUMBER_TYPES, UserError, parse_boxes
 from runtime import Parser, Ranks, add_flags, main_guard, refuse_bad_values
@@ -76,7 +76,7 @@ def subset(samples, extras, limit, seed):
 @torch.no_grad()
 def answer_rows(model, processor, samples, rows, args, device):
     """Greedy answers to some rows (numbers into samples), decoded in one batch. Returns: their prediction rows."""
-    examples = [processor.example(samples[row], style_for(samples[row], args.prompt_style), answer=False) for row in rows]
+    examples = [processor.example(samples[row], style_of(samples[row], args.prompt_style), answer=False) for row in rows]
     rollout = generate(model, collate(examples, processor.config).to(device), args.max_completion_length,
                        processor.stop_ids, banned=processor.banned(device))
     answers = []
@@ -95,10 +95,6 @@ def answer_rows(model, processor, samples, rows, args, device):
     return answers
 
 
-def style_for(sample, style):
-    return "localize" if sample.question_type == "localization" else style
-
-
 def finished_rows(out):
     """Answers that an interrupted evaluation left, by row number; a line cut in the middle does not count."""
     rows = {}
@@ -109,14 +105,15 @@ def finished_rows(out):
     return rows
 
 
-def answer_all(model, processor, samples, args, ranks, out):
-    """Answer every sample with the model, batch by batch over all ranks. Returns: answers in row order.
+def answer_once(samples, size, ranks, out, answer):
+    """Every sample's answer, made once: written as soon as made, kept when an interrupted run goes on.
 
-    Batches depend on the samples and the batch size only, and one that is not complete is answered again as a whole:
-    whenever it was interrupted, and whatever the number of ranks, a row is decoded beside the same others.
+    Args:    size: samples in a batch; the batches are shared out over the ranks. answer: rows (numbers into samples) ->
+             as many objects with "index", the row.
+    Returns: on every rank, the answers in row order.
     """
     order = sorted(range(len(samples)), key=lambda row: (cost(samples[row]), row), reverse=True)  # longest first
-    batches = [order[i:i + args.batch_size] for i in range(0, len(order), args.batch_size)]
+    batches = [order[i:i + size] for i in range(0, len(order), size)]
     done = finished_rows(out)
     todo = [batch for batch in batches[ranks.rank::ranks.world] if not all(row in done for row in batch)]
     path = out / f"answers-rank{ranks.rank}.jsonl"
@@ -124,12 +121,17 @@ def answer_all(model, processor, samples, args, ranks, out):
         os.truncate(path, path.read_bytes().rfind(b"\n") + 1)  # a line cut in the middle is answered again
     with open(path, "a", encoding="utf-8") as file:
         for batch in tqdm(todo, desc="answers", disable=ranks.rank != 0, mininterval=2, dynamic_ncols=True):
-            rows = answer_rows(model, processor, samples, batch, args, ranks.device)
-            file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answer(batch)))
             file.flush()
     ranks.gather(None)  # all have written
     done = finished_rows(out)
     return [done[row] for row in range(len(samples))]
+
+
+def answer_all(model, processor, samples, args, ranks, out):
+    """Answer every sample with the model. Returns: answers in row order."""
+    return answer_once(samples, args.batch_size, ranks, out,
+                       lambda rows: answer_rows(model, processor, samples, rows, args, ranks.device))
 
 
 @cache
@@ -260,14 +262,14 @@ def main():
 
 
 def claim(out, asked):
-    """Take the output directory: empty, or holding another try at the same evaluation. Returns what is wrong."""
+    """Take the output directory: empty, or holding another try at the same. Returns what is wrong."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         if (out / "config_run.json").is_file():
             before = read_json(out / "config_run.json")
             changed = [key for key in asked if before.get(key) != asked[key]]
             if changed:
-                return f"{out}: holds an evaluation with another {', '.join(changed)}; give another --out"
+                return f"{out}: was begun with another {', '.join(changed)}; give another --out"
         elif any(path.suffix != ".tmp" for path in out.iterdir()):  # the rest of a try that was killed at once
             return f"{out}: not empty; give another --out"
         else:

@@ -2,6 +2,7 @@
 
     python grpo.py                                              # the tiny model after its cold start
     torchrun --nproc-per-node 4 grpo.py --preset paper --model DIR --data FILE.jsonl --out DIR
+    python grpo.py --sample-cold-start --model TEACHER --data FILE.jsonl --out FILE.jsonl    # chains for a cold start
 
 One step: sample a group of G completions for each of a few prompts; reward each completion (format + accuracy);
 its advantage is how much better it is than its group; raise the log-probs of the better, lower those of the worse,
@@ -20,12 +21,13 @@ Letters in shapes: P prompt tokens, C completion tokens, G completions in a grou
 
 import dataclasses
 import math
+import sys
 from itertools import zip_longest
 
 import numpy as np
 import torch
 
-from data import Processor, collate, prompt_text, read_all
+from data import Processor, collate, prompt_text, read_all, style_of
 from model import Batch, generate
 from plan import dry_run, step_flops
 from rewards import REWARDS, UserError
@@ -33,6 +35,10 @@ from runtime import (Ranks, Run, adamw, clip_gradients, gathered, load_sharded, 
                      rows_of_step, scheduled_rate)
 
 LOG_RATIO_LIMIT = 20.0  # exp(20) = 5e8: beyond it k3 only overflows
+PATIENCE = 10  # steps that one of these may stay above half before a line says so
+WATCHED = {"frac_reward_zero_std": "of the groups had equal rewards and taught nothing: raise --num-generations or "
+                                   "--temperature, or give --data that is not always, nor never, answered right",
+           "completions/clipped_ratio": "of the completions were cut off: raise --max-completion-length"}
 
 
 # ---------------------------------------------------------------------------------------------- the formulas
@@ -111,9 +117,9 @@ class Group:
     lengths: torch.Tensor  # (G,) int64
     finished: torch.Tensor  # (G,) bool: ended by itself
     texts: list
-    rewards: dict  # name -> (G,) float32
-    reward: torch.Tensor  # (G,) weighted sum
-    advantages: torch.Tensor  # (G,)
+    rewards: dict | None = None  # name -> (G,) float32
+    reward: torch.Tensor | None = None  # (G,) weighted sum
+    advantages: torch.Tensor | None = None  # (G,)
     old: torch.Tensor | None = None  # (n,) log-probs at the time of sampling
     reference: torch.Tensor | None = None  # (n,)
 
@@ -124,32 +130,40 @@ def noise(seed, step, row, group, length):
                                       for g in range(group)]))
 
 
-def sample_groups(model, processor, samples, rows, step, args, device):
-    """Sample and reward G completions for each of the rows (numbers into samples); all rows decode in one batch."""
-    examples = [processor.example(samples[row], "thinking", answer=False) for row in rows]
+def complete(model, processor, samples, rows, G, uniforms, args, device):
+    """G completions for each of the rows (numbers into samples), all in one batch; greedy where uniforms is None.
+
+    Returns: Groups without rewards; the boxes of a localization sample are in pixels as the model sees them.
+    """
+    examples = [processor.example(samples[row], style_of(samples[row], "thinking"), answer=False) for row in rows]
     room = processor.config.text.max_position_embeddings - max(len(e.ids) for e in examples)
     if room < args.max_completion_length:
-        raise UserError(f"--max-completion-length {args.max_completion_length} does not fit: the longest prompt of "
-                        f"step {step} leaves {room} tokens of the model's context")
-    G, C = args.num_generations, args.max_completion_length
-    uniforms = torch.cat([noise(args.seed, step, row, G, C) for row in rows]).to(device)
-    rollout = generate(model, collate(examples, processor.config).to(device), C, processor.stop_ids, G, uniforms,
-                       processor.banned(device), args.temperature)
+        raise UserError(f"--max-completion-length {args.max_completion_length} does not fit: the longest prompt leaves "
+                        f"{room} tokens of the model's context")
+    rollout = generate(model, collate(examples, processor.config).to(device), args.max_completion_length,
+                       processor.stop_ids, G, uniforms, processor.banned(device), args.temperature)
     groups = []
     for i, (row, example) in enumerate(zip(rows, examples)):
         part = slice(i * G, (i + 1) * G)
         lengths = rollout.lengths[part]
         ids = rollout.ids[part, :int(lengths.max())]
-        texts = [processor.decode(ids[g, :lengths[g]].tolist()) for g in range(G)]
-        sample = samples[row]
-        judged = dataclasses.replace(sample, answer=example.boxes) if example.boxes else sample
-        rewards = {name: torch.tensor(REWARDS[name](texts, judged)) for name in ("format", "accuracy")}
-        reward = sum(weight * value for weight, value in zip(args.reward_weights, rewards.values()))
-        if not torch.isfinite(reward).all():
-            raise UserError(f"{sample.where}: rewards are not finite: {reward.tolist()}")
-        groups.append(Group(sample, collate([example], processor.config).to(device), ids, lengths,
-                            rollout.finished[part], texts, rewards, reward,
-                            group_advantages(reward, args.scale_rewards)))
+        sample = dataclasses.replace(samples[row], answer=example.boxes) if example.boxes else samples[row]
+        groups.append(Group(sample, collate([example], processor.config).to(device), ids, lengths, rollout.finished[part],
+                            [processor.decode(ids[g, :lengths[g]].tolist()) for g in range(G)]))
+    return groups
+
+
+def sample_groups(model, processor, samples, rows, step, args, device):
+    """Sample and reward G completions for each of the rows (numbers into samples)."""
+    G, C = args.num_generations, args.max_completion_length
+    uniforms = torch.cat([noise(args.seed, step, row, G, C) for row in rows]).to(device)
+    groups = complete(model, processor, samples, rows, G, uniforms, args, device)
+    for group in groups:
+        group.rewards = {name: torch.tensor(REWARDS[name](group.texts, group.sample)) for name in args.reward_funcs}
+        group.reward = sum(weight * value for weight, value in zip(args.reward_weights, group.rewards.values()))
+        if not torch.isfinite(group.reward).all():
+            raise UserError(f"{group.sample.where}: rewards are not finite: {group.reward.tolist()}")
+        group.advantages = group_advantages(group.reward, args.scale_rewards)
     return groups
 
 
@@ -228,7 +242,7 @@ def rollout_metrics(groups, ranks):
         return total / n, math.sqrt(max(0.0, squares / n - (total / n) ** 2))
 
     row = {"reward": moments([r for g in groups for r in g.reward.tolist()])[0]}
-    for name in ("accuracy", "format"):
+    for name in groups[0].rewards:
         row[f"rewards/{name}/mean"], row[f"rewards/{name}/std"] = moments([r for g in groups for r in g.rewards[name].tolist()])
     row["reward_std"] = moments([g.reward.std().item() for g in groups])[0]
     row["frac_reward_zero_std"] = moments([float(g.reward.std() == 0) for g in groups])[0]
@@ -237,21 +251,58 @@ def rollout_metrics(groups, ranks):
     return row
 
 
+def watch(row, counts):
+    """Yield a line once a share of WATCHED has stayed above half for PATIENCE steps; counts (a dict) holds how long."""
+    for key, text in WATCHED.items():
+        counts[key] = counts.get(key, 0) + 1 if row[key] > 0.5 else 0
+        if counts[key] == PATIENCE:
+            yield f"warning: for {PATIENCE} steps more than half {text}"
+
+
+def held_out_metrics(model, processor, samples, args, ranks):
+    """Mean rewards of greedy answers to held-out samples: what training reward must not run away from."""
+    mine = range(ranks.rank, len(samples), ranks.world)
+    size = max(1, args.prompts_per_step // ranks.world) * args.num_generations  # as many rows as a rollout has
+    totals = dict.fromkeys(args.reward_funcs, 0.0)
+    with gathered(model):
+        for first in range(0, len(mine), size):
+            for group in complete(model, processor, samples, mine[first:first + size], 1, None, args, ranks.device):
+                for name in totals:
+                    totals[name] += REWARDS[name](group.texts, group.sample)[0]
+    return {f"eval_rewards/{name}/mean": total / len(samples) for name, total in zip(totals, ranks.sum(*totals.values()))}
+
+
 def rollout_rows(groups, step):
     """What rollouts.jsonl keeps of every group."""
     return [{"step": step, "where": g.sample.where, "question_type": g.sample.question_type,
-             "prompt": prompt_text(g.sample, "thinking"), "answer": g.sample.answer,
+             "prompt": prompt_text(g.sample, style_of(g.sample, "thinking")), "answer": g.sample.answer,
              "images": [path for media in g.sample.media for path in media.sources],
              "completions": g.texts, "rewards": {name: r.tolist() for name, r in g.rewards.items()},
              "advantages": g.advantages.tolist()} for g in groups]
 
 
-def main():
-    args = recipe_settings(__doc__, stage="grpo")
+def check_settings(args):
+    """Refuse what no run can mean."""
     if args.num_generations < 2:
         raise UserError(f"--num-generations is {args.num_generations}, expected at least 2: one completion has no group")
     if not args.temperature > 0:
         raise UserError(f"--temperature is {args.temperature}, expected above 0: rollouts are sampled")
+    if args.loss_type == "bnpo":
+        raise UserError("--loss-type bnpo divides by the tokens of a micro-batch; here one count of the whole step divides, "
+                        "whatever the micro-batch: that is --loss-type dapo")
+    unknown = [name for name in args.reward_funcs if name not in REWARDS]
+    if unknown:
+        raise UserError(f"--reward-funcs: no reward {unknown[0]!r}, expected of {', '.join(REWARDS)}")
+    if len(args.reward_weights) != len(args.reward_funcs):
+        raise UserError(f"--reward-weights has {len(args.reward_weights)} numbers, expected {len(args.reward_funcs)}: "
+                        f"one for each of {', '.join(args.reward_funcs)}")
+    if args.eval_every and not args.eval_data:
+        raise UserError(f"--eval-every {args.eval_every} needs --eval-data, the held-out questions")
+
+
+def main():
+    args = recipe_settings(__doc__, stage="grpo")
+    check_settings(args)
     ranks = Ranks(args.device)
     if args.prompts_per_step < ranks.world:
         raise UserError(f"--prompts-per-step is {args.prompts_per_step}, expected at least one for each of the "
@@ -259,7 +310,10 @@ def main():
 
     # data
     need_inputs(args, ranks)
-    samples = read_all(args.data, args.images, ranks.print if args.drop_invalid else None)
+    tell = ranks.print if args.drop_invalid else None
+    samples = read_all(args.data, args.images, tell)
+    held_out = read_all(args.eval_data, args.images, tell) if args.eval_every else []
+    held_out = held_out[::max(1, len(held_out) // args.eval_limit)][:args.eval_limit]
     steps = math.ceil(args.epochs * len(samples) / args.prompts_per_step) * args.num_iterations
     steps = min(steps, args.max_steps or steps)
     if args.dry_run:
@@ -278,6 +332,7 @@ def main():
     first = run.restore(model, optimizer)
     ranks.print(f"{len(samples)} prompts, {steps} steps of {args.prompts_per_step} groups of {args.num_generations}")
 
+    counts = {}
     model.train()
     for step in run.steps(first, steps):
         # sample, reward, advantage
@@ -315,12 +370,18 @@ def main():
         optimizer.step()
         optimizer.zero_grad()
         run.lap("optimizer")
-        # log, save
+        # held-out questions, log, save
+        due = args.eval_every and (step == 1 or step % args.eval_every == 0)
+        held_out_row = held_out_metrics(model, processor, held_out, args, ranks) if due else {}
+        run.lap("eval")
+        for line in watch(metrics, counts):
+            ranks.print(line)
         if run.end_step(model, optimizer, step, steps, {
                 "epoch": step * args.prompts_per_step / args.num_iterations / len(samples), "loss": policy + kl_loss,
                 "loss/policy": policy, "loss/kl": kl_loss, "learning_rate": optimizer.param_groups[0]["lr"],
                 "grad_norm": norm, "num_tokens": all_tokens, **metrics, "kl": kl / tokens, "entropy": entropy / tokens,
-                "clip_ratio": clipped / tokens, "update_time": sum(run.spent.values()) - run.spent["rollout"],
+                "clip_ratio": clipped / tokens, **held_out_row,
+                "update_time": sum(run.spent[part] for part in ("forward", "backward", "optimizer")),
                 "model_flops": step_flops(model, all_tokens, scored, patches, forwards=1 + (iteration == 0) * (
                     1 + (args.num_iterations > 1) + (reference is not None)))},
                 boundary=step % args.num_iterations == 0):
@@ -331,4 +392,6 @@ def main():
 
 
 if __name__ == "__main__":
+    if {"--sample-cold-start", "--sample_cold_start"} & set(sys.argv):
+        from coldstart import main  # beside the reading path
     main_guard(main)

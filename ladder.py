@@ -2,6 +2,7 @@
 
     python ladder.py                     # the whole ladder on procedural rooms and a tiny model, on a laptop
     python ladder.py --smoke             # the same with hardly any steps, to see that everything works
+    python ladder.py --cold-start self   # the last two rungs once more, on chains of the model's own, beside the first
     python ladder.py --preset paper --model Qwen2.5-VL-3B-Instruct --data SpatialLadder-26k --nproc-per-node 4
 
     see         stage 1   SFT: the boxes of the objects a question names, as JSON
@@ -56,10 +57,14 @@ FLAGS = {  # every setting of a run: (type, what it is). A list repeats, a tuple
     "epsilon": (float, "the ratio is clipped below 1 - epsilon"),
     "epsilon_high": (float, "and above 1 + epsilon_high (default: epsilon)"),
     "num_iterations": (int, "optimizer steps per rollout"),
-    "loss_type": (("grpo", "dr_grpo", "dapo"), "how token losses are averaged"),
+    "loss_type": (("grpo", "dr_grpo", "dapo", "bnpo"), "how token losses are averaged (bnpo is refused: it is dapo here)"),
     "scale_rewards": (("group", "none"), "divide advantages by the group's standard deviation, or do not"),
     "mask_truncated_completions": (bool, "leave completions that hit the length limit out of the loss"),
-    "reward_weights": ([float], "weights of the format and the accuracy reward"),
+    "reward_funcs": ([str], "rewards by their names in rewards.REWARDS"),
+    "reward_weights": ([float], "weights of the rewards, in their order"),
+    "eval_every": (int, "optimizer steps from one answering of the held-out questions to the next; 0: never"),
+    "eval_data": ([str], "jsonl files of held-out questions"),
+    "eval_limit": (int, "held-out questions that are answered, the same ones each time"),
     "seed": (int, "of data order and sampling"),
     "save_every": (int, "optimizer steps between saved trainer states; 0 saves only when stopped"),
     "keep_last": (int, "trainer states kept"),
@@ -108,7 +113,8 @@ RECIPES = {
                      max_steps=60, learning_rate=5e-5, prompts_per_step=8, num_generations=8,
                      max_completion_length=128, temperature=1.0, beta=0.01, epsilon=0.2, epsilon_high=None,
                      num_iterations=1, loss_type="grpo", scale_rewards="group", mask_truncated_completions=False,
-                     reward_weights=[1.0, 1.0]),
+                     reward_funcs=["format", "accuracy"], reward_weights=[1.0, 1.0], eval_every=0,
+                     eval_data=None, eval_limit=64),
     },
     "paper": {
         "1": dict(PAPER_SFT, model=None, data=None, out=None, max_steps=None),
@@ -117,7 +123,8 @@ RECIPES = {
         "grpo": dict(PAPER, model=None, data=None, out=None, max_steps=None, learning_rate=1e-6, warmup_ratio=0.0,
                      lr_scheduler_type="linear", prompts_per_step=8, num_generations=4, max_completion_length=1024,
                      temperature=1.0, beta=0.01, epsilon=0.2, epsilon_high=None, num_iterations=1, loss_type="grpo",
-                     scale_rewards="group", mask_truncated_completions=False, reward_weights=[1.0, 1.0]),
+                     scale_rewards="group", mask_truncated_completions=False, reward_funcs=["format", "accuracy"],
+                     reward_weights=[1.0, 1.0], eval_every=0, eval_data=None, eval_limit=256),
     },
 }
 RUNGS = (  # name, stage that trains it, what it starts from, its data, how it is asked, what it teaches
@@ -127,6 +134,16 @@ RUNGS = (  # name, stage that trains it, what it starts from, its data, how it i
     ("cold", "cold", "stage2", COLDSTART, "thinking", "learned to write its reasoning down before it answers"),
     ("grpo", "grpo", "cold", SPATIAL, "thinking", "learned to reason from its own attempts and their rewards"),
 )
+SELF_RUNGS = (  # in place of the last two with --cold-start self: no chains but the model's own
+    ("cold-self", "cold", "stage2", "self_coldstart.jsonl", "thinking", "learned its reasoning from those of its own "
+     "chains that ended right"),
+    ("grpo-self", "grpo", "cold-self", SPATIAL, "thinking", "learned to reason, having started from its own chains"),
+)
+TEACHERS = {  # preset -> steps of the small cold start that makes stage 2 a teacher (None: it writes chains when asked,
+    # as the 3B does; the tiny model never does), and how its chains are sampled
+    "tiny": (300, ["--limit", 150, "--per-question", 2, "--batch-size", 32, "--max-completion-length", 128]),
+    "paper": (None, ["--limit", 400, "--per-type", 180]),
+}
 MADE_BY = {  # what the bare commands need and the command that makes it; the last two are made without asking
     "runs/tiny/stage1": "python train_sft.py --stage 1", "runs/tiny/stage2": "python train_sft.py --stage 2",
     "runs/tiny/cold": "python train_sft.py --stage cold",
@@ -152,15 +169,28 @@ def commands(args):
         models, test = {"base": out / "base"}, ["--data", rooms / "test", "--blind-from", data]
     else:
         data, models, test = Path(args.data), {"base": Path(args.model)}, ["--data", args.test]
-    for rung, stage, start, file, style, _ in RUNGS:
+
+    def train(stage, start, files, out, *more):
+        script = ["grpo.py"] if stage == "grpo" else ["train_sft.py", "--stage", stage]
+        replay = ["--replay", data / GROUNDING] if RECIPES[args.preset][stage].get("replay") else []
+        return [*launch, *script, "--preset", args.preset, "--model", start, "--data", files, *replay, "--out", out,
+                "--seed", args.seed, *more, "--resume", "auto"]
+
+    for rung, stage, start, file, style, _ in RUNGS if args.cold_start == "scenes" else RUNGS[:3] + SELF_RUNGS:
         models.setdefault(rung, out / rung)
         if stage is not None:
-            script = ["grpo.py"] if stage == "grpo" else ["train_sft.py", "--stage", stage]
-            replay = ["--replay", data / GROUNDING] if RECIPES[args.preset][stage].get("replay") else []
-            few = ["--max-steps", SMOKE[stage]] if args.smoke else []
-            yield rung, "train", [*launch, *script, "--preset", args.preset, "--model", models[start], "--data",
-                                  data / file, *replay, "--out", models[rung], "--seed", args.seed, *few,
-                                  "--resume", "auto"]
+            source, more = data / file, ["--max-steps", SMOKE[stage]] if args.smoke else []
+            if rung == "cold-self":
+                steps, flags = TEACHERS[args.preset]
+                teacher, source, more = models[start], out / file, ["--images", data / "images"]
+                if steps:
+                    teacher = out / "teacher"
+                    yield None, "teacher", train("cold", models[start], data / COLDSTART, teacher, "--max-steps", steps)
+                yield None, "chains", [*launch, "grpo.py", "--sample-cold-start", "--model", teacher, "--data",
+                                       data / SPATIAL, "--out", source, "--seed", args.seed, *flags]
+            if stage == "grpo" and args.preset == "tiny":
+                more += ["--eval-every", 20, "--eval-data", rooms / "val" / SPATIAL]
+            yield rung, "train", train(stage, models[start], source, models[rung], *more)
         limit = ["--limit", "4" if args.smoke else "150", "--max-completion-length",
                  "32" if rung == "base" else "128"] if args.preset == "tiny" else []  # random weights never end by themselves
         if args.preset == "tiny" or args.test:
@@ -199,7 +229,7 @@ def run(command):
 def collect(out):
     """What results.json holds, read from the files that trainers and evaluations wrote."""
     rungs = []
-    for name, _, _, _, style, _ in RUNGS:
+    for name, _, _, _, style, _ in RUNGS + SELF_RUNGS:
         scores = out / "eval" / name / "scores.json"
         if scores.is_file():
             log = out / name / "log.jsonl"
@@ -209,14 +239,14 @@ def collect(out):
     return {"rungs": rungs}
 
 
-def lesson(rungs):
-    """One line on what the newest rung was worth."""
-    new, old = rungs[-1], rungs[-2] if len(rungs) > 1 else None
+def lesson(rungs, name):
+    """One line on what a rung was worth, beside the one that it starts from."""
+    start, what = next((row[2], row[5]) for row in RUNGS + SELF_RUNGS if row[0] == name)
+    new, old = (next((rung for rung in rungs if rung["name"] == which), None) for which in (name, start))
     types, found = new["scores"]["types"], new["scores"]["localization"]
     blind = sum(t["blind"] for t in types.values()) / len(types)
     changed = "" if old is None else (f" (was {old['scores']['localization']['mean_iou']:.2f} and "
                                       f"{old['scores']['overall']:.3f})")
-    what = next(row[5] for row in RUNGS if row[0] == new["name"])
     return (f"--> {new['name']} {what}: boxes overlap the truth by {found['mean_iou']:.2f}, questions score "
             f"{new['scores']['overall']:.3f}{changed}; guessing without the picture scores {blind:.3f}")
 
@@ -246,6 +276,8 @@ def main():
     parser.add_argument("--out", help="directory of the whole run (default: runs/PRESET)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--nproc-per-node", type=int, default=1, help="processes, one per GPU")
+    parser.add_argument("--cold-start", choices=("scenes", "self"), default="scenes", help="chains of the cold start: the "
+                        "data set's, or sampled from the model itself and kept where they end right")
     parser.add_argument("--smoke", action="store_true", help="hardly any steps: see that everything works")
     parser.add_argument("--fresh", action="store_true", help="delete what an earlier run left in --out first")
     parser.add_argument("--model", help="preset paper: the directory of Qwen2.5-VL-3B-Instruct")
@@ -255,10 +287,12 @@ def main():
     args.out = args.out or (f"runs/{args.preset}" + ("-smoke" if args.smoke else ""))
     if args.preset == "paper" and not (args.model and args.data):
         parser.error("--preset paper needs --model and --data")
+    if args.smoke and args.cold_start == "self":
+        parser.error("--smoke trains too little for chains of its own; --cold-start self needs the whole run")
     out = Path(args.out)
     if args.fresh and (out / "ladder.json").is_file():
         shutil.rmtree(out)
-    asked = {key: value for key, value in vars(args).items() if key not in ("fresh", "nproc_per_node")}
+    asked = {key: value for key, value in vars(args).items() if key not in ("fresh", "nproc_per_node", "cold_start")}
     try:
         out.mkdir(parents=True, exist_ok=True)
         begun = json.loads((out / "ladder.json").read_text()) if (out / "ladder.json").is_file() else None
@@ -278,7 +312,7 @@ def main():
             results = collect(out) | {"preset": args.preset, "seed": args.seed}
             (out / "results.json.tmp").write_text(json.dumps(results, indent=1))
             (out / "results.json.tmp").replace(out / "results.json")
-            print(lesson(results["rungs"]), flush=True)
+            print(lesson(results["rungs"], rung), flush=True)
 
     # result
     if (out / "results.json").is_file():

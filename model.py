@@ -382,20 +382,18 @@ class KVCache:
             self.values.append(v)
             return attend_causal(q, k, v)
         rows, used = torch.arange(len(k), device=k.device), self.used
-        self.keys[layer][rows, :, self.lengths] = k[:, :, 0]
-        self.values[layer][rows, :, self.lengths] = v[:, :, 0]
+        self.keys[layer][rows, :, self.lengths - 1] = k[:, :, 0]
+        self.values[layer][rows, :, self.lengths - 1] = v[:, :, 0]
         k, v = self.keys[layer][:, :, :used], self.values[layer][:, :, :used]
         grouped = q.unflatten(1, (k.shape[1], -1))[:, :, :, 0]  # (R, K, H/K, D): the H/K queries of a key-value head
         out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=self.mask)
         return out.flatten(1, 2)[:, :, None]  # (R, H, 1, D)
 
     def begin_step(self):
-        """Once per decoding step, for all layers: how many keys exist and which of them each row may see."""
-        self.used = int(self.lengths.max()) + 1
-        self.mask = (torch.arange(self.used, device=self.lengths.device) <= self.lengths[:, None])[:, None, None]
-
-    def end_step(self):
+        """Once per decoding step, for all layers: each row gets one more key; which of all keys may it see?"""
         self.lengths = self.lengths + 1
+        self.used = int(self.lengths.max())
+        self.mask = (torch.arange(self.used, device=self.lengths.device) < self.lengths[:, None])[:, None, None]
 
 
 class Attention(nn.Module):
@@ -442,28 +440,46 @@ class Decoder(nn.Module):
 def score_tokens(hidden, targets, head, banned=None, temperature=1.0):
     """Log-probability of each target and entropy of the distribution it is drawn from.
 
-    Logits exist for HEAD_CHUNK rows at a time, in fp32, and are computed again in the backward pass: with 151,936
-    words they, not the layers, are what runs out of memory.
-
     Args:    hidden (R, W), targets (R,), head (V, W), banned (V,) bool: words with probability zero.
     Returns: log_probs (R,), entropies (R,) in nats, both fp32; entropies carry no gradient.
     """
-    def chunk_scores(h, t):
-        log_probs = next_logits(h, head, banned, temperature).log_softmax(-1)
-        entropy = -(log_probs.detach().exp() * log_probs.detach()).sum(-1)
-        return log_probs.gather(-1, t[:, None])[:, 0], entropy
-
-    # With no target at all the one empty chunk keeps the graph: other ranks may have targets.
-    chunks = [checkpoint(chunk_scores, h, t, use_reentrant=False)
-              for h, t in zip(hidden.split(HEAD_CHUNK), targets.split(HEAD_CHUNK))]
-    log_probs, entropies = zip(*chunks)
-    return torch.cat(log_probs), torch.cat(entropies)
+    return TokenScores.apply(hidden / temperature, targets, head, banned)
 
 
-def next_logits(hidden, head, banned=None, temperature=1.0):
+def next_logits(hidden, head, banned=None):
     """(R, W) -> (R, V) fp32 logits. Banned words get the lowest finite number: probability 0, and 0 * log 0 = 0."""
-    logits = F.linear(hidden, head).float() / temperature
-    return logits if banned is None else logits.masked_fill(banned, torch.finfo(torch.float32).min)
+    logits = F.linear(hidden, head).float()
+    return logits if banned is None else logits.masked_fill_(banned, torch.finfo(torch.float32).min)
+
+
+class TokenScores(torch.autograd.Function):
+    """score_tokens for HEAD_CHUNK rows at a time; their logits are computed again in the backward pass, where the
+    gradient of log p[target] is onehot(target) - p. With 151,936 words it is logits that fill memory, and passes over
+    them that take time: by hand there is one such tensor beside them, p."""
+
+    @staticmethod
+    def forward(ctx, hidden, targets, head, banned):
+        ctx.save_for_backward(hidden, targets, head)
+        ctx.banned, scores = banned, []
+        for h, t in zip(hidden.split(HEAD_CHUNK), targets.split(HEAD_CHUNK)):
+            logits = next_logits(h, head, banned)
+            p = logits.softmax(-1)
+            total = logits.amax(-1) - p.amax(-1).log()  # (r,) logsumexp: log p = logit - total
+            scores.append((logits.gather(-1, t[:, None])[:, 0] - total, total - p.mul_(logits).sum(-1)))
+        log_probs, entropies = map(torch.cat, zip(*scores))
+        ctx.mark_non_differentiable(entropies)
+        return log_probs, entropies
+
+    @staticmethod
+    def backward(ctx, gradient, _):
+        hidden, targets, head = ctx.saved_tensors
+        to_hidden, to_head = torch.empty_like(hidden), torch.zeros_like(head)
+        for h, t, g, out in zip(*(x.split(HEAD_CHUNK) for x in (hidden, targets, gradient, to_hidden))):
+            down = next_logits(h, head, ctx.banned).softmax(-1).mul_(-g[:, None])  # (r, V)
+            down = down.scatter_add_(1, t[:, None], g[:, None]).to(head.dtype)
+            out.copy_(down @ head)
+            to_head.addmm_(down.T, h)
+        return to_hidden, None, to_head, None
 
 
 class QwenVL(nn.Module):
@@ -495,12 +511,7 @@ class QwenVL(nn.Module):
         else:
             features = self.visual(batch.patches, batch.grids, self.run)[:len(batch.vision_at)]
             x = x.flatten(0, 1).index_copy(0, batch.vision_at, features).view_as(x)
-        if cache is not None:
-            layout = cache
-        elif batch.group is not None:
-            layout = SharedPrompt(batch.group, x.shape[1], x.device)
-        else:
-            layout = Causal()
+        layout = cache or (SharedPrompt(batch.group, x.shape[1], x.device) if batch.group else Causal())
         rope = text_rope(batch.positions, self.config.text, x.dtype)
         for layer in self.model.layers:
             x = self.run(layer, x, rope, layout)
@@ -508,10 +519,8 @@ class QwenVL(nn.Module):
         if cache is None:
             x = x.flatten(0, 1)[batch.predict_at]
             return score_tokens(self.model.norm(x), batch.targets, head, banned, temperature)
-        if decoding:
-            cache.end_step()
         last = x[torch.arange(len(x), device=x.device), batch.lengths - 1]  # (B, W)
-        return next_logits(self.model.norm(last), head, banned)
+        return next_logits(self.model.norm(last) / temperature, head, banned)
 
 
 # ---------------------------------------------------------------------------------------------- generation
@@ -527,7 +536,7 @@ class Rollout:
     finished: torch.Tensor  # (R,) bool, False where max_new_tokens cut the row
 
 
-def pick(logits, uniform, temperature):
+def pick(logits, uniform):
     """Choose one token a row: the most likely (uniform None), or by inverse CDF from one uniform number a row.
 
     The same uniforms give the same tokens however rows are batched or spread over processes.
@@ -535,16 +544,16 @@ def pick(logits, uniform, temperature):
     Args:    logits (R, V), uniform (R,) in [0, 1) or None.
     Returns: tokens (R,), their log-probabilities (R,).
 
-    >>> pick(torch.tensor([0.5, 0.25, 0.25]).log()[None], torch.tensor([0.6]), 1.0)[0].item()
+    >>> pick(torch.tensor([0.5, 0.25, 0.25]).log()[None], torch.tensor([0.6]))[0].item()
     1
     """
-    log_probs = (logits / temperature).log_softmax(-1)
+    p = logits.softmax(-1)
     if uniform is None:
-        tokens = logits.argmax(-1)
+        tokens = logits.argmax(-1, keepdim=True)
     else:
-        cdf = log_probs.double().exp().cumsum(-1)
-        tokens = torch.searchsorted(cdf, uniform.double()[:, None] * cdf[:, -1:], right=True)[:, 0]
-    return tokens, log_probs.gather(-1, tokens[:, None])[:, 0]
+        cdf = p.cumsum(-1, dtype=torch.float64)
+        tokens = torch.searchsorted(cdf, uniform.double()[:, None] * cdf[:, -1:], right=True)
+    return tokens[:, 0], p.gather(-1, tokens)[:, 0].log()
 
 
 @torch.no_grad()
@@ -563,13 +572,13 @@ def generate(model, batch, max_new_tokens, stop_ids, group=1, uniforms=None, ban
                       torch.zeros(rows, dtype=torch.bool, device=device))
     stops = torch.tensor(stop_ids, device=device)
     cache = KVCache(batch.lengths)
-    logits = model(batch, cache, banned).repeat_interleave(group, dim=0)
+    logits = model(batch, cache, banned, temperature).repeat_interleave(group, dim=0)
     cache.expand(group, max_new_tokens)
     live = torch.arange(rows, device=device)  # which row of the rollout each row of the cache belongs to
     padding = torch.arange(batch.ids.shape[1], device=device) >= batch.lengths[:, None]
     position = batch.positions.amax(0).masked_fill(padding, -1).amax(1).repeat_interleave(group) + 1  # (R,)
     for step in range(max_new_tokens):
-        tokens, log_probs = pick(logits, None if uniforms is None else uniforms[live, step], temperature)
+        tokens, log_probs = pick(logits, None if uniforms is None else uniforms[live, step])
         going = ~rollout.finished[live]
         rollout.ids[live, step] = tokens * going
         rollout.log_probs[live, step] = log_probs * going
@@ -584,6 +593,6 @@ def generate(model, batch, max_new_tokens, stop_ids, group=1, uniforms=None, ban
             live, tokens, position = live[going], tokens[going], position[going]
         ones = torch.ones_like(tokens)
         logits = model(dataclasses.replace(batch, ids=tokens[:, None], positions=position.expand(3, -1)[:, :, None],
-                                           lengths=ones), cache, banned)
+                                           lengths=ones), cache, banned, temperature)
         position = position + 1
     return rollout

@@ -21,13 +21,16 @@ from PIL import Image, ImageDraw
 
 from rewards import UserError
 
-RUNGS = {"base": "base", "stage1": "stage 1", "stage2": "stage 1+2", "cold": "+ cold start", "grpo": "+ GRPO"}
+RUNGS = {"base": "base", "stage1": "stage 1", "stage2": "stage 1+2", "cold": "+ cold start", "grpo": "+ GRPO",
+         "cold-self": "+ own cold start", "grpo-self": "+ GRPO from it"}  # ladder.py --cold-start self
 CURVES = (  # heading, stages with the prefix of their titles, panels (four to a row): key of log.jsonl -> title; unit
-    ("Supervised stages", {"base": "Base: ", "stage1": "Stage 1: ", "stage2": "Stage 2: ", "cold": "Cold start: "},
+    ("Supervised stages", {"base": "Base: ", "stage1": "Stage 1: ", "stage2": "Stage 2: ", "cold": "Cold start: ",
+                           "cold-self": "Own cold start: "},
      {"loss": "loss; nats per token", "grad_norm": "grad norm; before clipping"}),
-    ("GRPO", {"grpo": ""},
+    ("GRPO", {"grpo": "", "grpo-self": "From its own cold start: "},
      {"reward": "reward; sum of its parts", "rewards/accuracy/mean": "accuracy reward; mean, 0 to 1",
-      "rewards/format/mean": "format reward; mean, 0 to 1", "frac_reward_zero_std": "groups without signal; share",
+      "rewards/format/mean": "format reward; mean, 0 to 1",
+      "eval_rewards/accuracy/mean": "held-out accuracy; greedy, 0 to 1", "frac_reward_zero_std": "groups without signal; share",
       "kl": "KL to the reference; nats per token", "entropy": "entropy; nats per token",
       "completions/mean_length": "completion length; tokens", "completions/clipped_ratio": "truncated; share",
       "loss/policy": "policy loss; without the KL part", "grad_norm": "grad norm; before clipping",
@@ -105,6 +108,7 @@ def number(value, digits=3):
 
 
 def absent(sentence, names):
+    names = [name for name in names if not name.endswith("-self")]  # those are asked for, not expected
     return f'<p class="soft">{sentence}: {", ".join(RUNGS[name] for name in names)}.</p>' if names else ""
 
 
@@ -218,7 +222,8 @@ def curves(run):
     text = absent("No log yet", [name for name in RUNGS if name not in logs])
     for heading, stages, panels in CURVES:
         figures = "".join(panel(logs[name], key, prefix + title, unit) for key, titles in panels.items()
-                          for title, unit in [titles.split("; ")] for name, prefix in stages.items() if name in logs)
+                          for title, unit in [titles.split("; ")] for name, prefix in stages.items()
+                          if name in logs and (not key.startswith("eval") or any(key in row for row in logs[name])))
         text += f'<h3>{heading}</h3><div class="charts">{figures}</div>' if figures else ""
     return ("<p>Over optimizer steps. Dots are single steps, the line is their running mean; a dot on the edge of a "
             f"frame lies beyond it.</p>{text}")
@@ -291,6 +296,17 @@ def rollouts(groups):
             f'group has a positive advantage and becomes more likely.</p><div class="wide">{cards}</div>')
 
 
+def acceptance(path):
+    """What the rejection sampling of the own cold start kept, per question type, as coldstart.py counted it."""
+    if not path.exists():
+        return ""
+    rows = json.loads(path.read_text("utf-8"))
+    head = "".join(f"<th>{escape(key)}</th>" for key in next(iter(rows.values())))
+    rows = "".join(f"<tr><th>{escape(name)}</th>{''.join(f'<td>{count:d}</td>' for count in row.values())}</tr>"
+                   for name, row in rows.items())
+    return f"<table><thead><tr><th>chains of its own</th>{head}</tr></thead><tbody>{rows}</tbody></table>"
+
+
 def page(title, subtitle, sections):
     """A complete HTML page; sections: heading -> HTML."""
     body = "".join(f"<section><h2>{heading}</h2>{content}</section>" for heading, content in sections.items())
@@ -314,12 +330,13 @@ def report(run):
         types.setdefault(rows[0][1]["question_type"], []).append(rows)
     boxes, missing = types.pop("localization", []), absent("Not tested yet", [n for n in RUNGS if not answers[n]])
     keys = "step question_type prompt answer images completions rewards advantages"
-    groups = read_rows(run / "grpo" / "rollouts.jsonl", keys)
+    groups = {name: read_rows(run / name / "rollouts.jsonl", keys) for name in ("grpo", "grpo-self")}
     html = page("SpatialLadder", ", ".join(f"{key} {found[key]}" for key in ("preset", "seed") if key in found), {
-        "The ladder": ladder(found["rungs"]), "Curves": curves(run),
+        "The ladder": ladder(found["rungs"]) + acceptance(run / "self_coldstart.samples" / "report.json"), "Curves": curves(run),
         "Boxes through the rungs": (gallery(boxes) if boxes else "") + missing,
         "Answers through the rungs": (questions(types) if types else "") + missing,
-        "Sampled groups": rollouts(groups) if groups else absent("No rollouts yet", ["grpo"])})
+        "Sampled groups": "".join(f"<h3>{RUNGS[name]}</h3>{rollouts(rows)}" for name, rows in groups.items() if rows)
+        or absent("No rollouts yet", ["grpo"])})
     (run / "report.html.tmp").write_text(html, "utf-8")
     return (run / "report.html.tmp").replace(run / "report.html")
 

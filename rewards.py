@@ -145,6 +145,8 @@ def format_reward(completions, sample=None):
 
 def box_iou_reward(completions, sample):
     """Mean IoU of a localization sample's true boxes, which the caller gives in pixels as the model sees them."""
+    if sample.question_type != "localization":
+        raise UserError(f"{sample.where}: no box_iou reward for question_type {sample.question_type!r}, expected boxes")
     predictions = (parse_boxes(extract_answer(text, text)) for text in completions)
     return [localization_scores(boxes, sample.answer)["mean_iou"] for boxes in predictions]
 
@@ -167,4 +169,5 @@ def accuracy_reward(completions, sample):
 
 SCORES = (dict.fromkeys(CHOICE_TYPES, (parse_choice, str.__eq__))
           | dict.fromkeys(NUMBER_TYPES, (parse_number, mean_relative_accuracy)))
+# Every reward that --reward-funcs can name: (completions, sample) -> as many floats. A new one needs its line here.
 REWARDS = {"format": format_reward, "accuracy": accuracy_reward, "box_iou": box_iou_reward}

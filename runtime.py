@@ -60,7 +60,7 @@ class Parser(argparse.ArgumentParser):
 FREE = ("resume", "device", "workers", "micro_batch", "save_every", "keep_last", "dry_run")  # may change when a run continues
 POSITIVE = ("epochs", "max_steps", "batch_size", "micro_batch", "learning_rate", "max_grad_norm", "min_pixels",
             "max_pixels", "num_frames", "fps", "prompts_per_step", "max_completion_length", "num_iterations",
-            "keep_last", "limit", "max_tokens")
+            "keep_last", "limit", "max_tokens", "eval_limit")
 AT_MOST = {"replay_ratio": 0.99, "warmup_ratio": 1, "curriculum": 1}
 
 
@@ -113,7 +113,7 @@ def refuse_bad_values(parser, args):
             parser.error(f"{flag} is {value}, expected a positive number")
         if isinstance(value, (int, float)) and not 0 <= value <= most:
             parser.error(f"{flag} is {value}, expected 0 to {most}")
-        if name in ("betas", "reward_weights") and len(value) != 2:
+        if name == "betas" and len(value) != 2:
             parser.error(f"{flag} has {len(value)} numbers, expected 2")
 
 

@@ -93,6 +93,29 @@ def order_numbers(embedding, tokenizer):
         embedding[ids] = (embedding[ids] + waves) * 0.5**0.5
 
 
+def write_model(out, source, tokenizer, max_pixels, seed):
+    """Write a model directory of random weights. source: config.json without its token ids. Returns: how many weights."""
+    out, ids = Path(out), {name: tokenizer.token_to_id(name) for name in SPECIAL}
+    source = source | {"image_token_id": ids["<|image_pad|>"], "video_token_id": ids["<|video_pad|>"],
+                       "vision_start_token_id": ids["<|vision_start|>"], "vision_end_token_id": ids["<|vision_end|>"],
+                       "bos_token_id": ids["<|endoftext|>"], "eos_token_id": ids["<|im_end|>"]}
+    model = build_model(parse_config(source)).to_empty(device="cpu")
+    initialize(model, seed)
+    order_numbers(model.model.embed_tokens.weight, tokenizer)
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(out / "tokenizer.json"))
+    write_json(out / "tokenizer_config.json", {
+        "tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>",
+        "chat_template": CHAT_TEMPLATE, "additional_special_tokens": list(SPECIAL[1:])})
+    write_json(out / "generation_config.json", {
+        "eos_token_id": [ids["<|im_end|>"], ids["<|endoftext|>"]], "pad_token_id": ids["<|endoftext|>"]})
+    write_json(out / "preprocessor_config.json", {
+        "image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2_5_VLProcessor", "patch_size": 14,
+        "temporal_patch_size": 2, "merge_size": 2, "min_pixels": 4 * 28 * 28, "max_pixels": max_pixels})
+    save_model(out, model.named_parameters(), model.config)
+    return sum(p.numel() for p in model.parameters())
+
+
 def main():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="folder with the jsonl files whose text the tokenizer learns")
@@ -109,26 +132,9 @@ def main():
         raise UserError(f"{args.data}: no spld_*.jsonl in it; make rooms with: python scenes.py --out DIR")
 
     tokenizer = train_tokenizer(corpus([s for file in files for s in read_samples(file, file.parent / "images")]))
-    ids = {name: tokenizer.token_to_id(name) for name in SPECIAL}
-    source = CONFIG | {"vocab_size": tokenizer.get_vocab_size(), "image_token_id": ids["<|image_pad|>"],
-                       "video_token_id": ids["<|video_pad|>"], "vision_start_token_id": ids["<|vision_start|>"],
-                       "vision_end_token_id": ids["<|vision_end|>"], "bos_token_id": ids["<|endoftext|>"],
-                       "eos_token_id": ids["<|im_end|>"]}
-    model = build_model(parse_config(source)).to_empty(device="cpu")
-    initialize(model, args.seed)
-    order_numbers(model.model.embed_tokens.weight, tokenizer)
-    out.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(out / "tokenizer.json"))
-    write_json(out / "tokenizer_config.json", {
-        "tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>",
-        "chat_template": CHAT_TEMPLATE, "additional_special_tokens": list(SPECIAL[1:])})
-    write_json(out / "generation_config.json", {
-        "eos_token_id": [ids["<|im_end|>"], ids["<|endoftext|>"]], "pad_token_id": ids["<|endoftext|>"]})
-    write_json(out / "preprocessor_config.json", {
-        "image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2_5_VLProcessor", "patch_size": 14,
-        "temporal_patch_size": 2, "merge_size": 2, "min_pixels": 4 * 28 * 28, "max_pixels": args.size**2})
-    save_model(out, model.named_parameters(), model.config)
-    print(f"wrote {out}: {sum(p.numel() for p in model.parameters()):,} weights, {source['vocab_size']} words")
+    words = tokenizer.get_vocab_size()
+    weights = write_model(out, CONFIG | {"vocab_size": words}, tokenizer, args.size**2, args.seed)
+    print(f"wrote {out}: {weights:,} weights, {words} words")
 
 
 if __name__ == "__main__":

@@ -24,8 +24,8 @@ from checkpoint import load_model
 from conftest import varied_reward
 from data import IGNORE, Example, Processor, collate, read_all
 from grpo import (Group, group_advantages, group_batch, group_log_probs, kl_k3, noise, parts, policy_loss,
-                  sample_groups, update_step)
-from model import mrope_positions
+                  sample_groups, update_step, watch)
+from model import generate, mrope_positions
 from rewards import UserError
 from runtime import recipe_settings
 from scenes import mjpeg_avi
@@ -456,6 +456,49 @@ def test_a_run_writes_log_and_rollouts(call, rooms, tiny_model, tmp_path, monkey
     assert (out / "config.json").is_file()
 
 
+def test_held_out_questions_are_answered_greedily(call, rooms, tiny_model, tmp_path, monkeypatch):
+    """After step 1 and every N-th, the same ones; what is logged is the mean reward of plain greedy answers, and the run
+    is not changed by the asking."""
+    monkeypatch.setitem(rewards.REWARDS, "accuracy", varied_reward)
+    data_file, questions = rooms / "train" / "spld_spatial_data.jsonl", rooms / "test" / "spld_spatial_data.jsonl"
+    flags = ("--model", tiny_model, "--data", data_file, *FEW, "--max-steps", 3)
+    call(grpo, *flags, "--out", tmp_path / "asked", "--eval-every", 3, "--eval-data", questions, "--eval-limit", 5)
+    call(grpo, *flags, "--out", tmp_path / "plain")
+    asked, plain = read_rows(tmp_path / "asked" / "log.jsonl"), read_rows(tmp_path / "plain" / "log.jsonl")
+    keys = {"eval_rewards/accuracy/mean", "eval_rewards/format/mean"}
+    assert [keys <= set(row) for row in asked] == [True, False, True] and not any(keys & set(row) for row in plain)
+    assert [row["grad_norm"] for row in asked] == [row["grad_norm"] for row in plain]
+    model, samples = load_model(tmp_path / "asked", torch.float32), read_all([questions], None)
+    processor, texts = Processor(tiny_model, model.config, settings()), []
+    for sample in samples[::max(1, len(samples) // 5)][:5]:
+        ids = collate([processor.example(sample, "thinking", answer=False)], model.config)
+        rollout = generate(model, ids, 8, processor.stop_ids, banned=processor.banned("cpu"))
+        texts.append(processor.decode(rollout.ids[0, :rollout.lengths[0]].tolist()))
+    assert asked[2]["eval_rewards/accuracy/mean"] == pytest.approx(np.mean(varied_reward(texts, None)))
+
+
+def test_stage_1_goes_on_by_reinforcement(call, rooms, tiny_model, tmp_path, monkeypatch):
+    """Localization rows are asked for boxes, as stage 1 asks, and paid by their IoU in the pixels the model sees."""
+    judged = []
+    monkeypatch.setitem(rewards.REWARDS, "box_iou", lambda texts, sample: judged.append(sample) or varied_reward(texts, sample))
+    call(grpo, "--model", tiny_model, "--data", rooms / "train" / "spld_grounding_data.jsonl", "--out", tmp_path / "out", *FEW,
+         "--reward-funcs", "box_iou", "--reward-weights", 2, "--max-pixels", 56 * 56, "--min-pixels", 28 * 28)
+    log, rollouts = read_rows(tmp_path / "out" / "log.jsonl"), read_rows(tmp_path / "out" / "rollouts.jsonl")
+    assert log[0]["reward"] == pytest.approx(2 * log[0]["rewards/box_iou/mean"]) and log[0]["grad_norm"] > 0
+    assert all("bounding box" in row["prompt"] and list(row["rewards"]) == ["box_iou"] for row in rollouts)
+    assert len(judged) == len(rollouts) and all(c <= 56 for s in judged for box in s.answer for c in box["bbox_2d"])
+
+
+def test_a_share_that_stays_above_half_is_said_once():
+    """Ten steps in a row, each key for itself; below half it starts over; the line names the flag."""
+    counts, said = {}, []
+    for step in range(40):
+        row = {"frac_reward_zero_std": 0.9 if step != 5 else 0.5, "completions/clipped_ratio": 0.6 if step > 25 else 0.1}
+        said += [(step, line) for line in watch(row, counts)]
+    assert [step for step, _ in said] == [15, 35]
+    assert "--num-generations" in said[0][1] and "--max-completion-length" in said[1][1]
+
+
 @pytest.mark.parametrize("loss_type", ("grpo", "dr_grpo", "dapo"))
 def test_the_reward_rises(call, rooms, tiny_model, tmp_path, monkeypatch, loss_type):
     """A reward for digits teaches an untrained model to write digits: the sign of the whole update is right."""
@@ -474,6 +517,12 @@ def test_the_reward_rises(call, rooms, tiny_model, tmp_path, monkeypatch, loss_t
 @pytest.mark.parametrize("flags, expected", (
     (("--num-generations", 1), "--num-generations is 1"),
     (("--temperature", 0), "--temperature is 0.0"),
+    (("--loss-type", "bnpo"), "that is --loss-type dapo"),
+    (("--reward-funcs", "format", "style"), "no reward 'style', expected of format, accuracy, box_iou"),
+    (("--reward-weights", 1), "--reward-weights has 1 numbers, expected 2: one for each of format, accuracy"),
+    (("--eval-every", 5), "--eval-every 5 needs --eval-data"),
+    (("--reward-funcs", "box_iou", "--reward-weights", 1), "no box_iou reward for question_type"),
+    (("--data", "BROKEN", "--drop-invalid"), "no rows in it"),
     (("--max-completion-length", 4090), "--max-completion-length 4090 does not fit"),
     (("--data", "EMPTY"), "no rows in it"),
     (("--model", "nowhere"), "not a model directory"),
@@ -481,7 +530,8 @@ def test_the_reward_rises(call, rooms, tiny_model, tmp_path, monkeypatch, loss_t
 def test_bad_input_is_one_line(call, rooms, tiny_model, tmp_path, flags, expected):
     """A user's mistake names flag, value and what was expected, before anything is trained."""
     (tmp_path / "empty.jsonl").touch()
-    flags = [str(tmp_path / "empty.jsonl") if flag == "EMPTY" else flag for flag in flags]
+    (tmp_path / "broken.jsonl").write_text("{}\n")
+    flags = [str(tmp_path / f"{flag.lower()}.jsonl") if flag in ("EMPTY", "BROKEN") else flag for flag in flags]
     with pytest.raises(UserError) as error:
         call(grpo, "--model", tiny_model, "--data", rooms / "train" / "spld_spatial_data.jsonl",
              "--out", tmp_path / "out", *FEW, *flags)

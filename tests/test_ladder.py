@@ -19,7 +19,7 @@ REPOSITORY = Path(ladder.__file__).parent
 def arguments(*flags, **changes):
     """ladder.py's arguments."""
     values = {"preset": "tiny", "out": "runs/tiny", "seed": 0, "nproc_per_node": 1, "smoke": False, "model": None,
-              "data": None, "test": None}
+              "data": None, "test": None, "cold_start": "scenes"}
     return SimpleNamespace(**values | changes)
 
 
@@ -87,7 +87,8 @@ def test_commands_are_accepted_as_typed(name):
         if purpose == "train":
             settings = vars(recipe_settings("", flags, "grpo" if script == "grpo.py" else None))
             stage = settings["stage"]
-            said = {"preset", "stage", "model", "data", "out", "replay", "seed", "max_steps", "resume"}
+            said = {"preset", "stage", "model", "data", "out", "replay", "seed", "max_steps", "resume", "images",
+                    "eval_every", "eval_data"}
             assert {key: value for key, value in settings.items() if key not in said} == {
                 key: value for key, value in RECIPES[args.preset][stage].items() if key not in said}
             assert settings["seed"] == args.seed and settings["resume"] == "auto"
@@ -109,7 +110,8 @@ def test_tiny_commands_are_the_recipes_defaults():
             bare = [] if stage == "grpo" else ["--stage", stage]
             only = "grpo" if stage == "grpo" else None
             typed, default = (vars(recipe_settings("", flags, only)) for flags in (words[script + 1:], bare))
-            assert typed == default | {"resume": "auto"}
+            held_out = {key: typed[key] for key in ("eval_every", "eval_data")} if stage == "grpo" else {}
+            assert typed == default | {"resume": "auto"} | held_out
 
 
 @pytest.mark.parametrize("name", CLIMBS)
@@ -174,9 +176,9 @@ def test_table_and_lesson_say_what_the_scores_say():
     assert lines[2] == ["base", "0.25", "100%", "0.10", "0.10", "0.100", "50%", "12"]
     assert lines[-1] == ["blind", "guess", "0.12", "0.30", "0.30", "0.300"]
     assert len({len(line) for line in table([rung("base", 0.1)]).splitlines()}) == 1
-    said = lesson([rung("base", 0.1), rung("stage1", 0.4)])
+    said = lesson([rung("base", 0.1), rung("stage1", 0.4), rung("stage2", 0.6)], "stage1")
     assert "stage1" in said and "0.400" in said and "(was 0.25 and 0.100)" in said and "0.300" in said
-    assert "was" not in lesson([rung("base", 0.1)]).split("guessing")[0].replace("without", "")
+    assert "was" not in lesson([rung("base", 0.1)], "base").split("guessing")[0].replace("without", "")
 
 
 # ---------------------------------------------------------------------------------------------- bad input and the whole

@@ -97,8 +97,7 @@ def test_wrong_flags_are_one_line(capsys, argv, expected):
     (["--num-iterations", "0"], "--num-iterations is 0, expected a positive number"),
     (["--temperature", "nan"], "--temperature is nan, expected 0 to inf"),
     (["--epsilon", "-0.1"], "--epsilon is -0.1, expected 0 to inf"),
-    (["--reward-weights", "1"], "--reward-weights has 1 numbers, expected 2"),
-    (["--loss-type", "bnpo"], "argument --loss-type: invalid choice: 'bnpo'"),
+    (["--loss-type", "ppo"], "argument --loss-type: invalid choice: 'ppo'"),
     (["--batch-size", "4"], "unknown argument --batch-size"),
     (["--preset", "paper", "--data", "d.jsonl", "--out", "o"], "preset paper has no default for --model; give it"),
 ), ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "")
