@@ -1,11 +1,12 @@
 """Timings: a checkpoint's load, prefill and decode; the same work here and in transformers; reading the data.
 
-    python bench.py load --model DIR                 # seconds and peak memory of loading it and answering a question
+    python bench.py load --model Qwen2.5-VL-3B-Instruct --dtype bfloat16   # loading it and answering a question
     python bench.py peers                            # against transformers (pip install transformers) on random weights
     python bench.py peers --task train --side ours   # one task of one side alone, as `peers` does for peak memory
     python bench.py data --workers 1                 # indexing 26,610 rows, waiting for pictures, memory over 2,000 videos
 
-Every figure of `peers` is the median of --repeat runs, both sides in turn on the same weights, dtype and inputs.
+Every figure but loading, which is done once, is the median of --repeat runs; `peers` runs both sides in turn on the
+same weights, dtype and inputs. Seconds depend on the shapes alone: any weights of the same config.json will do.
 """
 
 import argparse
@@ -29,6 +30,7 @@ from torch.utils.data import DataLoader
 from checkpoint import build_model, load_config, load_model, parse_config, save_model
 from data import Media, Processor, Sample, collate, read_all, to_patches
 from model import Batch, generate, mrope_positions
+from rewards import UserError
 from runtime import Parser, main_guard
 from scenes import mjpeg_avi
 from tiny import initialize
@@ -49,7 +51,7 @@ PEER = {  # about 110 million weights, 78 of them the words
 TASKS = {
     "images": "vision encoder, 8 pictures of 640x480", "video": "vision encoder, 32 frames of 336x252",
     "prefill": "prefill, one 640x480 picture and text, 1,000 tokens", "decode 1": "64 tokens prefill, 32 decode, 1 row",
-    "decode 16": "64 tokens prefill, 32 decode, 16 rows", "train": "forward + backward, 1,500 tokens, 64 supervised",
+    "decode 16": "64 tokens prefill, 32 decode, 16 rows sampled", "train": "forward + backward, 1,500 tokens, 64 supervised",
 }
 
 
@@ -60,23 +62,26 @@ def peak_gib():
 
 def measure_load(args):
     """Load a checkpoint, look at a picture, answer with 16 tokens. Prints one line each."""
-    device, dtype = args.device, getattr(torch, args.dtype)
-    began = time.time()
-    model = load_model(args.model, dtype, device)
-    print(f"load         {time.time() - began:8.2f} s   peak {peak_gib():6.2f} GiB")
+    device, began = args.device, time.time()
+    model = load_model(args.model, getattr(torch, args.dtype), device)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**30
+    print(f"load         {time.time() - began:8.2f} s   peak {peak_gib():6.2f} GiB, weights {weights:.2f} GiB", flush=True)
     processor = Processor(args.model, model.config, argparse.Namespace(
         min_pixels=None, max_pixels=None, num_frames=16, fps=None, video_seconds="grid", prompts=None))
-    picture = tempfile.NamedTemporaryFile(suffix=".png")
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (480, 640, 3), dtype=np.uint8)).save(picture.name)
-    sample = Sample("bench", "0", "", "", "", media=(Media("image", picture.name),), prompt="What is in the picture?")
+    picture = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (480, 640, 3), dtype=np.uint8)).save(picture, "PNG")
+    sample = Sample("bench", "0", "", "", "", media=(Media("image", picture.getvalue()),), prompt="What is in the picture?")
     batch = collate([processor.example(sample, "direct", answer=False)], model.config).to(device)
-    seconds = {}
-    for tokens in (1, 17):
+    ends, runs = [], []  # when each forward of a run ended; (prefill, decode per token) of each run
+    model.register_forward_hook(lambda *_: ends.append(time.time()))
+    for _ in range(args.repeat):
         began = time.time()
-        generate(model, batch, tokens, (-1,), banned=processor.banned(device))
-        seconds[tokens] = time.time() - began
-    print(f"prefill      {seconds[1]:8.2f} s   {batch.ids.shape[1]} tokens, a picture of 640x480 among them")
-    print(f"decode       {(seconds[17] - seconds[1]) / 16:8.3f} s   per token, peak {peak_gib():6.2f} GiB")
+        ends.clear()
+        generate(model, batch, 16, (-1,), banned=processor.banned(device))
+        runs.append((ends[0] - began, (ends[-1] - ends[0]) / 15))
+    prefill, decode = (statistics.median(times) for times in zip(*runs))
+    print(f"prefill      {prefill:8.2f} s   {batch.ids.shape[1]} tokens, a picture of 640x480 among them")
+    print(f"decode       {decode:8.3f} s   per token, of 16; peak {peak_gib():6.2f} GiB")
 
 
 def inputs(task, config):
@@ -111,12 +116,17 @@ def ours(directory, task, dtype):
             model.zero_grad()
             (-model(batch)[0].mean()).backward()
         return step
-    return lambda: generate(model, batch, 1 if task == "prefill" else 32, (-1,), group=16 if task == "decode 16" else 1)
+    if task == "decode 16":  # sampled, as their 16 rows are
+        return lambda: generate(model, batch, 32, (-1,), group=16, uniforms=torch.rand(16, 32))
+    return lambda: generate(model, batch, 1 if task == "prefill" else 32, (-1,))
 
 
 def theirs(directory, task, dtype):
     """The same in transformers."""
-    from transformers import Qwen2_5_VLForConditionalGeneration
+    try:
+        from transformers import Qwen2_5_VLForConditionalGeneration
+    except ImportError as error:
+        raise UserError(f"transformers cannot be imported ({error}): pip install transformers") from None
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(directory, dtype=dtype).eval()
     patches, grids, ids = inputs(task, parse_config(PEER))
     grids = torch.tensor(grids)
@@ -163,18 +173,20 @@ def measure_peers(args):
             work = {"ours": ours, "theirs": theirs}[args.side](directory, args.task, dtype)
             print(json.dumps({"seconds": seconds_of(work), "peak": peak_gib()}))
             return
+        # Peaks come first: a child's largest memory counts from what its parent held when it was started.
+        peaks = [json.loads(subprocess.run([sys.executable, __file__, "peers", "--task", "train", "--side", side,
+                                            "--model", directory, "--dtype", args.dtype],
+                                           stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1])["peak"]
+                 for side in ("ours", "theirs") if args.task in (None, "train")]
         print(f"{'':<52}{'ours':>9}{'peer':>9}{'ratio':>8}")
+        if peaks:
+            print(f"{'peak memory of training':<52}{peaks[0]:>7.2f}Gi{peaks[1]:>7.2f}Gi{peaks[1] / peaks[0]:>7.2f}x", flush=True)
         for task in [args.task] if args.task else TASKS:
             sides = [make(directory, task, dtype) for make in (ours, theirs)]
             runs = [[seconds_of(work) for work in sides] for _ in range(args.repeat + 1)][1:]  # the first warms up
             mine, peer = (statistics.median(run[i] for run in runs) for i in (0, 1))
             print(f"{TASKS[task]:<52}{mine:>8.2f}s{peer:>8.2f}s{peer / mine:>7.2f}x", flush=True)
             del sides
-        peaks = [json.loads(subprocess.run([sys.executable, __file__, "peers", "--task", "train", "--side", side,
-                                            "--model", directory, "--dtype", args.dtype],
-                                           capture_output=True, text=True, check=True).stdout.splitlines()[-1])["peak"]
-                 for side in ("ours", "theirs")]
-        print(f"{'peak memory of training':<52}{peaks[0]:>7.2f}Gi{peaks[1]:>7.2f}Gi{peaks[1] / peaks[0]:>7.2f}x")
 
 
 def write_data_set(folder):
@@ -268,7 +280,9 @@ def main():
     parser.add_argument("--videos", type=int, default=2000, help="data: videos that are read")
     args = parser.parse_args()
     if args.what == "load" and not args.model:
-        parser.error("--model is missing")
+        parser.error("load needs --model, a model directory")
+    if args.side and not args.task:
+        parser.error("--side needs --task")
     {"load": measure_load, "peers": measure_peers, "data": measure_data}[args.what](args)
 
 

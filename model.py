@@ -146,9 +146,15 @@ def mrope_positions(ids, grids, seconds_per_grid, config):
 
 
 def rotate(x, cos, sin):
-    """Rotary embedding: the first half of the last axis pairs with the second half."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    """Rotary embedding: number i of the first half of the last axis and number i of the second are turned as a pair.
+
+    Args:    x (..., D); cos, sin (..., D / 2) of the angles by which the pairs turn.
+
+    >>> rotate(torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])).tolist()
+    [1.0, -4.0, 3.0, 2.0]
+    """
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)), dim=-1)
 
 
 class RMSNorm(nn.Module):
@@ -293,7 +299,7 @@ class VisionEncoder(nn.Module):
         block = self.config.spatial_merge_size**2
         order, sizes = window_order(grids, self.config)
         by_window = (order[:, None] * block + torch.arange(block)).flatten().to(patches.device)  # (N,)
-        angles = vision_angles(grids, self.config).to(patches.device)[by_window].repeat(1, 2)[:, None]  # (N, 1, D)
+        angles = vision_angles(grids, self.config).to(patches.device)[by_window, None]  # (N, 1, D/2)
         rope = angles.cos(), angles.sin()
         windows = Segments([size * block for size in sizes], patches.device)
         frames = Segments([h * w for t, h, w in grids for _ in range(t)], patches.device)
@@ -307,11 +313,11 @@ class VisionEncoder(nn.Module):
 
 
 def text_rope(positions, config, dtype):
-    """cos and sin, each (B, 1, T, D). Frequency i turns with time, height or width as mrope_section says."""
+    """cos and sin of positions (3, B, T), each (B, 1, T, D/2). mrope_section says how many of the frequencies, from the
+    fastest on, turn with time, then with height, then with width."""
     frequencies = config.rope_theta ** (-torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim)
     axis = torch.arange(3, device=positions.device).repeat_interleave(torch.tensor(config.mrope_section, device=positions.device))
-    angles = positions[axis].permute(1, 2, 0).float() * frequencies  # (D/2, B, T) -> (B, T, D/2)
-    angles = torch.cat((angles, angles), dim=-1)[:, None]
+    angles = (positions[axis].permute(1, 2, 0).float() * frequencies)[:, None]  # (D/2, B, T) -> (B, 1, T, D/2)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
