@@ -3,7 +3,7 @@
     python bench.py load --model Qwen2.5-VL-3B-Instruct --dtype bfloat16   # loading it and answering a question
     python bench.py peers                            # against transformers (pip install transformers) on random weights
     python bench.py peers --task train --side ours   # one task of one side alone, as `peers` does for peak memory
-    python bench.py data --workers 1                 # indexing 26,610 rows, waiting for pictures, memory over 2,000 videos
+    python bench.py data --workers 1                 # index of 26,610 rows, waiting for pictures, memory over 2,000 videos
 
 Every figure but loading, which is done once, is the median of --repeat runs; `peers` runs both sides in turn on the
 same weights, dtype and inputs. Seconds depend on the shapes alone: any weights of the same config.json will do.
@@ -214,8 +214,8 @@ def write_data_set(folder):
             for n in range(count):
                 images = [names[(n + i) % 64] for i in range(pictures)]
                 file.write(json.dumps({
-                    "question_id": n, "question": "From the camera's perspective, is the whiteboard to the door's left or "
-                    "right?", "options": ["A. left", "B. right"], "answer": "B", "question_type": "relative direction",
+                    "question_id": n, "question": "From the camera's perspective, is the whiteboard to the door's left "
+                    "or right?", "options": ["A. left", "B. right"], "answer": "B", "question_type": "relative direction",
                     "data_type": kind, "image": ["video.avi"] if kind == "video" and n % 2 else images}) + "\n")
     return [folder / f"spld_{kind}_data.jsonl" for kind in ("grounding", "spatial")]
 
@@ -262,8 +262,8 @@ def measure_data(args):
             train_step(model, batches, sum(len(batch.targets) for batch in batches))
             if step:  # the first step starts the workers
                 waited, trained = waited + got - began, trained + time.time() - got
-        print(f"wait         {waited / args.steps:8.3f} s   of {(waited + trained) / args.steps:.2f} s a step of 8 pictures of "
-              f"1296x968, {100 * waited / (waited + trained):.1f}%, {args.workers} workers", flush=True)
+        print(f"wait         {waited / args.steps:8.3f} s   of {(waited + trained) / args.steps:.2f} s a step of 8 "
+              f"pictures of 1296x968, {100 * waited / (waited + trained):.1f}%, {args.workers} workers", flush=True)
 
 
 def main():

@@ -179,7 +179,7 @@ def given_answers(path, samples, benchmark):
 
 
 def evaluate(args, ranks, model, processor, benchmark, out):
-    """One benchmark, from its samples and their extras to out/scores.json. model, processor: None with --predictions."""
+    """One benchmark, from read_rows to out/scores.json. model, processor: None with --predictions."""
     bench, began = BENCHES.get(args.bench, OURS), time.time()
 
     # what to answer
@@ -189,11 +189,13 @@ def evaluate(args, ranks, model, processor, benchmark, out):
         train = read_all(sorted(Path(args.blind_from).glob("spld_[gs]*_data.jsonl")) or [args.blind_from], None)
     recipe = {"scorer": args.scorer, "seed": args.seed}
     if args.predictions:
-        answers, recipe = given_answers(args.predictions, samples, benchmark[0]), recipe | {"predictions": args.predictions}
+        answers = given_answers(args.predictions, samples, benchmark[0])
+        recipe["predictions"] = args.predictions
     else:
         recipe |= {"model": model_hash(args.model) if ranks.rank == 0 else None, "decoding": "greedy",
-                   "min_pixels": processor.min_pixels, "max_pixels": processor.max_pixels} | {
-            key: vars(args)[key] for key in ("num_frames", "fps", "video_seconds", "prompt_style", "max_completion_length")}
+                   "min_pixels": processor.min_pixels, "max_pixels": processor.max_pixels}
+        recipe |= {key: vars(args)[key] for key in ("num_frames", "fps", "video_seconds", "prompt_style",
+                                                    "max_completion_length")}
     asked = {key: value for key, value in vars(args).items() if key not in ("device", "out", "predictions")}
     asked["model_hash"] = recipe.get("model")  # another model under the same name is another evaluation
     problem = ranks.gather(claim(out, asked) if ranks.rank == 0 else None)[0]

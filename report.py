@@ -405,9 +405,11 @@ def show(args):
                  f'<small>{axes}</small></div><p class="text tokens">{text}</p></li>')
     trained = int((example.labels >= 0).sum())
     kind = f"{sample.question_type or 'cold start'} {sample.data_type}".strip()
-    html = page(escape(Path(where).name), f"{kind}, style {style}: {len(example.ids)} tokens, {trained} of them trained", {
-        "Pictures": "<p>At the size that the model sees, as its patches hold them"
-                    f'{", with the boxes of the answer" * bool(key)}.</p><p class="key">{key}</p><div class="rungs flow">{views}</div>',
+    html = page(escape(Path(where).name),
+                f"{kind}, style {style}: {len(example.ids)} tokens, {trained} of them trained", {
+        "Pictures": f"<p>At the size that the model sees, as its patches hold them"
+                    f"{', with the boxes of the answer' * bool(key)}.</p>"
+                    f'<p class="key">{key}</p><div class="rungs flow">{views}</div>',
         "Tokens": "<p>One shade a token; ↵ ends a line. Green is trained, blue stands for a picture or video, grey "
                   f"is only read. On the right the positions on the three axes.</p><ul>{rows}</ul>"})
     args.out.with_suffix(".tmp").write_text(html, "utf-8")
