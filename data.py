@@ -426,6 +426,8 @@ class Processor:
         edges = limits.get("size") or {}
         self.min_pixels = args.min_pixels or limits.get("min_pixels") or edges.get("shortest_edge") or 56 * 56
         self.max_pixels = args.max_pixels or limits.get("max_pixels") or edges.get("longest_edge") or 1280 * 28 * 28
+        if self.min_pixels > self.max_pixels:
+            raise UserError(f"--min-pixels is {self.min_pixels}, above --max-pixels {self.max_pixels}")
         self.num_frames, self.fps, self.video_seconds = args.num_frames, args.fps, args.video_seconds
         generation = read_json(directory / "generation_config.json")
         stops = generation.get("eos_token_id", self.special["<|im_end|>"])

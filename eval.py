@@ -28,7 +28,7 @@ from checkpoint import checkpoint_tensors, load_model, read_json, write_json
 from data import Processor, collate, cost, parse_line, read_all, read_lines
 from model import generate
 from rewards import CHOICE_TYPES, NUMBER_TYPES, UserError, parse_boxes
-from runtime import Parser, Ranks, add_flags, main_guard
+from runtime import Parser, Ranks, add_flags, main_guard, refuse_bad_values
 
 SEEN = ("min_pixels", "max_pixels", "num_frames", "fps", "video_seconds", "prompts")  # what data.Processor asks for
 
@@ -228,9 +228,7 @@ def main():
     for name in ("out", "predictions" if args.predictions else "model", *(("data",) if named else ())):
         if getattr(args, name) is None:
             parser.error(f"--{name} is missing")
-    for name in ("limit", "batch_size", "max_completion_length"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least 1")
+    refuse_bad_values(parser, args)
     if args.predictions and args.bench == "all":
         parser.error("--predictions goes with one benchmark, not with all")
     benches = found_benches(args.data) if args.bench == "all" else {args.bench: args.data}

@@ -250,8 +250,6 @@ def main():
     args = recipe_settings(__doc__, stage="grpo")
     if args.num_generations < 2:
         raise UserError(f"--num-generations is {args.num_generations}, expected at least 2: one completion has no group")
-    if not args.temperature > 0:
-        raise UserError(f"--temperature is {args.temperature}, expected above 0: rollouts are sampled")
     ranks = Ranks(args.device)
     if args.prompts_per_step < ranks.world:
         raise UserError(f"--prompts-per-step is {args.prompts_per_step}, expected at least one for each of the "
@@ -260,6 +258,8 @@ def main():
     # data
     need_inputs(args, ranks)
     samples = read_all(args.data, args.images, ranks.print if args.drop_invalid else None)
+    for sample in samples:
+        REWARDS["accuracy"]([], sample)  # raises for a row that cannot be scored
     steps = math.ceil(args.epochs * len(samples) / args.prompts_per_step) * args.num_iterations
     steps = min(steps, args.max_steps or steps)
     if args.dry_run:

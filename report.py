@@ -394,7 +394,7 @@ def show(args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage=argparse.SUPPRESS)  # an error is one line
     if sys.argv[1:2] == ["show"]:
         parser.add_argument("show", choices=["show"])
         parser.add_argument("file", type=Path, help="jsonl file")

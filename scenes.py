@@ -529,6 +529,9 @@ def write_rooms(out, scenes, seed, test_scenes=640, size=SIZE, cast=CAST, proces
     Raises: UserError where out holds anything else or cannot be written, and for a size that is no multiple of 28.
     """
     out, request = Path(out), {"scenes": scenes, "test_scenes": test_scenes, "seed": seed, "size": size, "cast": cast}
+    for name, value in request.items():
+        if value < 0:
+            raise UserError(f"--{name.replace('_', '-')} is {value}, expected 0 or more")
     if size < 28 or size % 28:
         raise UserError(f"--size {size}: expected a multiple of 28")
     try:
@@ -562,7 +565,7 @@ def write_rooms(out, scenes, seed, test_scenes=640, size=SIZE, cast=CAST, proces
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], usage=argparse.SUPPRESS)  # an error is one line
     parser.add_argument("--out", required=True, help="folder to make")
     parser.add_argument("--scenes", type=int, default=4000, help="training rooms")
     parser.add_argument("--test-scenes", type=int, default=640, help="test rooms; validation has half as many")
