@@ -285,8 +285,6 @@ def check_settings(args):
     """Refuse what no run can mean."""
     if args.num_generations < 2:
         raise UserError(f"--num-generations is {args.num_generations}, expected at least 2: one completion has no group")
-    if not args.temperature > 0:
-        raise UserError(f"--temperature is {args.temperature}, expected above 0: rollouts are sampled")
     if args.loss_type == "bnpo":
         raise UserError("--loss-type bnpo divides by the tokens of a micro-batch; here one count of the whole step divides, "
                         "whatever the micro-batch: that is --loss-type dapo")
@@ -312,6 +310,9 @@ def main():
     need_inputs(args, ranks)
     tell = ranks.print if args.drop_invalid else None
     samples = read_all(args.data, args.images, tell)
+    for name in args.reward_funcs:
+        for sample in samples:
+            REWARDS[name]([], sample)  # raises for a row that cannot be scored
     held_out = read_all(args.eval_data, args.images, tell) if args.eval_every else []
     held_out = held_out[::max(1, len(held_out) // args.eval_limit)][:args.eval_limit]
     steps = math.ceil(args.epochs * len(samples) / args.prompts_per_step) * args.num_iterations

@@ -70,7 +70,7 @@ FLAGS = {  # every setting of a run: (type, what it is). A list repeats, a tuple
     "keep_last": (int, "trainer states kept"),
     "resume": (str, "auto continues the newest trainer state in --out, or starts; a path continues that one"),
     "workers": (int, "processes that read and resize pictures"),
-    "device": (str, "cpu or cuda (default: cuda if there is one)"),
+    "device": (("cpu", "cuda"), "default: cuda if there is one"),
     "dtype": (("float32", "bfloat16"), "what is computed in; the weights that are trained are float32 (default: "
                                        "bfloat16 on a GPU)"),
     "reshard_after_forward": (bool, "free gathered weights after each layer's forward: less memory, more traffic"),
@@ -271,7 +271,8 @@ def table(rungs):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     usage=argparse.SUPPRESS)  # an error is one line
     parser.add_argument("--preset", choices=tuple(RECIPES), default="tiny", help="column of RECIPES")
     parser.add_argument("--out", help="directory of the whole run (default: runs/PRESET)")
     parser.add_argument("--seed", type=int, default=0)
@@ -284,6 +285,9 @@ def main():
     parser.add_argument("--data", help="preset paper: the directory of SpatialLadder-26k")
     parser.add_argument("--test", help="preset paper: directory to evaluate on after each rung")
     args = parser.parse_args()
+    for name, least in (("nproc_per_node", 1), ("seed", 0)):
+        if vars(args)[name] < least:
+            parser.error(f"--{name.replace('_', '-')} is {vars(args)[name]}, expected at least {least}")
     args.out = args.out or (f"runs/{args.preset}" + ("-smoke" if args.smoke else ""))
     if args.preset == "paper" and not (args.model and args.data):
         parser.error("--preset paper needs --model and --data")

@@ -430,7 +430,7 @@ def main():
         parser.set_defaults(num_frames=16, video_seconds="grid")
         refuse_bad_values(parser, args := parser.parse_args())
     else:
-        parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+        parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage=argparse.SUPPRESS)
         parser.add_argument("run", type=Path, metavar="RUN_DIR", help="directory that ladder.py wrote: runs/tiny")
         args = parser.parse_args()
     try:

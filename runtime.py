@@ -60,8 +60,8 @@ class Parser(argparse.ArgumentParser):
 FREE = ("resume", "device", "workers", "micro_batch", "save_every", "keep_last", "dry_run")  # may change when a run continues
 POSITIVE = ("epochs", "max_steps", "batch_size", "micro_batch", "learning_rate", "max_grad_norm", "min_pixels",
             "max_pixels", "num_frames", "fps", "prompts_per_step", "max_completion_length", "num_iterations",
-            "keep_last", "limit", "max_tokens", "eval_limit")
-AT_MOST = {"replay_ratio": 0.99, "warmup_ratio": 1, "curriculum": 1}
+            "keep_last", "limit", "max_tokens", "temperature", "eval_limit")
+AT_MOST = {"betas": 0.9999, "replay_ratio": 0.99, "warmup_ratio": 1, "curriculum": 1}
 
 
 def add_flags(parser, names):
@@ -109,10 +109,11 @@ def refuse_bad_values(parser, args):
     """End with one line at the first flag whose number makes no sense."""
     for name, value in vars(args).items():
         flag, most = f"--{name.replace('_', '-')}", AT_MOST.get(name, math.inf)
-        if name in POSITIVE and value is not None and not 0 < value < math.inf:
-            parser.error(f"{flag} is {value}, expected a positive number")
-        if isinstance(value, (int, float)) and not 0 <= value <= most:
-            parser.error(f"{flag} is {value}, expected 0 to {most}")
+        for number in value if isinstance(value, list) else [value]:
+            if name in POSITIVE and number is not None and not 0 < number < math.inf:
+                parser.error(f"{flag} is {number}, expected a positive number")
+            if isinstance(number, (int, float)) and not 0 <= number <= most:
+                parser.error(f"{flag} is {number}, expected 0 to {most}")
         if name == "betas" and len(value) != 2:
             parser.error(f"{flag} has {len(value)} numbers, expected 2")
 
@@ -163,6 +164,8 @@ class Ranks:
 
     def __init__(self, device=None):
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if self.device.type == "cuda" and not torch.cuda.is_available():
+            raise UserError("--device cuda: torch finds no GPU")
         if self.device.type == "cuda":
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(self.device)
@@ -365,7 +368,7 @@ class Run:
                 if changed:
                     return (f"{self.out}: was begun with other settings: " + ", ".join(
                         f"{key} {before.get(key)!r}, now {self.config[key]!r}" for key in changed))
-            elif any(self.out.iterdir()):
+            elif any(path.suffix != ".tmp" for path in self.out.iterdir()):  # that one is of a try killed at once
                 return f"{self.out}: not empty; continue it with --resume auto, or give another --out"
             for left in self.out.glob("resume/*.tmp"):  # by a save that was interrupted
                 shutil.rmtree(left)
@@ -386,13 +389,13 @@ class Run:
         order, curriculum and the noise of rollouts are functions of (seed, step), and no other random number is drawn.
         """
         choice, states = self.args.resume, sorted((self.out / "resume").glob("step-??????"), reverse=True)
-        if self.ranks.rank == 0:
-            with writing(self.out, "there"):
-                write_json(self.out / "config_run.json", self.config)
         if choice and choice != "auto":
             if not (Path(choice) / "meta.json").is_file():
                 raise UserError(f"--resume {choice}: no trainer state there (no meta.json in it)")
             states = [Path(choice)]
+        if self.ranks.rank == 0:
+            with writing(self.out, "there"):
+                write_json(self.out / "config_run.json", self.config)
         for path in states if choice else []:
             try:
                 names = get_state_dict(model, optimizer)

@@ -546,6 +546,9 @@ def write_rooms(out, scenes, seed, test_scenes=640, size=SIZE, cast=CAST, proces
     """
     difficulty = {name: [*difficulty.get(name, pair)] for name, pair in DIFFICULTY.items()}
     out, request = Path(out), dict(difficulty, scenes=scenes, test_scenes=test_scenes, seed=seed, size=size, cast=cast)
+    for name, value in request.items():
+        if name not in difficulty and value < 0:
+            raise UserError(f"--{name.replace('_', '-')} is {value}, expected 0 or more")
     if size < 28 or size % 28:
         raise UserError(f"--size {size}: expected a multiple of 28")
     for name, (low, high) in difficulty.items():

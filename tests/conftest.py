@@ -114,6 +114,24 @@ def varied_reward(texts, sample):
     return [len(text) % 5 / 4 for text in texts]
 
 
+def keep_gradients(script, path):
+    """Make a script save the whole gradients of its first step, before they are clipped."""
+    import os
+
+    clip, wanted = script.clip_gradients, [path]
+
+    def clips(model, max_norm):
+        if wanted:
+            whole = {name: p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad.clone()
+                     for name, p in model.named_parameters()}
+            path = wanted.pop()
+            if os.environ.get("RANK", "0") == "0":
+                torch.save(whole, path)
+        return clip(model, max_norm)
+
+    script.clip_gradients = clips
+
+
 def launch(script, *flags, processes=1, **environment):
     """Run a script as a person does, under torchrun where there are several processes; its CompletedProcess."""
     import os

@@ -6,13 +6,19 @@ and gives untrained models rewards that differ. Two processes reduce in another 
 """
 import argparse
 import json
+import os
+import random
 import re
 import resource
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -20,24 +26,33 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import grpo
+import kill_resume
 import ladder
 import rewards
 import runtime
 import train_sft
-from conftest import launch, varied_reward
+from conftest import keep_gradients, launch, varied_reward
 from rewards import UserError
 from runtime import Parser, adamw, clip_gradients, main_guard, recipe_settings, rows_of_step, scheduled_rate
 
 TIMES = re.compile(".*_(time|per_second)")
 DRIVER = """
-import os, signal, sys
+import datetime, os, signal, sys, time
 sys.path[:0] = [REPOSITORY, TESTS]
 import conftest, rewards, runtime, SCRIPT
+import torch.distributed as dist
+if "GRADIENTS" in os.environ:
+    conftest.keep_gradients(SCRIPT, os.environ["GRADIENTS"])
+if "HANG_AT" in os.environ:
+    begin = dist.init_process_group
+    dist.init_process_group = lambda backend: begin(backend, timeout=datetime.timedelta(seconds=8))
 rewards.REWARDS["accuracy"] = conftest.varied_reward
 end_step = runtime.Run.end_step
 def ends(run, model, optimizer, step, *others, **more):
     if run.ranks.rank == 0 and str(step) == os.environ.get("STOP_AT"):
         signal.raise_signal(signal.SIGTERM)
+    if run.ranks.rank == 1 and str(step) == os.environ.get("HANG_AT"):
+        time.sleep(100)
     return end_step(run, model, optimizer, step, *others, **more)
 runtime.Run.end_step = ends
 runtime.main_guard(SCRIPT.main)
@@ -95,7 +110,7 @@ def test_wrong_flags_are_one_line(capsys, argv, expected):
 
 @pytest.mark.parametrize("argv, expected", (
     (["--num-iterations", "0"], "--num-iterations is 0, expected a positive number"),
-    (["--temperature", "nan"], "--temperature is nan, expected 0 to inf"),
+    (["--temperature", "nan"], "--temperature is nan, expected a positive number"),
     (["--epsilon", "-0.1"], "--epsilon is -0.1, expected 0 to inf"),
     (["--loss-type", "ppo"], "argument --loss-type: invalid choice: 'ppo'"),
     (["--batch-size", "4"], "unknown argument --batch-size"),
@@ -395,6 +410,79 @@ def test_a_full_disk_loses_nothing(call, rooms, tiny_model, tmp_path):
     assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
 
 
+def test_pictures_that_vanish_lose_nothing(monkeypatch, call, rooms, tiny_model, tmp_path):
+    """Deleted after step 2: the row that needs one is named; put back, the run goes on and ends as if undisturbed."""
+    shutil.copytree(rooms / "train", tmp_path / "train")
+    images, data = tmp_path / "train" / "images", tmp_path / "train" / "spld_grounding_data.jsonl"
+    whole, out = (sft_flags(rooms, tiny_model, tmp_path / name, "--data", data, "--save-every", 1) for name in ("whole", "out"))
+    call(train_sft, *whole)
+    end_step = runtime.Run.end_step
+
+    def ends(run, model, optimizer, step, *others, **more):
+        stop = end_step(run, model, optimizer, step, *others, **more)
+        if step == 2:
+            images.rename(tmp_path / "elsewhere")
+        return stop
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=rf"{data}:\d+: \S+: not a readable picture"):
+        patch.setattr(runtime.Run, "end_step", ends)
+        call(train_sft, *out)
+    assert states(tmp_path / "out") == ["step-000001", "step-000002"]
+    (tmp_path / "elsewhere").rename(images)
+    call(train_sft, *out, "--resume", "auto")
+    assert log_of(tmp_path / "out") == log_of(tmp_path / "whole")
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+
+
+def test_a_directory_that_vanishes_is_one_line(monkeypatch, call, rooms, tiny_model, tmp_path):
+    """As of a disk that was unmounted, or made read-only, in the middle of a run."""
+    end_step, out = runtime.Run.end_step, tmp_path / "out"
+
+    def ends(run, *others, **more):
+        shutil.rmtree(out)
+        out.touch()
+        return end_step(run, *others, **more)
+
+    monkeypatch.setattr(runtime.Run, "end_step", ends)
+    with pytest.raises(UserError, match=rf"^{out}/log.jsonl: cannot write there \(NotADirectoryError"):
+        call(train_sft, *sft_flags(rooms, tiny_model, out))
+
+
+@pytest.mark.parametrize("script", (train_sft, grpo), ids=lambda script: script.__name__)
+def test_no_hidden_random_numbers(monkeypatch, call, rooms, tiny_model, tmp_path, script):
+    """Every generator of python, numpy and torch is upset at every step, and the run is the same: a trainer state needs
+    to hold none of them."""
+    monkeypatch.setitem(rewards.REWARDS, "accuracy", varied_reward)
+    call(script, *FLAGS[script](rooms, tiny_model, tmp_path / "calm"))
+    end_step = runtime.Run.end_step
+
+    def ends(run, model, optimizer, step, *others, **more):
+        random.seed(step)
+        np.random.seed(step)
+        torch.manual_seed(step)
+        return end_step(run, model, optimizer, step, *others, **more)
+
+    monkeypatch.setattr(runtime.Run, "end_step", ends)
+    call(script, *FLAGS[script](rooms, tiny_model, tmp_path / "upset"))
+    assert log_of(tmp_path / "calm") == log_of(tmp_path / "upset")
+    assert (tmp_path / "calm" / "model.safetensors").read_bytes() == (tmp_path / "upset" / "model.safetensors").read_bytes()
+
+
+def test_what_an_interrupted_save_left_is_removed(monkeypatch, call, rooms, tiny_model, tmp_path):
+    """45 GB of a 3B trainer state that nobody would ever read; and a state that is newer than the one that goes on is
+    kept, as it may be the only one that is whole."""
+    out = tmp_path / "out"
+    flags = sft_flags(rooms, tiny_model, out, "--save-every", 1, "--keep-last", 1)
+    interrupt(monkeypatch, call, train_sft, flags, at=1)
+    shutil.copytree(out / "resume" / "step-000001", out / "resume" / "step-000002.tmp")
+    interrupt(monkeypatch, call, train_sft, (*flags, "--resume", "auto"), at=3)
+    assert states(out) == ["step-000003"]
+    shutil.copytree(out / "resume" / "step-000003", tmp_path / "step-000001")
+    (tmp_path / "step-000001" / "meta.json").write_text(json.dumps({"step": 1}))
+    interrupt(monkeypatch, call, train_sft, (*flags, "--resume", tmp_path / "step-000001"), at=2)
+    assert states(out) == ["step-000002", "step-000003"]
+
+
 def test_resume_from_a_path(monkeypatch, call, rooms, tiny_model, tmp_path):
     """A state of another directory continues in a new one; a path that is none is one line."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -446,14 +534,27 @@ def assert_same_run(start, one, two, drift=1e-3):
         assert (two[name] - one[name]).norm() <= drift * (one[name] - start[name]).norm(), name
 
 
-@pytest.mark.parametrize("processes", (2, pytest.param(3, marks=pytest.mark.slow)))
-def test_processes_train_as_one(call, rooms, tiny_model, tmp_path, processes):
-    """5 SFT steps and the sharded weights saved. 5 rows make three micro-batches: one of 2 ranks gets a filler; and
-    the rows of a weight do not divide by 3."""
-    flags = ("--max-steps", 5, "--batch-size", 5, "--micro-batch", 2)
-    call(train_sft, *sft_flags(rooms, tiny_model, tmp_path / "one", *flags))
-    done = launch(train_sft.__file__, *sft_flags(rooms, tiny_model, tmp_path / "many", *flags), processes=processes)
+def assert_same_gradients(one, two):
+    """Of step 1, before the first difference in rounding has moved a weight: to 1e-5 of each tensor's largest entry."""
+    one, two = torch.load(one), torch.load(two)
+    assert one.keys() == two.keys()
+    for name in one:
+        assert one[name].shape == two[name].shape and (one[name] - two[name]).abs().max() <= 1e-5 * one[name].abs().max(), name
+
+
+@pytest.mark.parametrize("processes", (2, pytest.param(4, marks=pytest.mark.slow)))
+def test_processes_train_as_one(monkeypatch, call, driver, rooms, tiny_model, tmp_path, processes):
+    """10 SFT steps and the sharded weights saved. 5 rows make three micro-batches: one of 2 ranks gets a filler; and
+    the rows of a weight do not divide by 4."""
+    flags = ("--max-steps", 10, "--batch-size", 5, "--micro-batch", 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_sft, "clip_gradients", clip_gradients)  # put back at the end
+        keep_gradients(train_sft, tmp_path / "one.pt")
+        call(train_sft, *sft_flags(rooms, tiny_model, tmp_path / "one", *flags))
+    done = launch(driver("train_sft"), *sft_flags(rooms, tiny_model, tmp_path / "many", *flags), processes=processes,
+                  GRADIENTS=str(tmp_path / "many.pt"))
     assert done.returncode == 0, done.stderr
+    assert_same_gradients(tmp_path / "one.pt", tmp_path / "many.pt")
     assert_same_run(tiny_model, tmp_path / "one", tmp_path / "many")
 
 
@@ -474,14 +575,21 @@ def test_text_only_rows_do_not_hang(call, rooms, tiny_model, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("more", ((), ("--num-iterations", 1, "--beta", 0, "--no-reshard-after-forward")),
-                         ids=("iterations", "plain"))
-def test_two_processes_roll_out_and_train_as_one(monkeypatch, call, driver, rooms, tiny_model, tmp_path, more):
-    """3 prompts on 2 ranks: the same completions, whole groups, the same losses; ranks decode on their own."""
+@pytest.mark.parametrize("processes, more", (
+    (2, ("--prompts-per-step", 3)),
+    (4, ("--prompts-per-step", 5, "--num-iterations", 1, "--beta", 0, "--no-reshard-after-forward"))),
+    ids=("iterations", "plain"))
+def test_processes_roll_out_and_train_as_one(monkeypatch, call, driver, rooms, tiny_model, tmp_path, processes, more):
+    """3 prompts on 2 ranks, 5 on 4: the same completions, whole groups, the same losses; ranks decode on their own."""
     monkeypatch.setitem(rewards.REWARDS, "accuracy", varied_reward)
-    more = ("--prompts-per-step", 3, "--micro-batch", 2, "--max-steps", 4, *more)
-    call(grpo, *grpo_flags(rooms, tiny_model, tmp_path / "one", *more))
-    done = launch(driver("grpo"), *grpo_flags(rooms, tiny_model, tmp_path / "two", *more), processes=2)
+    more = ("--micro-batch", 2, "--max-steps", 5, *more)
+    with monkeypatch.context() as patch:
+        patch.setattr(grpo, "clip_gradients", clip_gradients)  # put back at the end
+        keep_gradients(grpo, tmp_path / "one.pt")
+        call(grpo, *grpo_flags(rooms, tiny_model, tmp_path / "one", *more))
+    done = launch(driver("grpo"), *grpo_flags(rooms, tiny_model, tmp_path / "two", *more), processes=processes,
+                  GRADIENTS=str(tmp_path / "two.pt"))
+    assert_same_gradients(tmp_path / "one.pt", tmp_path / "two.pt")
     assert done.returncode == 0, done.stderr
     one, two = (read_rows(tmp_path / name / "rollouts.jsonl") for name in ("one", "two"))
     assert len(one) == len(two)
@@ -552,3 +660,43 @@ def test_mistakes_on_the_command_line(rooms, tiny_model, tmp_path, processes):
     ours = [line for line in done.stderr.splitlines() if "train_sft.py: " in line and "not empty" in line]
     assert done.returncode == (2 if processes == 1 else 1) and 1 <= len(ours) <= processes, done.stderr
     assert processes > 1 or done.stderr.splitlines() == ours
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_ends_all(driver, rooms, tiny_model, tmp_path):
+    """The other waits for it no longer than the backend's time-out, and says where it was and what the backend said."""
+    done = launch(driver("train_sft"), *sft_flags(rooms, tiny_model, tmp_path / "out"), processes=2, HANG_AT="2",
+                  TORCH_ELASTIC_SHUTDOWN_TIMEOUT="2")
+    assert done.returncode == 1 and "rank 0, step 2" in done.stderr and "Timed out waiting" in done.stderr, done.stderr
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes, number", ((1, signal.SIGINT), (1, signal.SIGTERM), (2, signal.SIGINT)), ids=str)
+def test_a_signal_to_the_whole_group(rooms, tiny_model, tmp_path, processes, number):
+    """Ctrl-C reaches the run and the workers that read its pictures; under torchrun the launcher as well, which passes
+    it on. The step is finished and saved, nothing is left running, and plain python has not failed."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"] if processes > 1 else []
+    flags = sft_flags(rooms, tiny_model, tmp_path / "out", "--workers", 2, "--max-steps", 3000)
+    log = tmp_path / "out" / "log.jsonl"
+    with open(tmp_path / "said.txt", "w+") as said:
+        process = subprocess.Popen([sys.executable, *torchrun, train_sft.__file__, *map(str, flags)], stdout=said,
+                                   stderr=said, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        while process.poll() is None and not (log.is_file() and log.read_bytes().count(b"\n") >= 2):
+            time.sleep(0.05)
+        started = kill_resume.tree(process.pid)
+        os.killpg(process.pid, number)
+        code = process.wait(60)
+        said.seek(0)
+        text = said.read()
+    step = len(read_rows(log))
+    assert states(tmp_path / "out") == [f"step-{step:06d}"] and f"stopped after step {step} of 3000" in text, text
+    assert code == 0 and "Traceback" not in text if processes == 1 else "DataLoader worker" not in text
+    assert len(started) > processes and not any(Path(f"/proc/{pid}/task").exists() for pid in started)
+
+
+@pytest.mark.slow
+def test_kill_9_loses_nothing(rooms, tiny_model, tmp_path):
+    """Four moments; tests/kill_resume.py --kills 50 is the long version."""
+    said = kill_resume.disturb(tmp_path, rooms / "train", tiny_model, kills=4)
+    assert said.startswith("4 kills")
