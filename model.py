@@ -146,9 +146,7 @@ def mrope_positions(ids, grids, seconds_per_grid, config):
 
 
 def rotate(x, cos, sin):
-    """Rotary embedding: number i of the first half of the last axis and number i of the second are turned as a pair.
-
-    Args:    x (..., D); cos, sin (..., D / 2) of the angles by which the pairs turn.
+    """Rotary embedding: numbers i of the two halves of x (..., D) turn as a pair, by angle i of cos, sin (..., D/2).
 
     >>> rotate(torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])).tolist()
     [1.0, -4.0, 3.0, 2.0]
@@ -277,8 +275,7 @@ class PatchMerger(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        wide = config.hidden_size * config.spatial_merge_size**2
-        self.wide = wide
+        self.wide = wide = config.hidden_size * config.spatial_merge_size**2
         self.ln_q = RMSNorm(config.hidden_size, 1e-6)
         self.mlp = nn.Sequential(nn.Linear(wide, wide), nn.GELU(), nn.Linear(wide, config.out_hidden_size))
 
@@ -597,8 +594,7 @@ def generate(model, batch, max_new_tokens, stop_ids, group=1, uniforms=None, ban
         if going_rows <= 0.75 * len(live):
             cache.keep(going)
             live, tokens, position = live[going], tokens[going], position[going]
-        ones = torch.ones_like(tokens)
         logits = model(dataclasses.replace(batch, ids=tokens[:, None], positions=position.expand(3, -1)[:, :, None],
-                                           lengths=ones), cache, banned, temperature)
+                                           lengths=torch.ones_like(tokens)), cache, banned, temperature)
         position = position + 1
     return rollout

@@ -93,7 +93,7 @@ def vision_block_bytes(config, grids, dtype):
     patches = sum(t * h * w for t, h, w in grids)
     t, h, w = grids[0]  # one frame is run
     x = torch.zeros(h * w, config.hidden_size, dtype=dtype, requires_grad=True)
-    rope = 2 * (torch.zeros(h * w, 1, config.hidden_size // config.num_heads),)
+    rope = 2 * (torch.zeros(h * w, 1, config.hidden_size // config.num_heads // 2),)
     windows = Segments([4 * size for size in window_order([(1, h, w)], config)[1]], "cpu")
     block = empty_layer(VisionBlock, config, dtype=dtype)
     return max(kept_bytes(block, x, rope, s) for s in (windows, Segments([h * w], "cpu"))) * patches / (h * w)

@@ -390,8 +390,8 @@ class Run:
         """
         choice, states = self.args.resume, sorted((self.out / "resume").glob("step-??????"), reverse=True)
         if choice and choice != "auto":
-            if not (Path(choice) / "meta.json").is_file():
-                raise UserError(f"--resume {choice}: no trainer state there (no meta.json in it)")
+            if not (Path(choice) / ".metadata").is_file():
+                raise UserError(f"--resume {choice}: no trainer state there (no .metadata in it)")
             states = [Path(choice)]
         if self.ranks.rank == 0:
             with writing(self.out, "there"):

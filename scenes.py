@@ -546,11 +546,10 @@ def write_rooms(out, scenes, seed, test_scenes=640, size=SIZE, cast=CAST, proces
     """
     difficulty = {name: [*difficulty.get(name, pair)] for name, pair in DIFFICULTY.items()}
     out, request = Path(out), dict(difficulty, scenes=scenes, test_scenes=test_scenes, seed=seed, size=size, cast=cast)
-    for name, value in request.items():
-        if name not in difficulty and value < 0:
-            raise UserError(f"--{name.replace('_', '-')} is {value}, expected 0 or more")
-    if size < 28 or size % 28:
-        raise UserError(f"--size {size}: expected a multiple of 28")
+    for name in ("scenes", "test_scenes", "seed", "cast", "size"):
+        if request[name] < 0 or name == "size" and size % 28 + (size == 0):
+            raise UserError(f"--{name.replace('_', '-')} is {request[name]}, expected "
+                            + ("a multiple of 28" if name == "size" else "0 or more"))
     for name, (low, high) in difficulty.items():
         if not 0 < low <= high < 100 or "categories" in name and high > len(FURNITURE):
             most = f", at most {len(FURNITURE)}" * ("categories" in name)

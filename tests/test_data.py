@@ -431,7 +431,7 @@ def test_a_box_outside_stops_training_where_the_row_is_read(tmp_path, images, ti
     stopped = launch(REPO / "train_sft.py", "--stage", "1", "--model", tiny_model, "--data", path, "--images", images,
                      "--max-steps", 1, "--batch-size", 1, "--workers", 1, "--out", tmp_path / "a")
     assert stopped.returncode == 2
-    assert stopped.stderr.splitlines()[-1] == (f"train_sft.py: {path}:1: bbox_2d is [1, 2, 301, 4], outside the picture "
+    assert stopped.stderr.splitlines()[-1] == (f"train_sft.py: step 1: {path}:1: bbox_2d is [1, 2, 301, 4], outside the picture "
                                                "of 300x200 pixels")
 
 

@@ -134,9 +134,14 @@ def test_every_picture_reaches_the_answers(name, tiny_model, tmp_path, monkeypat
 
 
 @pytest.fixture
-def asked(tiny_model, rooms):
-    """Flags of an evaluation whose answers differ from row to row."""
-    return ["--model", tiny_model, "--bench", "rooms", "--data", rooms / "test", "--prompt-style", "direct",
+def asked(tiny_model, rooms, tmp_path):
+    """Flags of an evaluation whose answers differ from row to row: of a model whose layers outweigh its embeddings."""
+    model, folder = load_model(tiny_model), tmp_path / "loud"
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.mul_(30 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1)
+    save_model(folder, model.named_parameters(), model.config, tiny_model)
+    return ["--model", folder, "--bench", "rooms", "--data", rooms / "test", "--prompt-style", "direct",
             "--max-completion-length", 6, "--batch-size", 4]
 
 
@@ -191,11 +196,11 @@ def test_an_output_directory_holds_one_evaluation(asked, always, call, tmp_path)
     shutil.copytree(asked[1], model)
     flags = ["--model", model, *asked[2:], "--limit", 1, "--out", tmp_path / "out"]
     call(evaluation, *flags)
-    with pytest.raises(UserError, match="holds an evaluation with another seed; give another --out"):
+    with pytest.raises(UserError, match="was begun with another seed; give another --out"):
         call(evaluation, *flags, "--seed", 1)
     shutil.copytree(always("3"), model, dirs_exist_ok=True)
     evaluation.model_hash.cache_clear()  # another day, another process
-    with pytest.raises(UserError, match="holds an evaluation with another model_hash; give another --out"):
+    with pytest.raises(UserError, match="was begun with another model_hash; give another --out"):
         call(evaluation, *flags)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").touch()
