@@ -19,7 +19,7 @@ from runtime import Parser, main_guard
 CONFIG = {  # 2.2 million weights; width, depth and M-RoPE for sequences of about 100 tokens
     "architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl", "torch_dtype": "float32",
     "hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 4, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "rope_theta": 10.0, "max_position_embeddings": 4096,
+    "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "rope_theta": 100.0, "max_position_embeddings": 4096,
     "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]}, "hidden_act": "silu",
     "tie_word_embeddings": True, "use_sliding_window": False,
     "vision_config": {"depth": 4, "hidden_size": 128, "num_heads": 4, "intermediate_size": 256, "in_chans": 3,
