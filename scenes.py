@@ -42,12 +42,12 @@ DIFFICULTY = {  # least and most; flags of these names set them
     "view_categories": (2, 5), "video_categories": (4, 6),  # different categories in a room: number
     "scale": (0.5, 1.6),  # factor on all sides of a thing: size
 }
-TRIES, EASY = 1000, 0.3  # rooms drawn before one of this kind is called impossible; share of the training rooms with views that hold a single thing: where localization begins
-REPEATS = 0.9  # share of rooms where one category has 2 to 4 instances
+TRIES = 1000  # rooms drawn before one of a kind is called impossible
+EASY, REPEATS = 0.3, 0.9  # share of training rooms with views that hold one thing; of rooms with a category 2 to 4 times
 STRETCH = (0.85, 1.18)  # factors on each side of a thing
 GAP, CLEARANCE, WALL = 0.15, 0.75, 0.03  # meters from things to things, cameras and walls
 VIEWS, FRAMES, FRAMES_PER_SECOND, AVI_SHARE = 4, 8, 2, 1 / 6
-SIZE_SHARE = 0.25  # of the questions about size are spatial rows; there would be too many
+SIZE_SHARE, COUNT_ONE = 0.25, 0.12  # share of size questions kept; chance to count a category of one if none has more
 # A question may name what shows this share of the picture's pixels and sides, and of its own pixels, where others
 # hide the rest, and has this share of its projected rectangle inside the picture.
 MIN_PIXELS, MIN_SIDE, MIN_RATIO, MIN_INSIDE = 0.005, 0.06, 0.5, 0.6
@@ -55,7 +55,6 @@ MIN_PIXELS, MIN_SIDE, MIN_RATIO, MIN_INSIDE = 0.005, 0.06, 0.5, 0.6
 # right (front and back), degrees to a sector's edge; closer things than MIN_DISTANCE have no distance asked.
 NEAREST_MARGIN, SIDE_MARGIN, COLUMN_MARGIN, ANGLE_MARGIN, MIN_DISTANCE = 0.3, 0.35, 0.04, 15, 0.2
 # How often a type comes before others: the more, the fewer rooms allow it; the last two, of video only, always.
-COUNT_ONE = 0.12  # chance to ask for the number of a category with one instance, each, where none has more
 WEIGHTS = {"object size": 2, "absolute distance": 3, "relative direction": 4, "relative distance": 8,
            "object count": 12, "room size": 1e9, "appearance order": 1e9}
 
@@ -287,7 +286,6 @@ def render(room, camera, size=SIZE, cast=CAST):
 
 def look(mask, alone, inside):
     """Sight of the thing with visible pixels mask (size, size).
-
     >>> look(np.pad(np.ones((2, 3), bool), 4), 12, 1.0)
     Sight(box=(4, 4, 7, 6), ratio=0.5, clear=True)
     """
