@@ -1,6 +1,6 @@
 """Procedural 3D rooms with exact geometry, in SpatialLadder-26k's own file format: the embedded default data set.
 
-    python scenes.py --out DIR --scenes 4000 --seed 0          # writes DIR/{train,val,test}, see write_rooms
+    python scenes.py --out DIR --scenes 3600 --seed 0          # writes DIR/{train,val,test}, see write_rooms
     python scenes.py --out DIR --scenes 40 --cast 0            # a few rooms, without the lens's colour cast
 
 Three of four rooms are compact and pictured by four cameras, one at each wall: every picture gives localization and
@@ -584,7 +584,7 @@ def write_rooms(out, scenes, seed, test_scenes=640, size=SIZE, cast=CAST, proces
 def main():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, help="folder to make")
-    parser.add_argument("--scenes", type=int, default=4000, help="training rooms")
+    parser.add_argument("--scenes", type=int, default=3600, help="training rooms")
     parser.add_argument("--test-scenes", type=int, default=640, help="test rooms; validation has half as many")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--size", type=int, default=SIZE, help="side of a picture in pixels, a multiple of 28")
