@@ -31,8 +31,8 @@ from checkpoint import build_model, load_config, load_model, parse_config, save_
 from data import Media, Processor, Sample, collate, read_all, to_patches
 from model import Batch, generate, mrope_positions
 from rewards import UserError
+from rooms import mjpeg_avi
 from runtime import Parser, main_guard
-from scenes import mjpeg_avi
 from tiny import initialize
 from train_sft import Rows, train_step
 

@@ -262,7 +262,7 @@ def add_baselines(rows, samples, match, train=()):
     from the true answers by type only, "blind" that from the training samples; for localization the mean training box
     under each true label, in pixels of the files (it means something where all pictures have one size)."""
     boxes = [box["bbox_2d"] for s in train if s.question_type == "localization" for box in s.answer]
-    train = [s for s in train if s.question_type not in ("localization", "chat")]
+    train = [s for s in train if s.question_type != "localization" and not s.messages]
     mean = np.mean(boxes, axis=0) if boxes else None
     typed = [replace(s, question="") for s in samples if s.question_type != "localization"]
     for row, s, blind, frequent in zip(rows, samples, blind_baseline(train, samples, match),

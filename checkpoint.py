@@ -233,7 +233,10 @@ def save_model(directory, tensors, config, side_files=None, pixel_limits=None):
 
     def flush():
         path = directory / f"writing-{len(shards)}.tmp"
+        path.touch()
+        mode = path.stat().st_mode
         save_file(shard, path, metadata={"format": "pt"})
+        path.chmod(mode)  # save_file lets nobody but the owner read
         shards.append((path, list(shard)))
 
     for name, tensor in tensors:

@@ -134,7 +134,7 @@ def main():
     # what to ask
     samples = read_all(args.data, args.images, ranks.print if args.drop_invalid else None)
     for sample in samples:
-        if sample.question_type in ("localization", "chat"):
+        if sample.question_type == "localization" or sample.messages:
             raise UserError(f"{sample.where}: {sample.question_type} row, expected a question with an answer to check")
     samples, _ = subset(samples, samples, args.limit, args.seed)
     if out.exists() and not folder.is_dir():

@@ -70,7 +70,7 @@ class Sample:
     where: str  # "file.jsonl:17", how errors and logs name the row
     id: str
     question: str
-    question_type: str  # "localization", one of the seven types, a benchmark's own, or "chat"
+    question_type: str  # "localization", one of the seven types, a benchmark's own, "chat" or "chat: ..."
     answer: object  # text, or a tuple of boxes {"bbox_2d": pixels of the original file, "label"}
     options: tuple = ()  # "A. left", "B. right", ...
     media: tuple = ()
@@ -145,7 +145,8 @@ def parse_row(row, where, images):
     if "messages" in row:
         turns = parse_messages(need("messages", list), where, images)
         media = tuple(part for _, parts in turns for part in parts if isinstance(part, Media))
-        return Sample(where, row_id, "", "chat", "", media=media, messages=turns)
+        kind = "chat: " + need("question_type", str) if "question_type" in row else "chat"
+        return Sample(where, row_id, "", kind, "".join(turns[-1][1]), media=media, messages=turns)
 
     paths, data_type = need("image", list), need("data_type", str)
     if data_type not in ("single_image", "multi_view", "video"):
@@ -577,7 +578,8 @@ def style_of(sample, style=None):
 def cost(sample):
     """About how long a row is, in words and pictures: rows of like cost are padded together."""
     pictures = sum(len(media.sources) for media in sample.media)
-    return 100 * pictures + len(sample.question.split()) + len((sample.solution or "").split())
+    texts = [part for _, parts in sample.messages or () for part in parts if isinstance(part, str)]
+    return 100 * pictures + sum(len(text.split()) for text in (sample.question, sample.solution or "", *texts))
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def read_rows(bench, data, images):
             raise UserError(f"{file}: no such file; --bench takes {', '.join(BENCHES)}, all, rooms, or a jsonl file")
     samples = read_all(files, images)
     for sample in samples:
-        if sample.question_type not in ("localization", *CHOICE_TYPES, *NUMBER_TYPES):
+        if sample.question_type not in ("localization", *CHOICE_TYPES, *NUMBER_TYPES) and not sample.messages:
             raise UserError(f"{sample.where}: no question_type in it: there is nothing to score by")
     return samples, [{}] * len(samples)
 

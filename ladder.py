@@ -16,6 +16,7 @@ the project; the trainers read their settings from RECIPES here.
 
 import argparse
 import json
+import os
 import shlex
 import shutil
 import signal
@@ -89,6 +90,7 @@ RUN = dict(images=None, seed=0, save_every=0, keep_last=2, resume=None, workers=
 TINY = dict(RUN, weight_decay=0.05, betas=[0.9, 0.95], max_grad_norm=1.0, micro_batch=8, warmup_ratio=0.03,
             lr_scheduler_type="cosine")
 TINY_SFT = dict(TINY, replay=None, replay_ratio=0.0, curriculum=1.0, epochs=1000.0, batch_size=8)
+BASE = "base"  # in the repository: a small model that sees and speaks already; README, "The base"
 ROOMS = "runs/tiny/rooms/train/"
 GROUNDING, SPATIAL, COLDSTART = (f"spld_{kind}_data.jsonl" for kind in ("grounding", "spatial", "coldstart"))
 
@@ -103,7 +105,10 @@ PAPER_SFT = dict(PAPER, replay=None, replay_ratio=0.0, curriculum=1.0, batch_siz
 
 RECIPES = {
     "tiny": {
-        "1": dict(TINY_SFT, model="runs/tiny/base", data=[ROOMS + GROUNDING], out="runs/tiny/stage1",
+        # What the ladder starts from, base/ in the repository: hours, once (README, "The base").
+        "base": dict(TINY_SFT, model="runs/base/start", data=["runs/base/rooms/train/base_data.jsonl"], out="runs/base/model",
+                     curriculum=0.2, max_steps=20000, learning_rate=1e-3, batch_size=32, micro_batch=32, save_every=500),
+        "1": dict(TINY_SFT, model=BASE, data=[ROOMS + GROUNDING], out="runs/tiny/stage1",
                   curriculum=0.2, max_steps=2700, learning_rate=5e-4),
         "2": dict(TINY_SFT, model="runs/tiny/stage1", data=[ROOMS + SPATIAL], out="runs/tiny/stage2",
                   replay=[ROOMS + GROUNDING], replay_ratio=0.2, max_steps=1200, learning_rate=5e-4),
@@ -118,6 +123,7 @@ RECIPES = {
                      eval_data=None, eval_limit=64),
     },
     "paper": {
+        "base": dict(PAPER_SFT, model=None, data=None, out=None, max_steps=None),  # Qwen2.5-VL is one already
         "1": dict(PAPER_SFT, model=None, data=None, out=None, max_steps=None),
         "2": dict(PAPER_SFT, model=None, data=None, out=None, max_steps=None),
         "cold": dict(PAPER_SFT, model=None, data=None, out=None, max_steps=None),
@@ -129,7 +135,7 @@ RECIPES = {
     },
 }
 RUNGS = (  # name, stage that trains it, what it starts from, its data, how it is asked, what it teaches
-    ("base", None, None, None, "direct", "knows nothing of rooms yet"),
+    ("base", None, None, None, "direct", "sees and speaks, but does not know what is asked of it here"),
     ("stage1", "1", "base", GROUNDING, "direct", "learned to see: where the objects of a question are"),
     ("stage2", "2", "stage1", SPATIAL, "direct", "learned to understand: seven kinds of spatial questions"),
     ("cold", "cold", "stage2", COLDSTART, "thinking", "learned to write its reasoning down before it answers"),
@@ -145,11 +151,12 @@ TEACHERS = {  # preset -> steps of the small cold start that makes stage 2 a tea
     "tiny": (300, ["--limit", 150, "--per-question", 2, "--batch-size", 32, "--max-completion-length", 128]),
     "paper": (None, ["--limit", 400, "--per-type", 180]),
 }
-MADE_BY = {  # what the bare commands need and the command that makes it; the last two are made without asking
+MADE_BY = {  # what the bare commands need, what that needs below it, and the command; scripts but trainers run unasked
     "runs/tiny/stage1": "python train_sft.py --stage 1", "runs/tiny/stage2": "python train_sft.py --stage 2",
     "runs/tiny/cold": "python train_sft.py --stage cold",
+    "runs/base/start": "python tiny.py --data runs/base/rooms/train runs/tiny/rooms/train --out runs/base/start",
+    "runs/base/rooms": "python scenes.py --tasks base --out runs/base/rooms --scenes 24000 --test-scenes 400 --seed 1",
     "runs/tiny/rooms": "python scenes.py --out runs/tiny/rooms",
-    "runs/tiny/base": "python tiny.py --data runs/tiny/rooms/train --out runs/tiny/base",
 }
 SMOKE = {"1": 4, "2": 4, "cold": 4, "grpo": 1}  # optimizer steps of --smoke
 
@@ -166,10 +173,9 @@ def commands(args):
         rooms, data = out / "rooms", out / "rooms" / "train"
         scenes = ["--scenes", "40", "--test-scenes", "12"] if args.smoke else []
         yield None, "rooms", ["python", "scenes.py", "--out", rooms, "--seed", args.seed, *scenes]
-        yield None, "tiny model", ["python", "tiny.py", "--data", data, "--out", out / "base", "--seed", args.seed]
-        models, test = {"base": out / "base"}, ["--data", rooms / "test", "--blind-from", data]
+        models, test = {"base": args.model or os.path.relpath(Path(__file__).parent / BASE)}, ["--data", rooms / "test", "--blind-from", data]
     else:
-        data, models, test = Path(args.data), {"base": Path(args.model)}, ["--data", args.test]
+        data, models, test = Path(args.data), {"base": args.model}, ["--data", args.test]
 
     def train(stage, start, files, out, *more):
         script = ["grpo.py"] if stage == "grpo" else ["train_sft.py", "--stage", stage]
@@ -282,7 +288,7 @@ def main():
                         "data set's, or sampled from the model itself and kept where they end right")
     parser.add_argument("--smoke", action="store_true", help="hardly any steps: see that everything works")
     parser.add_argument("--fresh", action="store_true", help="delete what an earlier run left in --out first")
-    parser.add_argument("--model", help="preset paper: the directory of Qwen2.5-VL-3B-Instruct")
+    parser.add_argument("--model", help="directory to start from; preset paper: of Qwen2.5-VL-3B-Instruct (default: base)")
     parser.add_argument("--data", help="preset paper: the directory of SpatialLadder-26k")
     parser.add_argument("--test", help="preset paper: directory to evaluate on after each rung")
     args = parser.parse_args()

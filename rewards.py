@@ -158,7 +158,7 @@ def accuracy_reward(completions, sample):
     """
     if sample.question_type == "localization":
         return box_iou_reward(completions, sample)
-    parse, score = SCORES.get(sample.question_type, (lambda text: None, None))
+    parse, score = SCORES.get(sample.question_type.split(":")[0], (lambda text: None, None))
     truth = parse(sample.answer)
     if truth is None:
         raise UserError(f"{sample.where}: no accuracy reward for question_type {sample.question_type!r} with answer "
@@ -168,6 +168,7 @@ def accuracy_reward(completions, sample):
 
 
 SCORES = (dict.fromkeys(CHOICE_TYPES, (parse_choice, str.__eq__))
-          | dict.fromkeys(NUMBER_TYPES, (parse_number, mean_relative_accuracy)))
+          | dict.fromkeys(NUMBER_TYPES, (parse_number, mean_relative_accuracy))
+          | {"chat": (str.strip, str.__eq__)})  # the last turn, word for word
 # Every reward that --reward-funcs can name: (completions, sample) -> as many floats. A new one needs its line here.
 REWARDS = {"format": format_reward, "accuracy": accuracy_reward, "box_iou": box_iou_reward}

@@ -120,15 +120,19 @@ def refuse_bad_values(parser, args):
 
 def need_inputs(args, ranks):
     """Make the tiny preset's rooms and random weights where they are missing; name the command for a missing rung."""
-    given = (*args.data, *(vars(args).get("replay") or ()), args.model)  # GRPO replays nothing
+    given = [*args.data, *(vars(args).get("replay") or ()), args.model]  # GRPO replays nothing
+    todo = []
     for made, command in MADE_BY.items():
         inputs = [path for path in given if Path(path).is_relative_to(made)]
         complete = Path(made) / ("meta.json" if made.endswith("rooms") else "config.json")
         if not inputs or ranks.gather(complete.is_file())[0]:  # rank 0 decides for all: it may be quick to make it
             continue
-        script, *flags = shlex.split(command)[1:]
-        if script not in ("scenes.py", "tiny.py"):
+        words = shlex.split(command)[1:]
+        if words[0] not in ("scenes.py", "tiny.py"):
             raise UserError(f"{made}: no model there yet; make it with: {command}")
+        todo.append((made, command, words))
+        given += words
+    for made, command, (script, *flags) in reversed(todo):
         ranks.print(f"$ {command}")
         failed = ranks.rank == 0 and subprocess.run([sys.executable, Path(__file__).parent / script, *flags]).returncode
         if ranks.gather(failed)[0]:

@@ -6,321 +6,45 @@
 Three of four rooms are compact and pictured by four cameras, one at each wall: every picture gives localization and
 single-image rows, the four together multi-view rows. Every fourth room is of any size and filmed from a moving camera:
 video rows. All answers are computed from the 3D scene, all boxes from the visible pixels.
-
-Room coordinates: x and y along the walls from a corner, z up, meters. On the floor a camera has things `right` and
-`ahead` of it. Boxes [x1, y1, x2, y2] cover pixel columns x1 to x2-1 and rows y1 to y2-1: x2 - x1 is the width.
 """
 import argparse
-import io
 import itertools
 import json
 import math
 import multiprocessing
 import os
 import shutil
-import struct
 import tempfile
 from collections import Counter, namedtuple
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
+from base_tasks import kinds, name, talk
 from data import Sample, prompt_text
 from rewards import UserError
+from rooms import (CAST, DIFFICULTY, FIELD_OF_VIEW, FURNITURE, SIZE, TRIES, ground, jpeg, make_room, mjpeg_avi, render)
 from runtime import Parser, main_guard
 
 SPLITS = ("train", "val", "test")
-# Difficulty. Blind guessing earns little only where the range of a number is wide: hence the factors on sides.
-SIZE = 112  # side of a picture in pixels; a multiple of 28, a merged patch of the vision encoder
-CAST = 40  # the lens's colour cast at the edges in grey levels; the model, which has no absolute positions, can use it
-FIELD_OF_VIEW, EYE_HEIGHT, PITCH, CEILING = math.radians(64), 1.5, math.radians(15), 2.9
-DIFFICULTY = {  # least and most; flags of these names set them
-    "view_sides": (3.8, 5.0), "video_sides": (2.8, 9.5),  # walls in meters, log-uniform: distance
-    "view_categories": (2, 5), "video_categories": (4, 6),  # different categories in a room: number
-    "scale": (0.5, 1.6),  # factor on all sides of a thing: size
-}
-TRIES = 1000  # rooms drawn before one of a kind is called impossible
-EASY, REPEATS = 0.3, 0.9  # share of training rooms with views that hold one thing; of rooms with a category 2 to 4 times
-STRETCH = (0.85, 1.18)  # factors on each side of a thing
-GAP, CLEARANCE, WALL = 0.15, 0.75, 0.03  # meters from things to things, cameras and walls
-VIEWS, FRAMES, FRAMES_PER_SECOND, AVI_SHARE = 4, 8, 2, 1 / 6
+FILES = {"ladder": {kind: f"spld_{kind}_data.jsonl" for kind in ("grounding", "spatial", "coldstart")},
+         "base": {"base": "base_data.jsonl"}}  # kinds of rows -> their files
+FRAMES_PER_SECOND, AVI_SHARE = 2, 1 / 6
+EASY = 0.3  # share of training rooms with views that hold one thing
 SIZE_SHARE, COUNT_ONE = 0.25, 0.12  # share of size questions kept; chance to count a category of one if none has more
-# A question may name what shows this share of the picture's pixels and sides, and of its own pixels, where others
-# hide the rest, and has this share of its projected rectangle inside the picture.
-MIN_PIXELS, MIN_SIDE, MIN_RATIO, MIN_INSIDE = 0.005, 0.06, 0.5, 0.6
 # Margins that make answers unambiguous: meters to the second nearest, meters and picture widths between left and
 # right (front and back), degrees to a sector's edge; closer things than MIN_DISTANCE have no distance asked.
 NEAREST_MARGIN, SIDE_MARGIN, COLUMN_MARGIN, ANGLE_MARGIN, MIN_DISTANCE = 0.3, 0.35, 0.04, 15, 0.2
 # How often a type comes before others: the more, the fewer rooms allow it; the last two, of video only, always.
 WEIGHTS = {"object size": 2, "absolute distance": 3, "relative direction": 4, "relative distance": 8,
            "object count": 12, "room size": 1e9, "appearance order": 1e9}
-
-# colour, (width, depth, height) in meters, solids (sides, x, y0, y1, z0, z1, taper, tint) that fill a unit box: from -x
-# to x, y0 to y1, z0 to z1; 4 sides are the rectangle, 8 the octagon in it; taper scales the top face, tint the colour.
-FURNITURE = {
-    "chair": ((215, 50, 45), (.65, .65, 1.05), [
-        (4, .5, -.5, .5, .4, .52, 1, 1), (4, .5, .32, .5, .52, 1, 1, 1), (4, .36, -.36, .36, 0, .4, 1, .7)]),
-    "table": ((150, 95, 45), (1.2, .8, .75), [
-        (4, .5, -.5, .5, .84, 1, 1, 1), (4, .15, -.25, .25, .08, .84, 1, .8), (4, .4, -.3, .3, 0, .08, 1, .8)]),
-    "sofa": ((45, 75, 215), (1.5, .8, .85), [(4, .5, -.5, .5, 0, .5, 1, 1), (4, .5, .2, .5, .5, 1, 1, .9)]),
-    "bed": ((245, 140, 185), (1, 1.6, .8), [
-        (4, .5, -.5, .42, 0, .55, 1, 1), (4, .5, .42, .5, 0, 1, 1, .8), (4, .35, .15, .38, .55, .7, 1, 1.25)]),
-    "cabinet": ((130, 50, 165), (.8, .55, 1.35), [(4, .5, -.5, .5, 0, 1, 1, 1)]),
-    "lamp": ((245, 215, 50), (.6, .6, 1.35), [
-        (8, .5, -.5, .5, .55, 1, .5, 1), (8, .1, -.1, .1, .06, .55, 1, .6), (8, .35, -.35, .35, 0, .06, 1, .6)]),
-    "plant": ((50, 165, 55), (.75, .75, 1.1), [
-        (8, .5, -.5, .5, .35, 1, .35, 1), (8, .25, -.25, .25, 0, .35, 1.3, .55)]),
-    "bin": ((45, 45, 50), (.6, .6, .8), [(8, .36, -.36, .36, 0, .9, 1.25, 1), (8, .5, -.5, .5, .9, 1, 1, 1.6)]),
-}
-LIGHT = np.array([0.45, 0.2, 0.87])  # unit vector towards it
 DIAGONALS = ("left-front", "left-back", "right-front", "right-back")
 
-# name, (2,) center, yaw, (3,) width, depth and height, (4, 2) corners on the floor, counter-clockwise: a yawed box
-Thing = namedtuple("Thing", "name center yaw dims footprint")
-# a convex part of a thing, points p with normals (K, 3) @ p <= offsets (K,); (K, 3) shaded colours; (V, 3) vertices
-Solid = namedtuple("Solid", "normals offsets colours vertices")
-# place on the floor and heading, counter-clockwise from the x axis, radians
-Camera = namedtuple("Camera", "x y yaw")
-# (2,) walls' lengths in whole decimeters, things, their solids, (N, N) distances of things in meters, cameras, and
-# (3, 2, 3) colours of the walls x = 0 and x = width, y = 0 and y = depth, of floor and ceiling
-Room = namedtuple("Room", "sides things solids gaps cameras tints")
-# one thing in one picture: box of the visible pixels or None, their share in what the thing would show if it stood
-# alone in the room, whether that is enough to name it in a question
-Sight = namedtuple("Sight", "box ratio clear")
 # what questions are asked of: a room; Sights by picture and thing; what a picture is called ("", "view", "frame");
 # things that may be named, being clear somewhere and the only ones of their category; {thing: number from 1 of the
 # first picture that shows it clearly}; (N, 2) decimeters right and ahead of the first camera; that camera
 World = namedtuple("World", "room sights word named first places camera")
-
-
-# ---------------------------------------------------------------------------------------------------- geometry
-def make_thing(name, center, yaw, dims):
-    """A thing with its footprint.
-
-    >>> make_thing("bin", (2, 1), 0, (1, 0.5, 0.7)).footprint.tolist()
-    [[1.5, 0.75], [2.5, 0.75], [2.5, 1.25], [1.5, 1.25]]
-    """
-    c, s = math.cos(yaw), math.sin(yaw)
-    corners = np.array([[-.5, -.5], [.5, -.5], [.5, .5], [-.5, .5]]) * dims[:2] @ [[c, s], [-s, c]] + center
-    return Thing(name, np.asarray(center), yaw, np.asarray(dims), corners)
-
-
-def build(thing):
-    """The solids of a thing: its category's unit box scaled to dims, turned by yaw, moved to center."""
-    colour, _, parts = FURNITURE[thing.name]
-    c, s = math.cos(thing.yaw), math.sin(thing.yaw)
-    solids = []
-    for sides, x, y0, y1, z0, z1, taper, tint in parts:
-        angles = (np.arange(sides) + (sides == 4) / 2) * 2 * math.pi / sides
-        rim = np.stack([np.cos(angles), np.sin(angles)], 1) * (math.sqrt(0.5) if sides == 4 else 0.5)  # (n, 2)
-        mid, span = np.array([0, y0 + y1]) / 2, np.array([2 * x, y1 - y0])
-        bottom, top = (np.c_[(mid + rim * span * scale) * thing.dims[:2] @ [[c, s], [-s, c]] + thing.center,
-                             np.full(sides, z * thing.dims[2])] for scale, z in ((1, z0), (taper, z1)))  # (n, 3)
-        normals = np.cross(np.roll(bottom, -1, 0) - bottom, top - bottom)
-        normals = np.r_[normals / np.linalg.norm(normals, axis=1, keepdims=True), [[0, 0, 1], [0, 0, -1]]]
-        offsets = np.r_[(normals[:-2] * bottom).sum(1), top[0, 2], -bottom[0, 2]]
-        shade = tint * (0.65 + 0.4 * np.maximum(normals @ LIGHT, -0.5))
-        solids.append(Solid(normals, offsets, shade[:, None] * colour, np.r_[bottom, top]))
-    return solids
-
-
-def polygon_distance(a, b):
-    """Distance of two convex polygons (V, 2), counter-clockwise; 0 if they meet.
-
-    All things are upright prisms on the floor: this is the distance of their closest points in 3D, exactly.
-
-    >>> square = np.array([[0, 0], [1, 0], [1, 1], [0, 1.]])
-    >>> polygon_distance(square, square + [4, 5]), polygon_distance(square, square / 2)
-    (5.0, 0.0)
-    """
-    best, separated = math.inf, False
-    for p, q in ((a, b), (b, a)):
-        edges = p[np.arange(1, len(p) + 1) % len(p)] - p  # (P, 2)
-        offsets = q[:, None] - p  # (Q, P, 2)
-        along = (offsets * edges).sum(2) / np.maximum((edges * edges).sum(1), 1e-12)
-        apart = offsets - np.minimum(np.maximum(along, 0), 1)[..., None] * edges  # from the nearest point of each edge
-        best = min(best, (apart * apart).sum(2).min())
-        outside = offsets[..., 0] * edges[:, 1] - offsets[..., 1] * edges[:, 0]
-        separated |= bool((outside.min(0) > 0).any())  # all of q lies beyond one edge of p
-    return math.sqrt(best) if separated else 0.0
-
-
-def ground(camera, point):
-    """(right, ahead) in meters of a point (2,) on the floor.
-
-    >>> ground(Camera(1, 0, 0), (3, 4))
-    (-4.0, 2.0)
-    """
-    dx, dy, c, s = point[0] - camera.x, point[1] - camera.y, math.cos(camera.yaw), math.sin(camera.yaw)
-    return float(dx * s - dy * c), float(dx * c + dy * s)
-
-
-def make_cameras(rng, sides, video):
-    """Four cameras at the walls looking inwards, in turn round the room; or 8 on a path that pans and walks."""
-    if video:
-        a, b = rng.uniform(0.15, 0.85, (2, 2)) * sides
-        b = a + (b - a) * min(1, rng.uniform(0, 2) / np.linalg.norm(b - a))  # a walk of at most 2 m
-        inwards = sides - a - b  # the middle of the path looks this way
-        yaw, sweep = math.atan2(inwards[1], inwards[0]), rng.choice([1, -1]) * math.radians(rng.uniform(110, 210))
-        return [Camera(*(a + (b - a) * t), yaw + sweep * (t - 0.5)) for t in np.linspace(0, 1, FRAMES)]
-    cameras, start, turn = [], int(rng.integers(VIEWS)), int(rng.choice([1, -1]))
-    for wall in range(start, start + turn * VIEWS, turn):
-        c, s = np.cos(wall * math.pi / 2), np.sin(wall * math.pi / 2)  # looking this way, from the wall behind
-        back, aside = abs(sides @ [c, s]) / 2 - 0.2, rng.uniform(-0.3, 0.3)
-        cameras.append(Camera(*(sides / 2 - back * np.array([c, s]) + aside * np.array([-s, c])),
-                              wall * math.pi / 2 + rng.uniform(-0.1, 0.1)))
-    return cameras
-
-
-def fits(thing, things, cameras, sides):
-    """Whether a thing is inside the walls, apart from all others and not in a camera's face."""
-    if thing.footprint.min() < WALL or (sides - thing.footprint.max(0)).min() < WALL:
-        return False
-    for camera in cameras:  # its distance from the footprint, in the thing's own coordinates
-        beyond = np.abs(ground(Camera(*thing.center, thing.yaw), camera)) - thing.dims[1::-1] / 2
-        if math.hypot(*np.maximum(beyond, 0)) < CLEARANCE:
-            return False
-    return all(polygon_distance(other.footprint, thing.footprint) >= GAP for other in things)
-
-
-def make_room(rng, video, easy=False, difficulty=DIFFICULTY):
-    """A furnished room and its cameras; drawn anew until it holds the least number of categories, one if easy."""
-    walls, categories = (difficulty[f"{'video' if video else 'view'}_{what}"] for what in ("sides", "categories"))
-    (least, most), (small, large) = (1, 1) if easy else categories, difficulty["scale"]
-    for _ in range(TRIES):
-        sides = np.round(np.exp(rng.uniform(*np.log(walls), 2)), 1)
-        cameras, things = make_cameras(rng, sides, video), []
-        names = rng.permutation(list(FURNITURE))[:rng.integers(least, most + 1)].tolist()
-        if rng.random() < REPEATS and not easy:
-            names[:1] *= min(4, int(rng.integers(2, 7)))  # most are 4: not all will fit
-        for name in names:
-            scale = small * (large / small) ** rng.beta(0.5, 0.5)  # the ends are likelier than the middle
-            dims = scale * np.exp(rng.uniform(*np.log(STRETCH), 3)) * FURNITURE[name][1]
-            for _ in range(30):  # tries
-                thing = make_thing(name, rng.uniform(0, sides), rng.uniform(0, 2 * math.pi), dims)
-                if fits(thing, things, cameras, sides):
-                    things.append(thing)
-                    break
-        if len({t.name for t in things}) >= least:
-            break
-    else:
-        raise UserError(f"{least} categories of scale {small} to {large} do not fit between walls of {walls} meters")
-    gaps = np.zeros((len(things), len(things)))
-    for a, b in itertools.combinations(range(len(things)), 2):
-        gaps[a, b] = gaps[b, a] = polygon_distance(things[a].footprint, things[b].footprint)
-    shades = np.array([[0.85, 0.95], [1, 0.9], [rng.uniform(0.65, 0.9), 1.2]]) * rng.uniform(150, 205)
-    tints = (shades[..., None] + rng.uniform(-14, 14, (3, 1, 3))).astype(np.float32)
-    return Room(sides, things, [build(t) for t in things], gaps, cameras, tints)
-
-
-# ---------------------------------------------------------------------------------------------------- pictures
-@lru_cache
-def pixel_rays(size):
-    """(3, size, size): through the centre of each pixel, in camera coordinates right, down, forward = 1."""
-    u = (np.arange(size) + 0.5 - size / 2) / (size / 2 / math.tan(FIELD_OF_VIEW / 2))
-    return np.stack([*np.meshgrid(u, u), np.ones((size, size))]).astype(np.float32)
-
-
-@lru_cache
-def lens_cast(size, cast):
-    """(size, size, 3) grey levels to add: redder and less blue to the right, greener downwards."""
-    ramp = np.broadcast_to(np.linspace(-cast, cast, size), (size, size))
-    return np.stack([ramp, ramp.T, -ramp], 2).astype(np.float32)
-
-
-def cast_rays(solid, origin, rays):
-    """Where rays (3, P) from origin enter a solid: ray lengths (P,), inf for a miss, and the face's number (P,)."""
-    reach = (solid.offsets - solid.normals @ origin).astype(np.float32)[:, None]  # (K, 1)
-    facing = solid.normals.astype(np.float32) @ rays  # (K, P)
-    front = reach[:, 0] < 0  # the origin is beyond these planes: a hit must enter through them all
-    with np.errstate(divide="ignore"):
-        enter = np.where(facing[front] < 0, reach[front] / facing[front], np.inf)  # (F, P)
-        leave = np.where(facing[~front] > 0, reach[~front] / facing[~front], np.inf).min(0)  # (P,)
-    face = enter.argmax(0)
-    enter = enter[face, np.arange(len(face))]
-    return np.where(enter < leave, enter, np.inf), np.flatnonzero(front)[face]
-
-
-def render(room, camera, size=SIZE, cast=CAST):
-    """Picture (size, size, 3) uint8, ids (size, size) of the things seen + 1, 0 for none, and a Sight of each thing.
-
-    Each solid is met only with the rays of the rectangle around its projected vertices; a depth buffer decides.
-    """
-    c, s, cp, sp = math.cos(camera.yaw), math.sin(camera.yaw), math.cos(PITCH), math.sin(PITCH)
-    basis = np.array([[s, -c, 0], [-c * sp, -s * sp, -cp], [c * cp, s * cp, -sp]])  # rows right, down, forward
-    origin, focal = np.array([camera.x, camera.y, EYE_HEIGHT]), size / 2 / math.tan(FIELD_OF_VIEW / 2)
-    rays = np.tensordot(basis.astype(np.float32), pixel_rays(size), (0, 0))  # (3, size, size) in room coordinates
-    far, ahead = np.array([*room.sides, CEILING]), rays > 0
-    with np.errstate(divide="ignore"):  # the room from inside: along each axis the plane ahead
-        walls = np.where(ahead, (far - origin)[:, None, None], -origin[:, None, None]).astype(np.float32) / rays
-    axis = walls.argmin(0)
-    image = room.tints.reshape(6, 3)[2 * axis + np.take_along_axis(ahead, axis[None], 0)[0]]
-    depth, ids, alone, inside = np.full((size, size), np.inf, np.float32), np.zeros((size, size), np.uint8), [], []
-    for number, solids in enumerate(room.solids, 1):
-        mask, low, high = np.zeros((size, size), bool), np.full(2, np.inf), np.full(2, -np.inf)
-        for solid in solids:
-            right, down, forward = basis @ (solid.vertices - origin).T  # (V,) each
-            if forward.max() < 0.1:
-                continue
-            if forward.min() < 0.1:  # reaches behind the camera: may show anywhere
-                x0, y0, x1, y1 = -size, -size, 2 * size, 2 * size
-            else:
-                u, v = size / 2 + focal * right / forward, size / 2 + focal * down / forward
-                x0, y0, x1, y1 = math.floor(u.min()), math.floor(v.min()), math.ceil(u.max()), math.ceil(v.max())
-            low, high = np.minimum(low, (x0, y0)), np.maximum(high, (x1, y1))
-            window = slice(max(y0, 0), max(y1, 0)), slice(max(x0, 0), max(x1, 0))
-            if (here := rays[:, *window]).size:
-                t, face = (a.reshape(here.shape[1:]) for a in cast_rays(solid, origin, here.reshape(3, -1)))
-                mask[window] |= t < np.inf
-                nearer = t < depth[window]
-                depth[window][nearer], ids[window][nearer] = t[nearer], number
-                image[window][nearer] = solid.colours[face[nearer]]
-        alone.append(int(mask.sum()))
-        inside.append(np.prod(np.clip(high, 0, size) - np.clip(low, 0, size)) / np.prod(high - low) if alone[-1] else 0)
-    image = np.clip(image + lens_cast(size, cast), 0, 255).astype(np.uint8)
-    return image, ids, [look(ids == k + 1, alone[k], inside[k]) for k in range(len(alone))]
-
-
-def look(mask, alone, inside):
-    """Sight of the thing with visible pixels mask (size, size).
-    >>> look(np.pad(np.ones((2, 3), bool), 4), 12, 1.0)
-    Sight(box=(4, 4, 7, 6), ratio=0.5, clear=True)
-    """
-    columns, rows = np.flatnonzero(mask.any(0)).tolist(), np.flatnonzero(mask.any(1)).tolist()
-    if not rows:
-        return Sight(None, 0.0, False)
-    box, pixels = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1), int(mask.sum())
-    side = min(box[2] - box[0], box[3] - box[1])
-    return Sight(box, pixels / alone, pixels >= MIN_PIXELS * mask.size and side >= MIN_SIDE * len(mask)
-                 and pixels >= MIN_RATIO * alone and bool(inside >= MIN_INSIDE))
-
-
-def jpeg(image):
-    out = io.BytesIO()
-    Image.fromarray(image).save(out, "JPEG", quality=95, subsampling=0)
-    return out.getvalue()
-
-
-def mjpeg_avi(frames, size, fps):
-    """An .avi file (RIFF, one MJPEG stream) of jpeg pictures, all bytes."""
-    def chunk(name, *data):
-        data = b"".join(data)
-        return name + struct.pack("<I", len(data)) + data + b"\0" * (len(data) % 2)
-
-    count, largest = len(frames), max(map(len, frames))
-    main = struct.pack("<14I", 1_000_000 // fps, largest * fps, 0, 0x10, count, 0, 1, largest, size, size, 0, 0, 0, 0)
-    stream = struct.pack("<4s4sI2H8I4H", b"vids", b"MJPG", 0, 0, 0, 0, 1, fps, 0, count, largest, 2**32 - 1, 0,
-                         0, 0, size, size)
-    picture = struct.pack("<IiiHH4sIiiII", 40, size, size, 1, 24, b"MJPG", size * size * 3, 0, 0, 0, 0)
-    data = [chunk(b"00dc", frame) for frame in frames]
-    starts = itertools.accumulate(map(len, data), initial=4)
-    index = [struct.pack("<4s3I", b"00dc", 0x10, start, len(frame)) for start, frame in zip(starts, frames)]
-    headers = chunk(b"LIST", b"strl", chunk(b"strh", stream), chunk(b"strf", picture))
-    return chunk(b"RIFF", b"AVI ", chunk(b"LIST", b"hdrl", chunk(b"avih", main), headers),
-                 chunk(b"LIST", b"movi", *data), chunk(b"idx1", *index))
 
 
 # ---------------------------------------------------------------------------------------------------- questions
@@ -334,7 +58,7 @@ def make_world(room, sights, word, camera):
 
 
 def names(world, things):
-    return [world.room.things[k].name for k in things]
+    return [name(world, k) for k in things]
 
 
 def describe(world, things):
@@ -343,7 +67,7 @@ def describe(world, things):
     for k in things:
         number, (x, y) = world.first[k], world.places[k].tolist()
         picture, box = world.word and f"{world.word} {number} ", [*world.sights[number - 1][k].box]
-        parts.append(f"{world.room.things[k].name} {picture}{box} "
+        parts.append(f"{name(world, k)} {picture}{box} "
                      f"{'left' if x < 0 else 'right'} {abs(x)} {'behind' if y < 0 else 'ahead'} {abs(y)}.")
     return " ".join(parts)
 
@@ -458,22 +182,71 @@ def ask(rng, world, function, texts):
 
 
 # ---------------------------------------------------------------------------------------------------- files
-def make_files(seed, split, index, size=SIZE, cast=CAST, difficulty=DIFFICULTY):
-    """One room's files {name: bytes} and rows {"grounding", "spatial", "coldstart": list of dicts}.
+def make_files(seed, split, index, size=SIZE, cast=CAST, difficulty=DIFFICULTY, tasks="ladder"):
+    """One room's files {name: bytes} and rows {"grounding", "spatial", "coldstart": list of dicts}, or {"base": ...}.
 
-    A pure function of its arguments."""
-    rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(SPLITS.index(split), index)))
-    folder, video, ids = f"room{index:05d}", index % 4 == 3, itertools.count(100 * index)
-    files, rows = {}, {"grounding": [], "spatial": [], "coldstart": []}
+    A pure function of its arguments. The rooms of the base are none of the ladder's, whatever their seeds."""
+    stream = SPLITS.index(split) + len(SPLITS) * (tasks == "base")
+    rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(stream, index)))
+    folder, video, files = f"room{index:05d}", index % 4 == 3, {}
+
+    easy = split == "train" and not video and rng.random() < EASY
+    for _ in range(TRIES):
+        room = make_room(rng, video, easy, difficulty)
+        pictures, ids, sights = zip(*(render(room, camera, size, cast) for camera in room.cameras))
+        world = make_world(room, sights, "frame" if video else "view", room.cameras[0])
+        if not video or ask(rng, world, *TYPES["video"]["appearance order"]):  # a path worth filming
+            break
+    else:
+        raise UserError(f"no video with an order of appearance in {TRIES} rooms of this difficulty {difficulty}")
+    frames = [jpeg(picture) for picture in pictures]
+    if video and rng.random() < AVI_SHARE:
+        files[f"{folder}/video.avi"] = mjpeg_avi(frames, size, FRAMES_PER_SECOND)
+    else:
+        files |= {f"{folder}/{world.word}{i}.jpg": frame for i, frame in enumerate(frames)}
+    parts = [(world, [*files], ids)]  # what rows are made of: all pictures together, and each view by itself
+    if not video:
+        parts += [(make_world(room, [sight], "", camera), [file], [shown])
+                  for file, camera, sight, shown in zip(files, room.cameras, sights, ids)]
+    if tasks == "base":
+        return files, {"base": [row for part in parts for row in base_rows(rng, *part, split)]}
+    return files, ladder_rows(rng, parts, itertools.count(100 * index), easy)
+
+
+def base_rows(rng, world, images, ids, split):
+    """A chat about some pictures; of held-out ones a row for each question, so that each answer is scored by itself."""
+    media = [{"type": "image", "image": path} for path in images]
+    if world.word == "frame":
+        media = [{"type": "video", "video": images if len(images) > 1 else images[0]}]
+    turns = talk(rng, world, ids) if seen(world) else []  # of a picture that shows nothing there is nothing to say
+
+    def said(question, answer, *media):
+        return [{"role": "user", "content": [*media, {"type": "text", "text": question}]},
+                {"role": "assistant", "content": answer}]
+
+    if split != "train":
+        return [{"messages": said(*turn, *media), "question_type": task, "shown": seen(world)} for task, *turn in turns]
+    chat = [message for i, (_, *turn) in enumerate(turns) for message in said(*turn, *(media if i == 0 else ()))]
+    return [{"messages": chat, "shown": seen(world)}] if chat else []
+
+
+def seen(world):
+    """The most things that a picture shows."""
+    return max(sum(sight.box is not None for sight in picture) for picture in world.sights)
+
+
+def ladder_rows(rng, parts, ids, easy):
+    """Rows in SpatialLadder-26k's formats. parts: see make_files. ids: numbers of the rows."""
+    rows = {"grounding": [], "spatial": [], "coldstart": []}
 
     def locate(world, row, things):
         """A localization row: the boxes of the things in the order in which the question names them."""
-        boxes = [{"bbox_2d": [*world.sights[0][k].box], "label": world.room.things[k].name} for k in things]
-        shown = sum(sight.box is not None for sight in world.sights[0])
-        rows["grounding"].append(row | {"answer": boxes, "shown": shown})
+        boxes = [{"bbox_2d": [*world.sights[0][k].box], "label": name(world, k)} for k in things]
+        rows["grounding"].append(row | {"answer": boxes, "shown": seen(world)})
 
-    def add(world, images, data_type, number):
-        """Rows of `number` types that the world has a question of."""
+    for world, images, _ in parts[1:] + parts[:1]:  # views first
+        data_type, number = {"": ("single_image", 2), "frame": ("video", 4), "view": ("multi_view", 1 if easy else 2)}[
+            world.word]
         types = sorted(TYPES[data_type], key=lambda t: rng.exponential(1 / WEIGHTS[t]))
         asked = ((t, ask(rng, world, *TYPES[data_type][t])) for t in types)
         for question_type, made in itertools.islice((pair for pair in asked if pair[1]), number):
@@ -494,36 +267,11 @@ def make_files(seed, split, index, size=SIZE, cast=CAST, difficulty=DIFFICULTY):
                 sample = Sample("scenes.py", "", text, question_type, answer, tuple(options or ()))
                 rows["coldstart"].append(row | {"solution": f"<think>{chain}</think><answer>{answer}</answer>",
                                                 "prompt": prompt_text(sample, "thinking")})
-
-    easy = split == "train" and not video and rng.random() < EASY
-    for _ in range(TRIES):
-        room = make_room(rng, video, easy, difficulty)
-        pictures, _, sights = zip(*(render(room, camera, size, cast) for camera in room.cameras))
-        world = make_world(room, sights, "frame" if video else "view", room.cameras[0])
-        if not video or ask(rng, world, *TYPES["video"]["appearance order"]):  # a path worth filming
-            break
-    else:
-        raise UserError(f"no video with an order of appearance in {TRIES} rooms of this difficulty {difficulty}")
-    frames = [jpeg(picture) for picture in pictures]
-    if video and rng.random() < AVI_SHARE:
-        files[f"{folder}/video.avi"] = mjpeg_avi(frames, size, FRAMES_PER_SECOND)
-    else:
-        files |= {f"{folder}/{world.word}{i}.jpg": frame for i, frame in enumerate(frames)}
-    if video:
-        add(world, list(files), "video", 4)
-    else:
-        for name, camera, sight in zip(files, room.cameras, sights):
-            view = make_world(room, [sight], "", camera)
-            add(view, [name], "single_image", 2)
-            # and where everything is of the kinds that are wholly clear, kind by kind from left to right
-            seen = sorted((k for k, one in enumerate(sight) if one.box), key=lambda k: sight[k].box)
-            unclear = {room.things[k].name for k in seen if not sight[k].clear}
-            if kinds := rng.permutation(sorted({room.things[k].name for k in seen} - unclear)).tolist():
-                row = {"question_id": next(ids), "question": f"Where in the picture: {', '.join(kinds)}?"}
-                locate(view, row | {"image": [name], "data_type": "single_image"},
-                       [k for kind in kinds for k in seen if room.things[k].name == kind])
-        add(world, list(files), "multi_view", 1 if easy else 2)
-    return files, rows
+        if data_type == "single_image" and (clear := kinds(world)):  # and where everything is of the kinds wholly clear
+            order = rng.permutation([*clear]).tolist()
+            locate(world, {"question_id": next(ids), "question": f"Where in the picture: {', '.join(order)}?",
+                           "image": images, "data_type": data_type}, [k for kind in order for k in clear[kind]])
+    return rows
 
 
 def save_room(job):
@@ -536,14 +284,16 @@ def save_room(job):
     return rows
 
 
-def write_rooms(out, scenes, seed, test_scenes=640, size=SIZE, cast=CAST, processes=None, **difficulty):
-    """Write out/{train,val,test}/spld_{grounding,spatial,coldstart}_data.jsonl (cold start: train only), images/
-    roomNNNNN/{view0..3.jpg, frame0..7.jpg, video.avi} and out/meta.json: `scenes` training rooms, `test_scenes` test
-    rooms, half as many for validation. Built beside and renamed; does nothing where out holds this very request.
-    `difficulty` are pairs in place of those of DIFFICULTY. UserError for what cannot be made or written.
+def write_rooms(out, scenes, seed, test_scenes=640, size=SIZE, cast=CAST, processes=None, tasks="ladder", **difficulty):
+    """Write out/{train,val,test}/spld_{grounding,spatial,coldstart}_data.jsonl (cold start: train only), or with tasks
+    "base" base_data.jsonl, images/roomNNNNN/{view0..3.jpg, frame0..7.jpg, video.avi}, and out/meta.json: `scenes`
+    training rooms, `test_scenes` test rooms, half as many for validation. Built beside and renamed; does nothing where
+    out holds this very request. `difficulty` are pairs in place of those of DIFFICULTY. UserError for what cannot be
+    made or written.
     """
     difficulty = {name: [*difficulty.get(name, pair)] for name, pair in DIFFICULTY.items()}
-    out, request = Path(out), dict(difficulty, scenes=scenes, test_scenes=test_scenes, seed=seed, size=size, cast=cast)
+    out, request = Path(out), dict(difficulty, scenes=scenes, test_scenes=test_scenes, seed=seed, size=size, cast=cast,
+                                   tasks=tasks)
     for name in ("scenes", "test_scenes", "seed", "cast", "size"):
         if request[name] < 0 or name == "size" and size % 28 + (size == 0):
             raise UserError(f"--{name.replace('_', '-')} is {request[name]}, expected "
@@ -567,14 +317,15 @@ def write_rooms(out, scenes, seed, test_scenes=640, size=SIZE, cast=CAST, proces
         with multiprocessing.Pool(processes) as pool:
             for split, rooms in zip(SPLITS, (scenes, test_scenes // 2, test_scenes)):
                 folder = beside / split
-                jobs = [(folder / "images", (seed, split, index, size, cast, difficulty)) for index in range(rooms)]
+                jobs = [(folder / "images", (seed, split, index, size, cast, difficulty, tasks)) for index in range(rooms)]
                 folder.mkdir()
                 made = list(tqdm(pool.imap(save_room, jobs, 4), f"{split} rooms", rooms, mininterval=1))
-                for kind in ("grounding", "spatial") + ("coldstart",) * (split == "train"):
+                for kind, file in FILES[tasks].items():
                     rows = [row for room in made for row in room[kind]]
-                    if kind == "grounding":  # from pictures of one thing to those of many: a curriculum, read in order
+                    if kind in ("base", "grounding"):  # from pictures of one thing to those of many: a curriculum
                         rows.sort(key=lambda row: row.pop("shown"))
-                    (folder / f"spld_{kind}_data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+                    if kind != "coldstart" or split == "train":
+                        (folder / file).write_text("".join(json.dumps(row) + "\n" for row in rows))
         (beside / "meta.json").write_text(json.dumps(request) + "\n")
         os.replace(beside, out)
     finally:
@@ -589,6 +340,8 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--size", type=int, default=SIZE, help="side of a picture in pixels, a multiple of 28")
     parser.add_argument("--cast", type=int, default=CAST, help="the lens's colour cast in grey levels, 0 for none")
+    parser.add_argument("--tasks", choices=tuple(FILES), default="ladder", help="rows of the ladder, or what its base "
+                        "learned before: plain talk (base_tasks.py) about other rooms")
     parser.add_argument("--processes", type=int, help="default: one per core")
     for name, pair in DIFFICULTY.items():
         parser.add_argument(f"--{name.replace('_', '-')}", nargs=2, type=type(pair[0]), default=pair,

@@ -1,6 +1,6 @@
 """A tiny model directory: Qwen2.5-VL's architecture with a few million random weights and a tokenizer of its own.
 
-    python tiny.py --data runs/tiny/rooms/train --out runs/tiny/base
+    python tiny.py --data runs/base/rooms/train runs/tiny/rooms/train --out runs/base/start
 
 Everything that makes the laptop ladder small is a value in the files written here; no other code knows of it.
 """
@@ -46,8 +46,11 @@ CHAT_TEMPLATE = (  # the chat format of data.Processor.example, for transformers
 def corpus(samples):
     """Every text the samples' conversations hold, and the numbers below 400 often enough to become tokens."""
     for sample in samples:
-        yield "user\n" + prompt_text(sample, style_of(sample))
-        yield answer_text(sample, style_of(sample), (1, 1))
+        if sample.messages:
+            yield from (role + "\n" + text for role, parts in sample.messages for text in parts if isinstance(text, str))
+        else:
+            yield "user\n" + prompt_text(sample, style_of(sample))
+            yield answer_text(sample, style_of(sample), (1, 1))
     for _ in range(len(samples) // 50):
         yield "system\n" + PROMPTS["system"] + " ".join(map(str, range(400)))
 
@@ -118,7 +121,7 @@ def write_model(out, source, tokenizer, max_pixels, seed):
 
 def main():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="folder with the jsonl files whose text the tokenizer learns")
+    parser.add_argument("--data", required=True, nargs="+", help="folders with the *_data.jsonl whose text the tokenizer learns")
     parser.add_argument("--out", required=True, help="model directory to write")
     parser.add_argument("--size", type=int, default=112, help="pictures are shown at most this wide and high")
     parser.add_argument("--seed", type=int, default=0)
@@ -127,11 +130,14 @@ def main():
     if (out / "config.json").is_file():
         print(f"{out}: there already")
         return
-    files = sorted(Path(args.data).glob("spld_*.jsonl"))
-    if not files:
-        raise UserError(f"{args.data}: no spld_*.jsonl in it; make rooms with: python scenes.py --out DIR")
+    samples = []
+    for folder in args.data:
+        files = sorted(Path(folder).glob("*_data.jsonl"))
+        if not files:
+            raise UserError(f"{folder}: no *_data.jsonl in it; make rooms with: python scenes.py --out DIR")
+        samples += [s for file in files for s in read_samples(file, file.parent / "images")]
 
-    tokenizer = train_tokenizer(corpus([s for file in files for s in read_samples(file, file.parent / "images")]))
+    tokenizer = train_tokenizer(corpus(samples))
     words = tokenizer.get_vocab_size()
     weights = write_model(out, CONFIG | {"vocab_size": words}, tokenizer, args.size**2, args.seed)
     print(f"wrote {out}: {weights:,} weights, {words} words")

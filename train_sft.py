@@ -1,6 +1,7 @@
 """Supervised fine-tuning: stage 1 (see), stage 2 (understand), the cold start (reason). One loop, stages are data.
 
     python train_sft.py --stage 1                                  # the tiny model on procedural rooms
+    python train_sft.py --stage base                               # hours: what the tiny model is before the ladder
     torchrun --nproc-per-node 4 train_sft.py --stage 2 --preset paper --model DIR --data FILE.jsonl --out DIR
 
 A row decides how it is asked and what is answered: boxes as JSON for a localization row, the bare answer for a

@@ -441,6 +441,7 @@ def test_saved_files(tmp_path, pair):
         assert set(file.keys()) == {name for name, _ in ours.named_parameters()}
         assert file.get_slice("model.embed_tokens.weight").get_dtype() == "BF16"
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted([*SIDE, "config.json", "model.safetensors"])
+    assert len({p.stat().st_mode for p in (tmp_path / "out").iterdir()}) == 1  # whoever reads the config reads the weights
 
 
 def test_saving_again_leaves_no_stale_shards(tmp_path, pair, monkeypatch):

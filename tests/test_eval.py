@@ -345,6 +345,23 @@ def test_an_unreadable_picture_or_video_names_its_row(name, broken, place, tiny_
     assert not (tmp_path / "out" / "predictions.jsonl").exists()
 
 
+def test_chats_are_scored_word_for_word(always, call, tmp_path):
+    """The last turn is asked for with those before it, and is right if it is the row's; by the type that rows give."""
+    def chat(answer, *before, **more):
+        return {"messages": [*before, {"role": "user", "content": "Count."}, {"role": "assistant", "content": answer}], **more}
+
+    earlier = {"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}
+    rows = [chat("C 4"), chat("C 5"), chat("C 4 ", *earlier, question_type="count"), chat("c 4", question_type="point")]
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    call(evaluation, "--model", always("C 4"), "--bench", tmp_path / "chat.jsonl", "--out", tmp_path / "out",
+         "--prompt-style", "direct", "--max-completion-length", 8)
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert {kind: part["score"] for kind, part in scores["types"].items()} == {
+        "chat": 0.5, "chat: count": 1.0, "chat: point": 0.0}
+    prompts = [row["prompt"] for row in read_rows(tmp_path / "out" / "predictions.jsonl")]
+    assert [prompt.count("Hello") for prompt in prompts] == [0, 0, 1, 0] and all("Hi" not in p for p in prompts[:2])
+
+
 def test_prompts_of_a_file_are_asked(asked, call, tmp_path):
     (tmp_path / "prompts.json").write_text('{"thinking choice": "Look.\\n{question}\\n{options}", "system": "Be brief."}')
     call(evaluation, *asked, "--prompt-style", "thinking", "--limit", 1, "--prompts", tmp_path / "prompts.json", "--out",

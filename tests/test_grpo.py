@@ -28,7 +28,7 @@ from grpo import (Group, group_advantages, group_batch, group_log_probs, kl_k3, 
 from model import generate, mrope_positions
 from rewards import UserError
 from runtime import recipe_settings
-from scenes import mjpeg_avi
+from rooms import mjpeg_avi
 
 KINDS = ("single_image", "multi_view", "video", "video file")
 LENGTHS = ((5, 9, 1, 7), (3, 2, 6, 6))  # of two groups' completions

@@ -124,7 +124,7 @@ COMMANDS = (
     (RL + " --data {spatial} --reward-weights nan 1", "--reward-weights is nan, expected 0 to inf"),
     (RL + " --data {spatial} --dry-run 99x80", "--prompts-per-step is 8, expected at least one for each of the 99 GPUs"),
     (RL + " --data {void}", "void.jsonl: no rows in it"),
-    (RL + " --data {chat}", "no accuracy reward for question_type 'chat'"),
+    (RL + " --data {typeless}", "no accuracy reward for question_type ''"),
     # evaluation
     ("eval.py --bench rooms --data {rooms} --out {out}", "--model is missing"),
     (EVAL + " --out {out}", "the following arguments are required: --bench"),
@@ -138,17 +138,18 @@ COMMANDS = (
     (EVAL + " --bench rooms --data {rooms}/test --out {out} --limits 3", "unknown argument --limits, did you mean --limit?"),
     (EVAL + " --bench rooms --data {rooms}/test --out {out} --num-frames 0", "--num-frames is 0, expected"),
     (EVAL + " --bench rooms --data {rooms}/test --out {out} --predictions {void}/none", "not readable"),
-    (EVAL + " --bench {chat} --out {out}", "there is nothing to score by"),
+    (EVAL + " --bench {typeless} --out {out}", "there is nothing to score by"),
     # beside the path
     ("ask.py {rooms}/none Where? {picture}", "not a model directory"),
     ("ask.py {model} Where? {rooms}/none.jpg", "none.jpg: not a readable picture"),
     ("ask.py {model} Where? {void}", "void.jsonl: not a readable picture"),
     ("ask.py {model}", "the following arguments are required: question"),
-    ("tiny.py --data {rooms} --out {out}", "no spld_*.jsonl in it"),
+    ("tiny.py --data {rooms} --out {out}", "no *_data.jsonl in it"),
     ("tiny.py --out {out}", "the following arguments are required: --data"),
     ("scenes.py", "the following arguments are required: --out"),
     ("scenes.py --out {out} --scenes -1", "--scenes is -1, expected"),
     ("scenes.py --out {out} --size 100", "size"),
+    ("scenes.py --out {out} --tasks plain", "argument --tasks: invalid choice: 'plain'"),
     ("scenes.py --out {model} --scenes 4", "model"),
     ("check.py look {grounding}", "argument command: invalid choice: 'look'"),
     ("check.py check {grounding} --max-tokens 9", "--max-tokens needs --model"),
@@ -196,11 +197,11 @@ def places(rooms, tiny_model, tmp_path_factory):
     (folder / "void.jsonl").touch()
     (folder / "prompts.json").write_text('{"hello": "?"}')
     (folder / "slots.json").write_text('{"localize": "Boxes, please."}')
-    (folder / "chat.jsonl").write_text(json.dumps({"messages": [USER, SAID]}) + "\n")
+    (folder / "typeless.jsonl").write_text(json.dumps(ROW | {"answer": "yes", "solution": "It is."}) + "\n")
     train = rooms / "train"
     return {"rooms": rooms, "model": tiny_model, "rows": folder / "rows", "models": folder / "models",
             "void": folder / "void.jsonl", "prompts": folder / "prompts.json", "slots": folder / "slots.json",
-            "chat": folder / "chat.jsonl", "grounding": train / "spld_grounding_data.jsonl",
+            "typeless": folder / "typeless.jsonl", "grounding": train / "spld_grounding_data.jsonl",
             "spatial": train / "spld_spatial_data.jsonl", "cold": train / "spld_coldstart_data.jsonl",
             "picture": next((train / "images").glob("*/*.jpg"))}
 

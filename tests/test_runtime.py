@@ -268,11 +268,16 @@ def test_a_missing_rung_names_its_command(monkeypatch, call, tmp_path, script, f
 def test_a_bare_first_stage_makes_rooms_and_model(monkeypatch, call, tmp_path):
     """The first command a reader types needs nothing but the repository (fewer rooms here than its own)."""
     monkeypatch.chdir(tmp_path)
-    command = ladder.MADE_BY["runs/tiny/rooms"] + " --scenes 8 --test-scenes 2"
-    monkeypatch.setitem(ladder.MADE_BY, "runs/tiny/rooms", command)
+    for rooms in ("tiny", "base"):
+        command = ladder.MADE_BY[f"runs/{rooms}/rooms"].split(" --scenes")[0] + " --scenes 8 --test-scenes 2"
+        monkeypatch.setitem(ladder.MADE_BY, f"runs/{rooms}/rooms", command)
+    call(train_sft, "--stage", "base", "--max-steps", 1, "--batch-size", 2)
+    assert (tmp_path / "runs" / "base" / "model" / "config.json").is_file()
+    (tmp_path / "base").symlink_to(tmp_path / "runs" / "base" / "model")  # in place of the repository's
     call(train_sft, "--stage", "1", "--max-steps", 1, "--batch-size", 2)
     assert (tmp_path / "runs" / "tiny" / "stage1" / "config.json").is_file()
-    assert sorted(path.name for path in (tmp_path / "runs" / "tiny").iterdir()) == ["base", "rooms", "stage1"]
+    assert sorted(str(path) for path in Path("runs").glob("*/*")) == [
+        "runs/base/model", "runs/base/rooms", "runs/base/start", "runs/tiny/rooms", "runs/tiny/stage1"]
 
 
 def test_a_run_continues_only_as_it_began(monkeypatch, call, rooms, tiny_model, tmp_path, capsys):

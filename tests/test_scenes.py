@@ -1,4 +1,4 @@
-"""scenes.py: the answers, boxes and files of the rooms, recomputed from the stored 3D scene by other routes."""
+"""rooms.py and scenes.py: the answers, boxes and files of the rooms, recomputed from the stored 3D scene by other routes."""
 import io
 import itertools
 import json
@@ -12,8 +12,10 @@ from PIL import Image
 
 import scenes
 from rewards import UserError
+from rooms import (CAST, CEILING, DIFFICULTY, FURNITURE, GAP, SIZE, jpeg, make_room, make_thing, mjpeg_avi,
+                   polygon_distance, render)
 from runtime import main_guard
-from scenes import CAST, FURNITURE, SIZE, TYPES
+from scenes import TYPES
 
 ROOMS = range(24)
 
@@ -22,8 +24,6 @@ ROOMS = range(24)
 def made():
     """[(index, room, [(image, ids, sights)], rows, files)] of some training rooms, caught in make_files."""
     out, last = [], {}
-    make_room, render = scenes.make_room, scenes.render
-
     def keep_room(*arguments):
         last.update(room=make_room(*arguments), pictures=[])
         return last["room"]
@@ -75,13 +75,13 @@ def test_rooms_are_solid(made):
     """Furniture in walls, in each other, through the ceiling or over a camera would make pictures impossible."""
     for _, room, _, _, _ in made:
         for a, b in itertools.combinations(room.things, 2):
-            assert brute_distance(a, b) > scenes.GAP - 1e-9
+            assert brute_distance(a, b) > GAP - 1e-9
             for one, other in ((a, b), (b, a)):  # no outline enters the other's box
                 c, s = math.cos(other.yaw), math.sin(other.yaw)
                 local = (cell(one) - other.center) @ [[c, -s], [s, c]]
                 assert (np.abs(local) > other.dims[:2] / 2).any(1).all()
         for thing, solids in zip(room.things, room.solids):
-            assert (cell(thing) > 0).all() and (cell(thing) < room.sides).all() and thing.dims[2] < scenes.CEILING
+            assert (cell(thing) > 0).all() and (cell(thing) < room.sides).all() and thing.dims[2] < CEILING
             assert min(np.linalg.norm(cell(thing) - (c.x, c.y), axis=1).min() for c in room.cameras) > 0.7
             for solid in solids:  # the solids stay in the thing's box and are what their vertices span
                 assert (solid.normals @ solid.vertices.T <= solid.offsets[:, None] + 1e-9).all()
@@ -124,12 +124,12 @@ def test_sights_are_those_of_a_second_renderer(made):
 
 def test_a_thing_alone_is_wholly_visible():
     """The visibility ratio compares with the thing alone in the room; a lens cast must change no id."""
-    room = scenes.make_room(np.random.default_rng(3), False)
+    room = make_room(np.random.default_rng(3), False)
     for k in range(len(room.things)):
         single = room._replace(things=room.things[k:k + 1], solids=room.solids[k:k + 1])
         for camera in room.cameras:
-            both = scenes.render(room, camera)[2][k]
-            (sight,) = scenes.render(single, camera, cast=0)[2]
+            both = render(room, camera)[2][k]
+            (sight,) = render(single, camera, cast=0)[2]
             assert sight.ratio in (0.0, 1.0)
             if both.box:
                 assert sight.box[0] <= both.box[0] and sight.box[3] >= both.box[3]
@@ -137,8 +137,8 @@ def test_a_thing_alone_is_wholly_visible():
 
 def test_cast_is_fixed_to_the_picture():
     """The cue that localization rests on: redder and less blue to the right, greener downwards; 0 switches it off."""
-    room = scenes.make_room(np.random.default_rng(1), False)
-    plain, cast = (scenes.render(room, room.cameras[0], cast=c)[0].astype(int) for c in (0, CAST))
+    room = make_room(np.random.default_rng(1), False)
+    plain, cast = (render(room, room.cameras[0], cast=c)[0].astype(int) for c in (0, CAST))
     middle = (plain > CAST) & (plain < 255 - CAST)
     for channel, axis, sign in ((0, 1, 1), (1, 0, 1), (2, 1, -1)):
         difference = np.where(middle, cast - plain, 0)[..., channel]
@@ -269,8 +269,8 @@ def test_polygon_distance_by_sampling():
     """The closed form against dense samples, for turned boxes at any distance."""
     rng = np.random.default_rng(0)
     for _ in range(200):
-        a, b = (scenes.make_thing("bin", rng.uniform(0, 4, 2), rng.uniform(0, 7), rng.uniform(0.3, 2, 3)) for _ in "ab")
-        exact, sampled = scenes.polygon_distance(a.footprint, b.footprint), brute_distance(a, b)
+        a, b = (make_thing("bin", rng.uniform(0, 4, 2), rng.uniform(0, 7), rng.uniform(0.3, 2, 3)) for _ in "ab")
+        exact, sampled = polygon_distance(a.footprint, b.footprint), brute_distance(a, b)
         assert exact <= sampled + 1e-9 and (exact == 0 or sampled - exact < 0.03)
 
 
@@ -286,7 +286,7 @@ def test_avi_is_read_by_decord(tmp_path):
     decord = pytest.importorskip("decord")
     frames = [np.full((56, 56, 3), 20 + 28 * i, np.uint8) for i in range(8)]
     path = tmp_path / "video.avi"
-    path.write_bytes(scenes.mjpeg_avi([scenes.jpeg(f) for f in frames], 56, 2))
+    path.write_bytes(mjpeg_avi([jpeg(f) for f in frames], 56, 2))
     reader = decord.VideoReader(str(path))
     assert len(reader) == 8 and reader.get_avg_fps() == 2
     for frame, read in zip(frames, reader.get_batch(range(8)).asnumpy()):
@@ -315,9 +315,9 @@ def test_files_do_not_depend_on_processes(tmp_path):
 
 def test_difficulty_is_what_is_asked_for():
     """Walls, categories and sizes of rooms stay within the pairs that are given, and reach beyond the default's."""
-    hard = scenes.DIFFICULTY | {"view_sides": (6.0, 7.0), "view_categories": (6, 8), "scale": (0.2, 0.4)}
+    hard = DIFFICULTY | {"view_sides": (6.0, 7.0), "view_categories": (6, 8), "scale": (0.2, 0.4)}
     for seed in range(20):
-        room = scenes.make_room(np.random.default_rng(seed), False, False, hard)
+        room = make_room(np.random.default_rng(seed), False, False, hard)
         assert (room.sides >= 6).all() and (room.sides <= 7).all() and 6 <= len({t.name for t in room.things}) <= 8
         for thing in room.things:
             factors = thing.dims / FURNITURE[thing.name][1]
