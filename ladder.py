@@ -3,6 +3,7 @@
     python ladder.py                     # the whole ladder on procedural rooms and a tiny model, on a laptop
     python ladder.py --smoke             # the same with hardly any steps, to see that everything works
     python ladder.py --cold-start self   # the last two rungs once more, on chains of the model's own, beside the first
+    python ladder.py --seeds 3 --limit 500 --out runs/seeds     # three ladders, and what they say together
     python ladder.py --preset paper --model Qwen2.5-VL-3B-Instruct --data SpatialLadder-26k --nproc-per-node 4
 
     see         stage 1   SFT: the boxes of the objects a question names, as JSON
@@ -171,7 +172,7 @@ def commands(args):
               else ["python"])
     if args.preset == "tiny":
         rooms, data = out / "rooms", out / "rooms" / "train"
-        scenes = ["--scenes", "40", "--test-scenes", "12"] if args.smoke else []
+        scenes = ["--scenes", 40, "--test-scenes", 12] if args.smoke else ["--test-scenes", 4 * args.limit + 40]
         yield None, "rooms", ["python", "scenes.py", "--out", rooms, "--seed", args.seed, *scenes]
         models, test = {"base": args.model or os.path.relpath(Path(__file__).parent / BASE)}, ["--data", rooms / "test", "--blind-from", data]
     else:
@@ -198,8 +199,7 @@ def commands(args):
             if stage == "grpo" and args.preset == "tiny":
                 more += ["--eval-every", 20, "--eval-data", rooms / "val" / SPATIAL]
             yield rung, "train", train(stage, models[start], source, models[rung], *more)
-        limit = ["--limit", "4" if args.smoke else "150", "--max-completion-length",
-                 "32" if rung == "base" else "128"] if args.preset == "tiny" else []  # random weights never end by themselves
+        limit = ["--limit", 4 if args.smoke else args.limit, "--max-completion-length", 128] if args.preset == "tiny" else []
         if args.preset == "tiny" or args.test:
             yield rung, "evaluate", [*launch, "eval.py", "--model", models[rung], "--bench", "rooms", *test, "--out",
                                      out / "eval" / rung, "--prompt-style", style, *limit]
@@ -283,6 +283,8 @@ def main():
     parser.add_argument("--preset", choices=tuple(RECIPES), default="tiny", help="column of RECIPES")
     parser.add_argument("--out", help="directory of the whole run (default: runs/PRESET)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, default=1, help="climb that many, with seeds from --seed on, and compare them")
+    parser.add_argument("--limit", type=int, default=150, help="preset tiny: questions of a type that a rung is scored on")
     parser.add_argument("--nproc-per-node", type=int, default=1, help="processes, one per GPU")
     parser.add_argument("--cold-start", choices=("scenes", "self"), default="scenes", help="chains of the cold start: the "
                         "data set's, or sampled from the model itself and kept where they end right")
@@ -292,7 +294,7 @@ def main():
     parser.add_argument("--data", help="preset paper: the directory of SpatialLadder-26k")
     parser.add_argument("--test", help="preset paper: directory to evaluate on after each rung")
     args = parser.parse_args()
-    for name, least in (("nproc_per_node", 1), ("seed", 0)):
+    for name, least in (("nproc_per_node", 1), ("seed", 0), ("seeds", 1), ("limit", 1)):
         if vars(args)[name] < least:
             parser.error(f"--{name.replace('_', '-')} is {vars(args)[name]}, expected at least {least}")
     args.out = args.out or (f"runs/{args.preset}" + ("-smoke" if args.smoke else ""))
@@ -301,9 +303,16 @@ def main():
     if args.smoke and args.cold_start == "self":
         parser.error("--smoke trains too little for chains of its own; --cold-start self needs the whole run")
     out = Path(args.out)
+    if args.seeds > 1:
+        words = [word for name in ("preset", "limit", "nproc_per_node", "cold_start", "model", "data", "test", "smoke", "fresh")
+                 if vars(args)[name] for word in (f"--{name.replace('_', '-')}", vars(args)[name]) if word is not True]
+        ladders = [out / str(args.seed + i) for i in range(args.seeds)]
+        for ladder in ladders:
+            run(["python", "ladder.py", "--seed", ladder.name, "--out", ladder, *words])
+        return run(["python", "compare.py", *ladders])
     if args.fresh and (out / "ladder.json").is_file():
         shutil.rmtree(out)
-    asked = {key: value for key, value in vars(args).items() if key not in ("fresh", "nproc_per_node", "cold_start")}
+    asked = {key: value for key, value in vars(args).items() if key not in ("fresh", "nproc_per_node", "cold_start", "seeds")}
     try:
         out.mkdir(parents=True, exist_ok=True)
         begun = json.loads((out / "ladder.json").read_text()) if (out / "ladder.json").is_file() else None

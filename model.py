@@ -24,12 +24,10 @@ from torch.utils.checkpoint import checkpoint
 
 from rewards import UserError
 
-HEAD_CHUNK = 256  # rows of logits held at once: 256 x 151,936 x 4 bytes = 156 MB
+HEAD_LOGITS = 2**22  # logits held at once where tokens are scored: 16 MB
 
 
 # ---------------------------------------------------------------------------------------------- configuration
-
-
 @dataclass(frozen=True)
 class VisionConfig:
     """The vision encoder's shape. Defaults are those of transformers' class: re-saved files leave them out."""
@@ -84,8 +82,6 @@ class Config:
 
 
 # ---------------------------------------------------------------------------------------------- what the model eats
-
-
 @dataclass
 class Batch:
     """Right-padded rows of token ids and the patches of all their pictures, in order of appearance.
@@ -143,8 +139,6 @@ def mrope_positions(ids, grids, seconds_per_grid, config):
 
 
 # ---------------------------------------------------------------------------------------------- layers
-
-
 def rotate(x, cos, sin):
     """Rotary embedding: numbers i of the two halves of x (..., D) turn as a pair, by angle i of cos, sin (..., D/2).
 
@@ -178,8 +172,6 @@ class MLP(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------- vision encoder
-
-
 def vision_angles(grids, config):
     """Rotary angles of every patch, (N, D/2): half of them turn with the row, half with the column.
 
@@ -307,8 +299,6 @@ class VisionEncoder(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------- decoder
-
-
 def text_rope(positions, config, dtype):
     """cos and sin of positions (3, B, T), each (B, 1, T, D/2). mrope_section says how many of the frequencies, from the
     fastest on, turn with time, then with height, then with width."""
@@ -438,8 +428,6 @@ class Decoder(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------- the model
-
-
 def score_tokens(hidden, targets, head, banned=None, temperature=1.0):
     """Log-probability of each target and entropy of the distribution it is drawn from.
 
@@ -455,34 +443,48 @@ def next_logits(hidden, head, banned=None):
     return logits if banned is None else logits.masked_fill_(banned, torch.finfo(torch.float32).min)
 
 
+def tiles(hidden, targets, head, banned):
+    """For as many words at a time as make HEAD_LOGITS logits with all R rows: which words, their logits (R, n), which
+    targets are among them (R,), and their columns (R, 1)."""
+    count = max(1, HEAD_LOGITS // max(1, len(hidden)))
+    for first in range(0, len(head), count):
+        words = slice(first, first + count)
+        logits = next_logits(hidden, head[words], None if banned is None else banned[words])
+        column = targets - first
+        yield words, logits, (column >= 0) & (column < logits.shape[1]), column.clamp(0, logits.shape[1] - 1)[:, None]
+
+
 class TokenScores(torch.autograd.Function):
-    """score_tokens for HEAD_CHUNK rows at a time; their logits are computed again in the backward pass, where the
-    gradient of log p[target] is onehot(target) - p. With 151,936 words it is logits that fill memory, and passes over
-    them that take time: by hand there is one such tensor beside them, p."""
+    """score_tokens by running sums over tiles of words. Logits are computed again in the backward pass, where the gradient
+    of log p[target] is onehot(target) - p. All logits of 151,936 words would fill the memory; a tile stays in the cache."""
 
     @staticmethod
     def forward(ctx, hidden, targets, head, banned):
-        ctx.save_for_backward(hidden, targets, head)
-        ctx.banned, scores = banned, []
-        for h, t in zip(hidden.split(HEAD_CHUNK), targets.split(HEAD_CHUNK)):
-            logits = next_logits(h, head, banned)
-            p = logits.softmax(-1)
-            total = logits.amax(-1) - p.amax(-1).log()  # (r,) logsumexp: log p = logit - total
-            scores.append((logits.gather(-1, t[:, None])[:, 0] - total, total - p.mul_(logits).sum(-1)))
-        log_probs, entropies = map(torch.cat, zip(*scores))
+        top = hidden.new_full((len(hidden),), -torch.inf, dtype=torch.float32)  # largest logit of the words so far
+        mass = spread = chosen = torch.zeros_like(top)  # sums of w = exp(logit - top) and of w log w; the targets' logits
+        for _, logits, here, column in tiles(hidden, targets, head, banned):
+            chosen = torch.where(here, logits.gather(1, column)[:, 0], chosen)
+            before, top = top, torch.maximum(top, logits.amax(1))
+            fall = (before - top).clamp(min=-1e4)  # exp(-1e4) is 0
+            w = logits.sub_(top[:, None]).exp()
+            spread = fall.exp() * (spread + mass * fall) + logits.mul_(w).sum(1)
+            mass = fall.exp() * mass + w.sum(1)
+        total = top + mass.log()  # logsumexp: log p = logit - total
+        ctx.save_for_backward(hidden, targets, head, total)
+        ctx.banned, entropies = banned, mass.log() - spread / mass
         ctx.mark_non_differentiable(entropies)
-        return log_probs, entropies
+        return chosen - total, entropies
 
     @staticmethod
     def backward(ctx, gradient, _):
-        hidden, targets, head = ctx.saved_tensors
-        to_hidden, to_head = torch.empty_like(hidden), torch.zeros_like(head)
-        for h, t, g, out in zip(*(x.split(HEAD_CHUNK) for x in (hidden, targets, gradient, to_hidden))):
-            down = next_logits(h, head, ctx.banned).softmax(-1).mul_(-g[:, None])  # (r, V)
-            down = down.scatter_add_(1, t[:, None], g[:, None]).to(head.dtype)
-            out.copy_(down @ head)
-            to_head.addmm_(down.T, h)
-        return to_hidden, None, to_head, None
+        hidden, targets, head, total = ctx.saved_tensors
+        to_hidden, to_head = torch.zeros_like(hidden, dtype=torch.float32), torch.empty_like(head)
+        for words, logits, here, column in tiles(hidden, targets, head, ctx.banned):
+            down = logits.sub_(total[:, None]).exp_().mul_(-gradient[:, None])  # (R, n)
+            down = down.scatter_add_(1, column, (gradient * here)[:, None]).to(head.dtype)
+            to_hidden += down @ head[words]
+            to_head[words] = down.T @ hidden
+        return to_hidden.to(hidden.dtype), None, to_head, None
 
 
 class QwenVL(nn.Module):
@@ -527,8 +529,6 @@ class QwenVL(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------- generation
-
-
 @dataclass
 class Rollout:
     """R = B * G sampled completions; row b * G + g is completion g of prompt b."""

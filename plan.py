@@ -18,7 +18,7 @@ import torch
 from checkpoint import build_model, load_config
 from data import Processor, style_of
 from ladder import RECIPES
-from model import HEAD_CHUNK, Causal, DecoderLayer, Segments, SharedPrompt, VisionBlock, text_rope, window_order
+from model import HEAD_LOGITS, Causal, DecoderLayer, Segments, SharedPrompt, VisionBlock, text_rope, window_order
 from rewards import UserError
 
 GB = 1e9
@@ -146,15 +146,15 @@ def memory(config, args, gpus, longest):
     else:
         activations = text.num_hidden_layers * layer + vision.depth * block
     root_size, root_trained = sum(p.numel() for p in root), sum(p.numel() for p in root if p.requires_grad)
-    scored = min(HEAD_CHUNK, math.prod(group) if rl else rows * longest.targets)
+    scored = math.prod(group) if rl else rows * longest.targets
+    tile = scored * min(max(1, HEAD_LOGITS // scored), text.vocab_size)
     update = {
         "gradients, fp32": 4 * held(trained, gpus),
         # a layer, the next one and its arrival; the embeddings stay throughout
         "gathered weights": b * (root_size + (3 * max(size["all"]) if args.reshard_after_forward else sum(size["all"]))),
         "gradients before they are reduced": 2 * b * root_trained + (b + 4) * max(size["trained"]),
         "activations": activations,
-        # logits, log-probs, probabilities, their product and a gradient, in fp32
-        "logits": 5 * 4 * scored * text.vocab_size,
+        "logits": 3 * 4 * tile + 4 * scored * text.hidden_size,  # a tile, its gradient and a product; the gradient of hidden
     }
     if not rl:
         return always, update, {}

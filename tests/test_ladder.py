@@ -19,7 +19,7 @@ REPOSITORY = Path(ladder.__file__).parent
 def arguments(*flags, **changes):
     """ladder.py's arguments."""
     values = {"preset": "tiny", "out": "runs/tiny", "seed": 0, "nproc_per_node": 1, "smoke": False, "model": None,
-              "data": None, "test": None, "cold_start": "scenes"}
+              "data": None, "test": None, "cold_start": "scenes", "limit": 150}
     return SimpleNamespace(**values | changes)
 
 
@@ -160,6 +160,19 @@ def test_the_ladder_ends_where_a_rung_fails(monkeypatch, capsys):
         ladder.run(["python", "tiny.py"])
     assert error.value.code == 7
     assert capsys.readouterr().err == "ladder.py: stopped (exit code 7); the same command goes on from here\n"
+
+
+def test_several_seeds_are_ladders_of_their_own(monkeypatch, tmp_path):
+    """One command each, with all that was asked, and then their comparison."""
+    started = []
+    monkeypatch.setattr(ladder, "run", lambda command: started.append(list(map(str, command))))
+    monkeypatch.setattr(sys, "argv", ["ladder.py", "--seeds", "2", "--seed", "4", "--limit", "500", "--fresh", "--out",
+                                      str(tmp_path / "seeds")])
+    ladder.main()
+    outs = [str(tmp_path / "seeds" / seed) for seed in "45"]
+    assert started == [["python", "ladder.py", "--seed", seed, "--out", out, "--preset", "tiny", "--limit", "500",
+                        "--nproc-per-node", "1", "--cold-start", "scenes", "--fresh"] for seed, out in zip("45", outs)] + [
+        ["python", "compare.py", *outs]]
 
 
 # ---------------------------------------------------------------------------------------------- the result

@@ -409,9 +409,9 @@ def test_banned_words_are_never_drawn(spread):
 
 @pytest.mark.parametrize("rows", [1, 5, 7, 8, 23])
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
-def test_chunked_scores_are_the_full_softmax(monkeypatch, rows, temperature):
-    """Log-probs, entropies and both gradients, with banned words, over chunk edges."""
-    monkeypatch.setattr(model_py, "HEAD_CHUNK", 7)
+def test_tiled_scores_are_the_full_softmax(monkeypatch, rows, temperature):
+    """Log-probs, entropies and both gradients, over the edges of tiles, of which the first is banned as a whole."""
+    monkeypatch.setattr(model_py, "HEAD_LOGITS", 7 * rows)
     generator = torch.Generator().manual_seed(rows)
     hidden, head = (torch.randn(n, 16, generator=generator, requires_grad=True) for n in (rows, 50))
     targets, weights = torch.randint(10, 50, (rows,), generator=generator), torch.randn(rows, generator=generator)

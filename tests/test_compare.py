@@ -1,0 +1,44 @@
+"""compare.py: the tables of several ladders hold what their predictions hold."""
+import json
+
+import pytest
+
+import compare
+from rewards import UserError
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Two ladders of two rungs: counts are right half of the time, then always; sizes are never better than blind."""
+    for run in "01":
+        for rung, right in (("stage1", (0, 1)), ("stage2", (1, 1))):
+            folder = tmp_path / run / "eval" / rung
+            folder.mkdir(parents=True)
+            rows = [("object count", score, 0.5) for score in right] + [("object size", 0.25, 0.25)] * 2 + [
+                ("localization", 0.5 + int(run), 0.1)]
+            (folder / "predictions.jsonl").write_text("".join(json.dumps(
+                {"id": str(i), "question_type": kind, "score": score, "blind": blind}) + "\n"
+                for i, (kind, score, blind) in enumerate(rows)))
+            (folder / "scores.json").write_text(json.dumps({"localization": {"valid_json": int(run)}, "well_formed": 0.5}))
+    return [str(tmp_path / run) for run in "01"]
+
+
+def test_tables_by_hand(runs):
+    """Gain of counting 0 then 1, of sizes 0; its paired change +50 points, of sizes 0: +25 on the mean."""
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in compare.tables(runs).splitlines()]
+    assert lines[2][:4] == ["stage1", "1.000", "50.0%", "0 of 2"] and lines[2][4:7] == ["+0.000", "0.375", "50.0%"]
+    assert lines[3][:4] == ["stage2", "1.000", "50.0%", "1 of 2"] and lines[3][4:6] == ["+0.500", "0.625"]
+    assert lines[3][7].startswith("+25.0 [") and lines[2][7] == ""
+    assert lines[7] == ["object size", "0.25", "+0.00 [+0.00, +0.00]"]
+    assert lines[8] == ["object count", "0.50", "+1.00 [+1.00, +1.00]"]
+    assert lines[-1] == ["2 ladders, 2 questions a type."]
+
+
+def test_only_questions_that_both_hold_are_paired():
+    before = {"object count": {1: 0.0, 2: 1.0}}
+    assert compare.paired({"object count": {2: 0.5, 3: 1.0}}, before)["object count"].tolist() == [-0.5]
+
+
+def test_a_ladder_that_is_not_there(tmp_path):
+    with pytest.raises(UserError, match="no such file; climb it with: python ladder.py --out"):
+        compare.read_rung([tmp_path], "stage1")
