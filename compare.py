@@ -88,7 +88,7 @@ def tables(runs):
         cells = ["{:+.2f} [{:+.2f}, {:+.2f}]".format(*gains(found[name], [kind])[kind]) for name in answering]
         lines.append(f"| {kind} | {blind:.2f} | {' | '.join(cells)} |")
     asked = sum(len(found[names[-1]][kind]) for kind in types) // len(types)
-    return "\n".join([*lines, "", f"{len(runs)} ladders, {asked} questions a type."])
+    return "\n".join([*lines, "", f"Ladders: {len(runs)}; questions of a type in all: {asked}."])
 
 
 def main():

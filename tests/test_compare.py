@@ -31,7 +31,7 @@ def test_tables_by_hand(runs):
     assert lines[3][7].startswith("+25.0 [") and lines[2][7] == ""
     assert lines[7] == ["object size", "0.25", "+0.00 [+0.00, +0.00]"]
     assert lines[8] == ["object count", "0.50", "+1.00 [+1.00, +1.00]"]
-    assert lines[-1] == ["2 ladders, 2 questions a type."]
+    assert lines[-1] == ["Ladders: 2; questions of a type in all: 4."]
 
 
 def test_only_questions_that_both_hold_are_paired():
