@@ -106,9 +106,10 @@ PAPER_SFT = dict(PAPER, replay=None, replay_ratio=0.0, curriculum=1.0, batch_siz
 
 RECIPES = {
     "tiny": {
-        # What the ladder starts from, base/ in the repository: hours, once (README, "The base").
+        # What the ladder starts from, base/ in the repository: an hour or more, once (README, "The base").
         "base": dict(TINY_SFT, model="runs/base/start", data=["runs/base/rooms/train/base_data.jsonl"], out="runs/base/model",
-                     curriculum=0.2, max_steps=20000, learning_rate=1e-3, batch_size=32, micro_batch=32, save_every=500),
+                     curriculum=0.2, max_steps=8000, learning_rate=8e-4, batch_size=16, micro_batch=16, save_every=500,
+                     keep_last=1),
         "1": dict(TINY_SFT, model=BASE, data=[ROOMS + GROUNDING], out="runs/tiny/stage1",
                   curriculum=0.2, max_steps=2700, learning_rate=5e-4),
         "2": dict(TINY_SFT, model="runs/tiny/stage1", data=[ROOMS + SPATIAL], out="runs/tiny/stage2",

@@ -219,7 +219,7 @@ def panel(rows, key, title, unit):
 def curves(run):
     """The panels of CURVES for every stage that has a log."""
     logs = {name: rows for name in RUNGS if (rows := read_rows(run / name / "log.jsonl", "step"))}
-    text = absent("No log yet", [name for name in RUNGS if name not in logs])
+    text = absent("No log yet", [name for name in RUNGS if name not in (*logs, "base")])  # which no run trains
     for heading, stages, panels in CURVES:
         figures = "".join(panel(logs[name], key, prefix + title, unit) for key, titles in panels.items()
                           for title, unit in [titles.split("; ")] for name, prefix in stages.items()
