@@ -19,7 +19,7 @@ CELL = 4  # pixels: things are pointed at in columns and rows of cells
 BLOCK = 28  # pixels: pictures are read in blocks of this side, a merged patch of the vision encoder
 MANY = 3  # things that one answer speaks of, at most
 TURNS = {"": 6, "view": 5, "frame": 6}  # questions about one picture, about views, about frames
-SIDE, AHEAD = 3, 3  # decimeters that one thing must be more to a side, further away or taller to be called so
+CLEARLY = 3  # decimeters that one thing must be more to a side, farther away or taller to be called so
 
 
 def listed(words):
@@ -41,9 +41,9 @@ def kinds(world):
     return {kind: [k for k in seen if name(world, k) == kind] for kind in sorted({name(world, k) for k in seen} - unclear)}
 
 
-def some(rng, items, most=MANY):
+def some(rng, items):
     """A few of the items in any order."""
-    return [items[i] for i in rng.permutation(len(items))[:rng.integers(1, most + 1)]]
+    return [items[i] for i in rng.permutation(len(items))[:rng.integers(1, MANY + 1)]]
 
 
 def numbered(count, word):
@@ -69,10 +69,10 @@ def read(rng, world, ids):
 def point(rng, world, ids):
     """The cell in the middle of each thing's box."""
     if all_kinds := kinds(world):
-        chosen = some(rng, [*all_kinds])
-        said = ["The {} {} at {}.".format(kind + "s" * (len(all_kinds[kind]) > 1), "are" if len(all_kinds[kind]) > 1 else "is",
-                                          listed(["column {} row {}".format(*middle(world.sights[0][k].box))
-                                                  for k in all_kinds[kind]])) for kind in chosen]
+        chosen, said = some(rng, [*all_kinds]), []
+        for kind in chosen:
+            cells = ["column {} row {}".format(*middle(world.sights[0][k].box)) for k in all_kinds[kind]]
+            said.append(f"The {kind} is at {cells[0]}." if len(cells) == 1 else f"The {kind}s are at {listed(cells)}.")
         return f"Point to every {listed(chosen)}.", " ".join(said)
 
 
@@ -136,11 +136,11 @@ def compare(rng, world, ids):
     """Left or right, nearer or farther, taller or lower of two things, each where it is clear."""
     if two := pair(rng, world):
         a, b, first, second = two
-        (x, y), height = (world.places[a] - world.places[b]).tolist(), \
-            round(10 * (world.room.things[a].dims[2] - world.room.things[b].dims[2]))
+        x, y = (world.places[a] - world.places[b]).tolist()
+        height = round(10 * (world.room.things[a].dims[2] - world.room.things[b].dims[2]))
         said = [f"{(less, more)[number > 0]} by {abs(number)}" for number, less, more in (
             (x, "more to the left", "more to the right"), (y, "nearer", "farther"), (height, "lower", "taller"))
-            if abs(number) >= SIDE]
+            if abs(number) >= CLEARLY]
         if said:
             return f"Compare the {first} to the {second}.", f"The {first} is {listed(said)}."
 
