@@ -111,7 +111,7 @@ RECIPES = {
                      curriculum=0.2, max_steps=8000, learning_rate=8e-4, batch_size=16, micro_batch=16, save_every=500,
                      keep_last=1),
         "1": dict(TINY_SFT, model=BASE, data=[ROOMS + GROUNDING], out="runs/tiny/stage1",
-                  max_steps=2000, learning_rate=5e-4),
+                  max_steps=1500, learning_rate=5e-4),
         "2": dict(TINY_SFT, model="runs/tiny/stage1", data=[ROOMS + SPATIAL], out="runs/tiny/stage2",
                   replay=[ROOMS + GROUNDING], replay_ratio=0.2, max_steps=1500, learning_rate=5e-4),
         "cold": dict(TINY_SFT, model="runs/tiny/stage2", data=[ROOMS + COLDSTART], out="runs/tiny/cold",
