@@ -1,6 +1,6 @@
 """Timings of GRPO: one step against TRL's GRPOTrainer, the shared prompt against a copy per completion, decoding.
 
-    python bench_grpo.py step --peer-python TRL_VENV/bin/python   # the venv: pip install torch==2.13.0 trl
+    python bench_grpo.py step --peer-python TRL_VENV/bin/python   # pip install torch==2.13.0, then trl pillow
     python bench_grpo.py step                                     # ours alone, against its counted floor
     python bench_grpo.py shared
     python bench_grpo.py decode
