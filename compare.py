@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import bootstrap_interval
+from checkpoint import read_json
 from ladder import RUNGS, SELF_RUNGS
 from rewards import CHOICE_TYPES, NUMBER_TYPES, UserError
 from runtime import Parser, main_guard
@@ -27,6 +28,8 @@ def read_rung(runs, rung):
             raise UserError(f"{path}: no such file; climb it with: python ladder.py --out {run}")
         for line in path.read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
+            if row["blind"] is None:
+                raise UserError(f"{path}: no blind baseline in it; evaluate with --blind-from")
             found.setdefault(row["question_type"], {})[run, row["id"]] = row["score"], row["blind"]
     return found
 
@@ -65,9 +68,9 @@ def change(after, before, types):
 
 def tables(runs):
     """Markdown: a line per rung; then a line per question type with each rung's gain."""
-    names = [name for name, *_ in (*RUNGS, *SELF_RUNGS) if all((Path(run) / "eval" / name).is_dir() for run in runs)]
-    found = {name: read_rung(runs, name) for name in names}
-    scores = {name: [json.loads((Path(run) / "eval" / name / "scores.json").read_text()) for run in runs] for name in names}
+    names = [name for name, *_ in (*RUNGS, *SELF_RUNGS) if any((Path(run) / "eval" / name).is_dir() for run in runs)]
+    found = {name: read_rung(runs, name) for name in names or ["base"]}  # of none, it says what to run
+    scores = {name: [read_json(Path(run) / "eval" / name / "scores.json") for run in runs] for name in names}
     types = [kind for kind in (*NUMBER_TYPES, *CHOICE_TYPES) if kind in found[names[0]]]
     starts = {name: start for name, _, start, *_ in (*RUNGS, *SELF_RUNGS)}
     lines = ["| rung | box IoU | valid JSON | types above blind | mean gain | score | well formed | score beside the rung before |",
@@ -81,7 +84,7 @@ def tables(runs):
         before = change(found[name], found[starts[name]], types) if starts[name] in found else ""
         lines.append(f"| {name} | {boxes:.3f} | {valid:.1%} | {sum(low > 0 for _, low, _ in gain.values())} of {len(types)} | "
                      f"{np.mean([g for g, _, _ in gain.values()]):+.3f} | {mean:.3f} | {formed:.1%} | {before} |")
-    answering = names[names.index("stage2"):]  # those before know no question
+    answering = [name for name in names if name not in ("base", "stage1")]  # who know no question
     lines += ["", f"| gain of | blind | {' | '.join(answering)} |", "|---|---|" + "---|" * len(answering)]
     for kind in types:
         blind = np.mean([blind for _, blind in found[names[-1]][kind].values()])

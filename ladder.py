@@ -153,7 +153,8 @@ TEACHERS = {  # preset -> steps of the small cold start that makes stage 2 a tea
     "tiny": (300, ["--limit", 150, "--per-question", 2, "--batch-size", 32, "--max-completion-length", 128]),
     "paper": (None, ["--limit", 400, "--per-type", 180]),
 }
-MADE_BY = {  # what the bare commands need, what that needs below it, and the command; scripts but trainers run unasked
+MADE_BY = {  # what the bare commands need and the command that makes it, above what it is itself made of; trainers, which
+    # take long, are named only, the other scripts run unasked
     "runs/tiny/stage1": "python train_sft.py --stage 1", "runs/tiny/stage2": "python train_sft.py --stage 2",
     "runs/tiny/cold": "python train_sft.py --stage cold",
     "runs/base/start": "python tiny.py --data runs/base/rooms/train runs/tiny/rooms/train --out runs/base/start",
@@ -175,7 +176,8 @@ def commands(args):
         rooms, data = out / "rooms", out / "rooms" / "train"
         scenes = ["--scenes", 40, "--test-scenes", 12] if args.smoke else ["--test-scenes", 4 * args.limit + 40]
         yield None, "rooms", ["python", "scenes.py", "--out", rooms, "--seed", args.seed, *scenes]
-        models, test = {"base": args.model or os.path.relpath(Path(__file__).parent / BASE)}, ["--data", rooms / "test", "--blind-from", data]
+        models = {"base": args.model or os.path.relpath(Path(__file__).parent / BASE)}
+        test = ["--data", rooms / "test", "--blind-from", data]
     else:
         data, models, test = Path(args.data), {"base": args.model}, ["--data", args.test]
 

@@ -455,8 +455,8 @@ def tiles(hidden, targets, head, banned):
 
 
 class TokenScores(torch.autograd.Function):
-    """score_tokens by running sums over tiles of words. Logits are computed again in the backward pass, where the gradient
-    of log p[target] is onehot(target) - p. All logits of 151,936 words would fill the memory; a tile stays in the cache."""
+    """score_tokens by running sums over tiles of words (online softmax, Milakov & Gimelshein 2018): all logits of 151,936
+    words would fill the memory. The backward computes them again; the gradient of log p[target] is onehot(target) - p."""
 
     @staticmethod
     def forward(ctx, hidden, targets, head, banned):

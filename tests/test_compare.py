@@ -1,5 +1,7 @@
 """compare.py: the tables of several ladders hold what their predictions hold."""
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 
@@ -39,6 +41,21 @@ def test_only_questions_that_both_hold_are_paired():
     assert compare.paired({"object count": {2: 0.5, 3: 1.0}}, before)["object count"].tolist() == [-0.5]
 
 
-def test_a_ladder_that_is_not_there(tmp_path):
-    with pytest.raises(UserError, match="no such file; climb it with: python ladder.py --out"):
-        compare.read_rung([tmp_path], "stage1")
+def test_a_ladder_that_is_not_there(runs, tmp_path):
+    """Neither at all nor among others; the line names the file and the command."""
+    for asked in ([tmp_path / "none"], [*runs, tmp_path / "none"]):
+        with pytest.raises(UserError, match="none/eval/.*: no such file; climb it with: python ladder.py --out"):
+            compare.tables(asked)
+
+
+def test_scores_without_a_blind_baseline_are_named(runs):
+    path = Path(runs[0]) / "eval" / "stage2" / "predictions.jsonl"
+    path.write_text(path.read_text().replace("0.25}", "null}"))
+    with pytest.raises(UserError, match="stage2/predictions.jsonl: no blind baseline in it; evaluate with --blind-from"):
+        compare.tables(runs)
+
+
+def test_a_ladder_on_its_way_shows_what_is_there(runs):
+    for run in runs:
+        shutil.rmtree(Path(run) / "eval" / "stage2")
+    assert "| stage1 |" in compare.tables(runs) and "stage2" not in compare.tables(runs)

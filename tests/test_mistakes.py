@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 import ask
 import bench
 import check
+import compare
 import eval as evaluation
 import grpo
 import ladder
@@ -164,12 +165,14 @@ COMMANDS = (
     ("ladder.py --preset huge", "argument --preset: invalid choice: 'huge'"),
     ("ladder.py --out {rooms}", "holds something else"),
     ("ladder.py --out {void}", "void.jsonl"),
+    ("compare.py {rooms}/none", "no such file; climb it with: python ladder.py"),
     ("ladder.py --nproc-per-node 0 --out {out}", "--nproc-per-node is 0, expected"),
     *((SFT + f" --data {{rows}}/{name}/rows.jsonl", said) for name, (_, said) in ROWS.items()),
     *((f"train_sft.py --stage 1 --data {{grounding}} --model {{models}}/{name}", said) for name, (_, said) in MODELS.items()),
 )
 SCRIPTS = {"train_sft.py": train_sft, "grpo.py": grpo, "eval.py": evaluation, "ask.py": ask, "tiny.py": tiny, "check.py": check,
-           "scenes.py": scenes, "report.py": report, "bench.py": bench, "ladder.py": ladder}
+           "scenes.py": scenes, "report.py": report, "bench.py": bench, "ladder.py": ladder,
+           "compare.py": compare}
 
 
 def change(directory, **values):

@@ -4,6 +4,7 @@ import math
 import random
 import re
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -226,3 +227,6 @@ def test_cost_grows_with_pictures_and_words(rooms):
     by_type = {kind: [cost(s) for s in samples if s.data_type == kind and s.solution is None]
                for kind in ("single_image", "multi_view", "video")}
     assert max(by_type["single_image"]) < min(by_type["multi_view"]) <= max(by_type["multi_view"])
+    talk = {text: replace(samples[0], question="", messages=(("user", ("Count.",)), ("assistant", (text,)))) for text in
+            ("One.", "One lamp and two chairs.")}
+    assert cost(talk["One."]) + 4 == cost(talk["One lamp and two chairs."])
