@@ -437,50 +437,50 @@ def score_tokens(hidden, targets, head, banned=None, temperature=1.0):
     return TokenScores.apply(hidden / temperature, targets, head, banned)
 
 
-def next_logits(hidden, head, banned=None):
-    """(R, W) -> (R, V) fp32 logits. Banned words get the lowest finite number: probability 0, and 0 * log 0 = 0."""
-    logits = F.linear(hidden, head).float()
+def ban(logits, banned):
+    """Give banned words the lowest finite number, in place: probability 0, and 0 * log 0 = 0. logits (R, V) fp32."""
     return logits if banned is None else logits.masked_fill_(banned, torch.finfo(torch.float32).min)
 
 
 def tiles(hidden, targets, head, banned):
-    """For as many words at a time as make HEAD_LOGITS logits with all R rows: which words, their logits (R, n), which
-    targets are among them (R,), and their columns (R, 1)."""
+    """HEAD_LOGITS logits at a time: words, their logits (R, n), which targets are among them (R,), at which column (R, 1)."""
     count = max(1, HEAD_LOGITS // max(1, len(hidden)))
     for first in range(0, len(head), count):
         words = slice(first, first + count)
-        logits = next_logits(hidden, head[words], None if banned is None else banned[words])
+        logits = ban(F.linear(hidden, head[words]).float(), None if banned is None else banned[words])
         column = targets - first
         yield words, logits, (column >= 0) & (column < logits.shape[1]), column.clamp(0, logits.shape[1] - 1)[:, None]
 
 
 class TokenScores(torch.autograd.Function):
-    """score_tokens by running sums over tiles of words (online softmax, Milakov & Gimelshein 2018): all logits of 151,936
-    words would fill the memory. The backward computes them again; the gradient of log p[target] is onehot(target) - p."""
+    """score_tokens tile by tile: all logits of 151,936 words would fill the memory. A tile's softmax times its share of the
+    whole is the softmax over all words; the gradient of log p[target] is onehot(target) - p. The backward computes logits
+    again. softmax, not exp: where exp underflows, as at banned words, a CPU needs four times as long for it."""
 
     @staticmethod
     def forward(ctx, hidden, targets, head, banned):
-        top = hidden.new_full((len(hidden),), -torch.inf, dtype=torch.float32)  # largest logit of the words so far
-        mass = spread = chosen = torch.zeros_like(top)  # sums of w = exp(logit - top) and of w log w; the targets' logits
+        chosen, log_masses, entropies = torch.zeros(len(hidden), device=hidden.device), [], []
         for _, logits, here, column in tiles(hidden, targets, head, banned):
             chosen = torch.where(here, logits.gather(1, column)[:, 0], chosen)
-            before, top = top, torch.maximum(top, logits.amax(1))
-            fall = (before - top).clamp(min=-1e4)  # exp(-1e4) is 0
-            w = logits.sub_(top[:, None]).exp()
-            spread = fall.exp() * (spread + mass * fall) + logits.mul_(w).sum(1)
-            mass = fall.exp() * mass + w.sum(1)
-        total = top + mass.log()  # logsumexp: log p = logit - total
-        ctx.save_for_backward(hidden, targets, head, total)
-        ctx.banned, entropies = banned, mass.log() - spread / mass
-        ctx.mark_non_differentiable(entropies)
-        return chosen - total, entropies
+            top = logits.amax(1)
+            p = logits.sub_(top[:, None]).softmax(1)
+            log_mass = -p.amax(1).log()  # log of the sum of exp(logit - top): the top's own p is 1 / sum
+            log_masses.append(top + log_mass)
+            entropies.append(log_mass - (p * logits).sum(1))
+        total = torch.stack(log_masses).logsumexp(0)
+        shares = (torch.stack(log_masses) - total).exp()  # (tiles, R)
+        entropy = (torch.special.entr(shares) + shares * torch.stack(entropies)).sum(0)  # which tile, then which word
+        ctx.save_for_backward(hidden, targets, head, shares)
+        ctx.banned = banned
+        ctx.mark_non_differentiable(entropy)
+        return chosen - total, entropy
 
     @staticmethod
     def backward(ctx, gradient, _):
-        hidden, targets, head, total = ctx.saved_tensors
+        hidden, targets, head, shares = ctx.saved_tensors
         to_hidden, to_head = torch.zeros_like(hidden, dtype=torch.float32), torch.empty_like(head)
-        for words, logits, here, column in tiles(hidden, targets, head, ctx.banned):
-            down = logits.sub_(total[:, None]).exp_().mul_(-gradient[:, None])  # (R, n)
+        for (words, logits, here, column), share in zip(tiles(hidden, targets, head, ctx.banned), shares):
+            down = logits.softmax(1).mul_((-gradient * share)[:, None])  # (R, n)
             down = down.scatter_add_(1, column, (gradient * here)[:, None]).to(head.dtype)
             to_hidden += down @ head[words]
             to_head[words] = down.T @ hidden
@@ -524,8 +524,8 @@ class QwenVL(nn.Module):
         if cache is None:
             x = x.flatten(0, 1)[batch.predict_at]
             return score_tokens(self.model.norm(x), batch.targets, head, banned, temperature)
-        last = x[torch.arange(len(x), device=x.device), batch.lengths - 1]  # (B, W)
-        return next_logits(self.model.norm(last) / temperature, head, banned)
+        last = self.model.norm(x[torch.arange(len(x), device=x.device), batch.lengths - 1]) / temperature  # (B, W)
+        return ban((head @ last.T).T.float(), banned)  # this way round: for a few rows in fp32 the CPU is faster at it
 
 
 # ---------------------------------------------------------------------------------------------- generation
