@@ -45,7 +45,7 @@ SETTINGS = argparse.Namespace(
     num_generations=8, max_completion_length=128, temperature=1.0, beta=0.01, epsilon=0.2, epsilon_high=None,
     loss_type="grpo", scale_rewards="group", mask_truncated_completions=False, micro_batch=8, seed=0,
     reward_funcs=["format", "accuracy"], reward_weights=[1.0, 1.0], min_pixels=None, max_pixels=None, num_frames=16,
-    fps=None, video_seconds="grid", prompts=None)
+    fps=None, video_seconds="grid", prompts=None, prompt_style="thinking")
 
 
 # ---------------------------------------------------------------------------------------------- one step

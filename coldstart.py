@@ -109,7 +109,7 @@ def settings():
     parser.add_argument("--per-question", type=int, default=1, help="chains kept of a question")
     parser.add_argument("--per-type", type=int, help="chains kept of a question type")
     parser.set_defaults(num_generations=8, max_completion_length=1024, temperature=1.0, seed=0, num_frames=16,
-                        video_seconds="grid", drop_invalid=False)
+                        video_seconds="grid", prompt_style="thinking", drop_invalid=False)
     args = parser.parse_args()
     for name in ("model", "data", "out"):
         if getattr(args, name) is None:

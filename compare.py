@@ -2,6 +2,7 @@
 
     python ladder.py --seeds 3 --limit 500 --out runs/seeds      # climbs three ladders and ends with this
     python compare.py runs/seeds/0 runs/seeds/1 runs/seeds/2     # the tables alone, in Markdown
+    python ladder.py --without stage1 stage2 --mixed --data-scale 1 2 --seeds 3 --out runs/ways      # and of other ways up
 
 A gain is (score - blind) / (1 - blind): 0 is what the best answer per question text earns without the picture, 1 is all
 right. Intervals are bootstraps over questions within their types; differences are paired by question.
@@ -14,23 +15,33 @@ import numpy as np
 
 from benchmarks import bootstrap_interval
 from checkpoint import read_json
-from ladder import RUNGS, SELF_RUNGS
+from ladder import EVERY_RUNG, RUNGS
 from rewards import CHOICE_TYPES, NUMBER_TYPES, UserError
 from runtime import Parser, main_guard
 
+PAPER = {  # percentage points beside the whole ladder: the paper's ablations; of the two supervised stages its 43.9% in turn,
+    # 42.7% without stage 1, 40.7% shuffled together
+    "cold": -2.1, "stage2-no1": -1.2, "grpo-no1": -1.8, "grpo-no2": -9.4, "grpo-films": -16.4, "stage2-mixed": -3.2}
+
+
+def setting(run, name, usual):
+    """What a ladder was climbed with."""
+    path = Path(run) / "ladder.json"
+    return read_json(path).get(name, usual) if path.is_file() else usual
+
 
 def read_rung(runs, rung):
-    """{question type: {(run, id): (score, blind)}} of a rung's evaluations in all runs."""
+    """{question type: {(seed, id): (score, blind)}} of a rung's evaluations in all runs."""
     found = {}
     for run in runs:
-        path = Path(run) / "eval" / rung / "predictions.jsonl"
+        path, seed = Path(run) / "eval" / rung / "predictions.jsonl", setting(run, "seed", run)
         if not path.is_file():
             raise UserError(f"{path}: no such file; climb it with: python ladder.py --out {run}")
         for line in path.read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
             if row["blind"] is None:
                 raise UserError(f"{path}: no blind baseline in it; evaluate with --blind-from")
-            found.setdefault(row["question_type"], {})[run, row["id"]] = row["score"], row["blind"]
+            found.setdefault(row["question_type"], {})[seed, row["id"]] = row["score"], row["blind"]
     return found
 
 
@@ -66,13 +77,22 @@ def change(after, before, types):
     return f"{100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
 
 
+def mean_score(found, types):
+    return np.mean([np.mean([score for score, _ in found[kind].values()]) for kind in types])
+
+
+def evaluated(runs, rungs):
+    """Names of the rungs that any of the ladders has answers of."""
+    return [rung.name for rung in rungs if any((Path(run) / "eval" / rung.name).is_dir() for run in runs)]
+
+
 def tables(runs):
     """Markdown: a line per rung; then a line per question type with each rung's gain."""
-    names = [name for name, *_ in (*RUNGS, *SELF_RUNGS) if any((Path(run) / "eval" / name).is_dir() for run in runs)]
+    names = evaluated(runs, RUNGS)
     found = {name: read_rung(runs, name) for name in names or ["base"]}  # of none, it says what to run
     scores = {name: [read_json(Path(run) / "eval" / name / "scores.json") for run in runs] for name in names}
     types = [kind for kind in (*NUMBER_TYPES, *CHOICE_TYPES) if kind in found[names[0]]]
-    starts = {name: start for name, _, start, *_ in (*RUNGS, *SELF_RUNGS)}
+    starts = {rung.name: rung.start for rung in RUNGS}
     lines = ["| rung | box IoU | valid JSON | types above blind | mean gain | score | well formed | score beside the rung before |",
              "|---|---|---|---|---|---|---|---|"]
     for name in names:
@@ -80,10 +100,9 @@ def tables(runs):
         boxes = np.mean([score for score, _ in found[name]["localization"].values()])
         valid, formed = (np.mean([get(one) for one in scores[name]]) for get in (
             lambda one: one["localization"]["valid_json"], lambda one: one["well_formed"]))
-        mean = np.mean([np.mean([score for score, _ in found[name][kind].values()]) for kind in types])
         before = change(found[name], found[starts[name]], types) if starts[name] in found else ""
         lines.append(f"| {name} | {boxes:.3f} | {valid:.1%} | {sum(low > 0 for _, low, _ in gain.values())} of {len(types)} | "
-                     f"{np.mean([g for g, _, _ in gain.values()]):+.3f} | {mean:.3f} | {formed:.1%} | {before} |")
+                     f"{np.mean([g for g, _, _ in gain.values()]):+.3f} | {mean_score(found[name], types):.3f} | {formed:.1%} | {before} |")
     answering = [name for name in names if name not in ("base", "stage1")]  # who know no question
     lines += ["", f"| gain of | blind | {' | '.join(answering)} |", "|---|---|" + "---|" * len(answering)]
     for kind in types:
@@ -94,10 +113,34 @@ def tables(runs):
     return "\n".join([*lines, "", f"Ladders: {len(runs)}; questions of a type in all: {asked}."])
 
 
+def ways(runs, others):
+    """Markdown: rungs of other ways up, and the last ones of ladders with more or fewer rooms, beside the ladder's own of
+    the same stage and seeds. others: {data scale: ladders}."""
+    rows = [(name, name.split("-")[0], runs) for name in evaluated(runs, EVERY_RUNG) if "-" in name]
+    rows += [("cold", "grpo", runs)] if "grpo" in evaluated(runs, RUNGS) else []
+    rows += [(name, name, others[scale]) for scale in others for name in evaluated(others[scale], RUNGS)[-1:]]
+    if not rows:
+        return ""
+    lines = ["", "| another way up | score | beside | points | the paper's |", "|---|---|---|---|---|"]
+    for name, partner, where in rows:
+        found, whole = read_rung(where, name), read_rung(runs, partner)
+        types = [kind for kind in (*NUMBER_TYPES, *CHOICE_TYPES) if kind in found]
+        label = name if where is runs else f"{name}, rooms x{setting(where[0], 'data_scale', [1])[0]:g}"
+        points = PAPER.get(name) if where is runs else None
+        lines.append(f"| {label} | {mean_score(found, types):.3f} | {partner} | {change(found, whole, types)} | "
+                     f"{'' if points is None else f'{points:+.1f}'} |")
+    return "\n".join(lines)
+
+
 def main():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", help="directories of finished ladders")
-    print(tables(parser.parse_args().runs))
+    scales = {}
+    for run in parser.parse_args().runs:
+        scales.setdefault(setting(run, "data_scale", [1])[0], []).append(run)
+    usual = scales.pop(1 if 1 in scales else next(iter(scales)))
+    print(tables(usual))
+    print(ways(usual, scales))
 
 
 if __name__ == "__main__":

@@ -118,16 +118,18 @@ def read_samples(path, images, wrong=None):
     return samples
 
 
-def read_all(paths, images, tell=None):
-    """The rows of several jsonl files; pictures lie in `images`, or in a folder of that name beside each file.
-
-    With `tell`, such as print, rows that are not valid are dropped, and it is told how many."""
+def read_all(paths, images, tell=None, data_types=None):
+    """The rows of several jsonl files, those of the data_types if some are given; pictures lie in `images`, or in a folder
+    of that name beside each file. With `tell`, such as print, rows that are not valid are dropped, and it is told how many.
+    """
     wrong = [] if tell else None
     samples = [s for path in paths for s in read_samples(path, images or Path(path).parent / "images", wrong)]
     if wrong:
         tell(f"dropped {len(wrong)} of {len(wrong) + len(samples)} rows, the first: {wrong[0]}")
+    if data_types:
+        samples = [s for s in samples if s.data_type in data_types]
     if not samples:
-        raise UserError(f"{', '.join(map(str, paths))}: no rows in it")
+        raise UserError(f"{', '.join(map(str, paths))}: no rows in it" + (f" of data_type {' '.join(data_types)}" if data_types else ""))
     return samples
 
 

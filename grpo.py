@@ -135,7 +135,7 @@ def complete(model, processor, samples, rows, G, uniforms, args, device):
 
     Returns: Groups without rewards; the boxes of a localization sample are in pixels as the model sees them.
     """
-    examples = [processor.example(samples[row], style_of(samples[row], "thinking"), answer=False) for row in rows]
+    examples = [processor.example(samples[row], style_of(samples[row], args.prompt_style), answer=False) for row in rows]
     room = processor.config.text.max_position_embeddings - max(len(e.ids) for e in examples)
     if room < args.max_completion_length:
         raise UserError(f"--max-completion-length {args.max_completion_length} does not fit: the longest prompt leaves "
@@ -272,10 +272,10 @@ def held_out_metrics(model, processor, samples, args, ranks):
     return {f"eval_rewards/{name}/mean": total / len(samples) for name, total in zip(totals, ranks.sum(*totals.values()))}
 
 
-def rollout_rows(groups, step):
+def rollout_rows(groups, step, style):
     """What rollouts.jsonl keeps of every group."""
     return [{"step": step, "where": g.sample.where, "question_type": g.sample.question_type,
-             "prompt": prompt_text(g.sample, style_of(g.sample, "thinking")), "answer": g.sample.answer,
+             "prompt": prompt_text(g.sample, style_of(g.sample, style)), "answer": g.sample.answer,
              "images": [path for media in g.sample.media for path in media.sources],
              "completions": g.texts, "rewards": {name: r.tolist() for name, r in g.rewards.items()},
              "advantages": g.advantages.tolist()} for g in groups]
@@ -309,7 +309,7 @@ def main():
     # data
     need_inputs(args, ranks)
     tell = ranks.print if args.drop_invalid else None
-    samples = read_all(args.data, args.images, tell)
+    samples = read_all(args.data, args.images, tell, args.data_types)
     for name in args.reward_funcs:
         for sample in samples:
             REWARDS[name]([], sample)  # raises for a row that cannot be scored
@@ -343,7 +343,7 @@ def main():
             with gathered(model):
                 groups = sample_groups(model, processor, samples, rows[ranks.rank::ranks.world], step, args, ranks.device)
             metrics = rollout_metrics(groups, ranks)
-            per_rank = ranks.gather(rollout_rows(groups, step))
+            per_rank = ranks.gather(rollout_rows(groups, step, args.prompt_style))
             run.append("rollouts.jsonl", [row for some in zip_longest(*per_rank) for row in some if row is not None])
             run.lap("rollout")
             # log-probs of policy and reference before the first update

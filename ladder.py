@@ -3,6 +3,7 @@
     python ladder.py                     # the whole ladder on procedural rooms and a tiny model, on a laptop
     python ladder.py --smoke             # the same with hardly any steps, to see that everything works
     python ladder.py --cold-start self   # the last two rungs once more, on chains of the model's own, beside the first
+    python ladder.py --without stage1 --mixed --seeds 3         # other ways up beside the ladder: what is each rung worth?
     python ladder.py --seeds 3 --limit 500 --out runs/seeds     # three ladders, and what they say together
     python ladder.py --preset paper --model Qwen2.5-VL-3B-Instruct --data SpatialLadder-26k --nproc-per-node 4
 
@@ -24,6 +25,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import namedtuple
 from pathlib import Path
 
 FLAGS = {  # every setting of a run: (type, what it is). A list repeats, a tuple is a choice.
@@ -49,8 +51,10 @@ FLAGS = {  # every setting of a run: (type, what it is). A list repeats, a tuple
     "num_frames": (int, "frames taken from a video file, spread evenly"),
     "fps": (float, "frames per second taken from a video file, in place of --num-frames"),
     "video_seconds": (("grid", "real"), "time of a video's frames: one second per pair, or the true times"),
+    "data_types": ([str], "train on rows of these alone: single_image, multi_view, video (default: all)"),
     "drop_invalid": (bool, "leave out rows that are not valid and say how many, in place of an error at the first"),
     "prompts": (str, "JSON file with prompt texts in place of ours"),
+    "prompt_style": (("thinking", "direct"), "how questions are asked: for a chain of thought, or for the bare answer"),
     "prompts_per_step": (int, "prompts per rollout, over all processes"),
     "num_generations": (int, "completions per prompt: the group"),
     "max_completion_length": (int, "tokens a completion may have"),
@@ -83,7 +87,7 @@ FLAGS = {  # every setting of a run: (type, what it is). A list repeats, a tuple
 
 RUN = dict(images=None, seed=0, save_every=0, keep_last=2, resume=None, workers=0, device=None, dtype=None,
            prompts=None, min_pixels=None, max_pixels=None, num_frames=16, fps=None, video_seconds="grid",
-           drop_invalid=False, reshard_after_forward=True, activation_checkpointing=False, freeze_vision=False,
+           data_types=None, drop_invalid=False, reshard_after_forward=True, activation_checkpointing=False, freeze_vision=False,
            dry_run=None)
 
 # ---------------------------------------------------------------------------------------------- tiny
@@ -92,7 +96,7 @@ TINY = dict(RUN, weight_decay=0.05, betas=[0.9, 0.95], max_grad_norm=1.0, micro_
             lr_scheduler_type="cosine")
 TINY_SFT = dict(TINY, replay=None, replay_ratio=0.0, curriculum=1.0, epochs=1000.0, batch_size=8)
 BASE = "base"  # in the repository: a small model that sees and speaks already; README, "The base"
-ROOMS = "runs/tiny/rooms/train/"
+ROOMS, ROOMS_MADE = "runs/tiny/rooms/train/", 3600  # scenes.py's default
 GROUNDING, SPATIAL, COLDSTART = (f"spld_{kind}_data.jsonl" for kind in ("grounding", "spatial", "coldstart"))
 
 # ---------------------------------------------------------------------------------------------- paper
@@ -118,7 +122,7 @@ RECIPES = {
                      replay=[ROOMS + GROUNDING], replay_ratio=0.2, max_steps=600, learning_rate=5e-4),
         # At temperature 1 what is rewarded is not to say a stray word, so chains lose the things they state: counts fall.
         "grpo": dict(TINY, model="runs/tiny/cold", data=[ROOMS + SPATIAL], out="runs/tiny/grpo", epochs=1.0,
-                     max_steps=60, learning_rate=5e-5, prompts_per_step=8, num_generations=8,
+                     max_steps=60, learning_rate=5e-5, prompt_style="thinking", prompts_per_step=8, num_generations=8,
                      max_completion_length=128, temperature=0.7, beta=0.01, epsilon=0.2, epsilon_high=None,
                      num_iterations=1, loss_type="grpo", scale_rewards="group", mask_truncated_completions=False,
                      reward_funcs=["format", "accuracy"], reward_weights=[1.0, 1.0], eval_every=0,
@@ -130,24 +134,52 @@ RECIPES = {
         "2": dict(PAPER_SFT, model=None, data=None, out=None, max_steps=None),
         "cold": dict(PAPER_SFT, model=None, data=None, out=None, max_steps=None),
         "grpo": dict(PAPER, model=None, data=None, out=None, max_steps=None, learning_rate=1e-6, warmup_ratio=0.0,
-                     lr_scheduler_type="linear", prompts_per_step=8, num_generations=4, max_completion_length=1024,
+                     lr_scheduler_type="linear", prompt_style="thinking", prompts_per_step=8, num_generations=4,
+                     max_completion_length=1024,
                      temperature=1.0, beta=0.01, epsilon=0.2, epsilon_high=None, num_iterations=1, loss_type="grpo",
                      scale_rewards="group", mask_truncated_completions=False, reward_funcs=["format", "accuracy"],
                      reward_weights=[1.0, 1.0], eval_every=0, eval_data=None, eval_limit=256),
     },
 }
-RUNGS = (  # name, stage that trains it, what it starts from, its data, how it is asked, what it teaches
-    ("base", None, None, None, "direct", "sees and speaks, but does not know what is asked of it here"),
-    ("stage1", "1", "base", GROUNDING, "direct", "learned to see: where the objects of a question are"),
-    ("stage2", "2", "stage1", SPATIAL, "direct", "learned to understand: seven kinds of spatial questions"),
-    ("cold", "cold", "stage2", COLDSTART, "thinking", "learned to write its reasoning down before it answers"),
-    ("grpo", "grpo", "cold", SPATIAL, "thinking", "learned to reason from its own attempts and their rewards"),
+# A rung: its name, the stage that trains it, the rung it starts from, its data, how it is asked, what it teaches, and
+# flags of its own.
+Rung = namedtuple("Rung", "name stage start files style what flags", defaults=((),))
+RUNGS = (
+    Rung("base", None, None, (), "direct", "sees and speaks, but does not know what is asked of it here"),
+    Rung("stage1", "1", "base", (GROUNDING,), "direct", "learned to see: where the objects of a question are"),
+    Rung("stage2", "2", "stage1", (SPATIAL,), "direct", "learned to understand: seven kinds of spatial questions"),
+    Rung("cold", "cold", "stage2", (COLDSTART,), "thinking", "learned to write its reasoning down before it answers"),
+    Rung("grpo", "grpo", "cold", (SPATIAL,), "thinking", "learned to reason from its own attempts and their rewards"),
 )
-SELF_RUNGS = (  # in place of the last two with --cold-start self: no chains but the model's own
-    ("cold-self", "cold", "stage2", "self_coldstart.jsonl", "thinking", "learned its reasoning from those of its own "
-     "chains that ended right"),
-    ("grpo-self", "grpo", "cold-self", SPATIAL, "thinking", "learned to reason, having started from its own chains"),
-)
+
+
+def way(name, start, first, **changes):
+    """The ladder's rungs from `first` on, named after the way, begun at the rung `start`. changes: stage -> what its rung has
+    otherwise."""
+    numbers = {rung.name: i for i, rung in enumerate(RUNGS)}
+    rungs = []
+    for rung in RUNGS[numbers[first]:]:
+        rungs.append(rung._replace(name=f"{rung.name}-{name}", start=rungs[-1].name if rungs else start,
+                                   **changes.get(rung.name, {})))
+    return tuple(rungs)
+
+
+FILMS = {"flags": ("--data-types", "video")}
+WAYS = {  # other ways up, beside the ladder, whose rungs they share as far as they go with it
+    "self": way("self", "stage2", "cold", cold={"files": ("self_coldstart.jsonl",), "what": "learned its reasoning from those "
+                                                "of its own chains that ended right"}),
+    "stage1": way("no1", "base", "stage2"),
+    "stage1 but as long": way("long", "base", "stage2", stage2={"flags": ("--max-steps", 3000)}),  # stage 1's steps too
+    "stage2": way("no2", "stage1", "cold"),
+    "single,multi": way("films", "stage1", "stage2", stage2=FILMS, cold=FILMS, grpo=FILMS),
+    "thinking": way("bare", "stage2", "grpo", grpo={"style": "direct", "flags": (
+        "--prompt-style", "direct", "--reward-funcs", "accuracy", "--reward-weights", 1)}),
+    "cold": way("nocold", "stage2", "grpo"),
+    "grpo": (),  # that is the rung below it
+    "mixed": way("mixed", "base", "stage2", stage2={"files": (GROUNDING, SPATIAL), "flags": (
+        "--max-steps", 3000, "--replay-ratio", 0)}),  # stages 1 and 2 shuffled together
+}
+EVERY_RUNG = RUNGS + tuple(rung for rungs in WAYS.values() for rung in rungs)
 TEACHERS = {  # preset -> steps of the small cold start that makes stage 2 a teacher (None: it writes chains when asked,
     # as the 3B does; the tiny model never does), and how its chains are sampled
     "tiny": (300, ["--limit", 150, "--per-question", 2, "--batch-size", 32, "--max-completion-length", 128]),
@@ -167,6 +199,12 @@ SMOKE = {"1": 4, "2": 4, "cold": 4, "grpo": 1}  # optimizer steps of --smoke
 # ---------------------------------------------------------------------------------------------- climbing
 
 
+def climb(args):
+    """The ladder's rungs, then those of the other ways that are asked for."""
+    return [*RUNGS, *(rung for name in [*(["self"] if args.cold_start == "self" else []), *args.without,
+                                        *(["mixed"] if args.mixed else [])] for rung in WAYS[name])]
+
+
 def commands(args):
     """(rung, what it is for, command) in order; a rung is None while data and base are made."""
     out = Path(args.out)
@@ -175,6 +213,7 @@ def commands(args):
     if args.preset == "tiny":
         rooms, data = out / "rooms", out / "rooms" / "train"
         scenes = ["--scenes", 40, "--test-scenes", 12] if args.smoke else ["--test-scenes", 4 * args.limit + 40]
+        scenes += ["--scenes", round(ROOMS_MADE * args.data_scale[0])] if args.data_scale != [1] else []
         yield None, "rooms", ["python", "scenes.py", "--out", rooms, "--seed", args.seed, *scenes]
         models = {"base": args.model or os.path.relpath(Path(__file__).parent / BASE)}
         test = ["--data", rooms / "test", "--blind-from", data]
@@ -184,24 +223,25 @@ def commands(args):
     def train(stage, start, files, out, *more):
         script = ["grpo.py"] if stage == "grpo" else ["train_sft.py", "--stage", stage]
         replay = ["--replay", data / GROUNDING] if RECIPES[args.preset][stage].get("replay") else []
-        return [*launch, *script, "--preset", args.preset, "--model", start, "--data", files, *replay, "--out", out,
+        return [*launch, *script, "--preset", args.preset, "--model", start, "--data", *files, *replay, "--out", out,
                 "--seed", args.seed, *more, "--resume", "auto"]
 
-    for rung, stage, start, file, style, _ in RUNGS if args.cold_start == "scenes" else RUNGS[:3] + SELF_RUNGS:
+    for rung, stage, start, files, style, _, flags in climb(args):
         models.setdefault(rung, out / rung)
         if stage is not None:
-            source, more = data / file, ["--max-steps", SMOKE[stage]] if args.smoke else []
+            sources, more = [data / file for file in files], [*flags]
+            more += ["--max-steps", SMOKE[stage]] if args.smoke else []
             if rung == "cold-self":
-                steps, flags = TEACHERS[args.preset]
-                teacher, source, more = models[start], out / file, ["--images", data / "images"]
+                steps, sampling = TEACHERS[args.preset]
+                teacher, sources, more = models[start], [out / file for file in files], ["--images", data / "images"]
                 if steps:
                     teacher = out / "teacher"
-                    yield None, "teacher", train("cold", models[start], data / COLDSTART, teacher, "--max-steps", steps)
+                    yield None, "teacher", train("cold", models[start], [data / COLDSTART], teacher, "--max-steps", steps)
                 yield None, "chains", [*launch, "grpo.py", "--sample-cold-start", "--model", teacher, "--data",
-                                       data / SPATIAL, "--out", source, "--seed", args.seed, *flags]
+                                       data / SPATIAL, "--out", *sources, "--seed", args.seed, *sampling]
             if stage == "grpo" and args.preset == "tiny":
                 more += ["--eval-every", 20, "--eval-data", rooms / "val" / SPATIAL]
-            yield rung, "train", train(stage, models[start], source, models[rung], *more)
+            yield rung, "train", train(stage, models[start], sources, models[rung], *more)
         limit = ["--limit", 4 if args.smoke else args.limit, "--max-completion-length", 128] if args.preset == "tiny" else []
         if args.preset == "tiny" or args.test:
             yield rung, "evaluate", [*launch, "eval.py", "--model", models[rung], "--bench", "rooms", *test, "--out",
@@ -239,7 +279,7 @@ def run(command):
 def collect(out):
     """What results.json holds, read from the files that trainers and evaluations wrote."""
     rungs = []
-    for name, _, _, _, style, _ in RUNGS + SELF_RUNGS:
+    for name, _, _, _, style, *_ in EVERY_RUNG:
         scores = out / "eval" / name / "scores.json"
         if scores.is_file():
             log = out / name / "log.jsonl"
@@ -251,7 +291,7 @@ def collect(out):
 
 def lesson(rungs, name):
     """One line on what a rung was worth, beside the one that it starts from."""
-    start, what = next((row[2], row[5]) for row in RUNGS + SELF_RUNGS if row[0] == name)
+    start, what = next((rung.start, rung.what) for rung in EVERY_RUNG if rung.name == name)
     new, old = (next((rung for rung in rungs if rung["name"] == which), None) for which in (name, start))
     types, found = new["scores"]["types"], new["scores"]["localization"]
     blind = sum(t["blind"] for t in types.values()) / len(types)
@@ -291,12 +331,19 @@ def main():
     parser.add_argument("--nproc-per-node", type=int, default=1, help="processes, one per GPU")
     parser.add_argument("--cold-start", choices=("scenes", "self"), default="scenes", help="chains of the cold start: the "
                         "data set's, or sampled from the model itself and kept where they end right")
+    parser.add_argument("--without", nargs="+", default=[], choices=[name for name in WAYS if name not in ("self", "mixed")],
+                        metavar="PART", help="what the ladder is climbed without, beside the whole: %(choices)s")
+    parser.add_argument("--mixed", action="store_true", help="stages 1 and 2 as one, shuffled together, beside the ladder")
+    parser.add_argument("--data-scale", type=float, nargs="+", default=[1], help="preset tiny: how many times as many rooms, "
+                        "in as many steps; several: a ladder each")
     parser.add_argument("--smoke", action="store_true", help="hardly any steps: see that everything works")
     parser.add_argument("--fresh", action="store_true", help="delete what an earlier run left in --out first")
     parser.add_argument("--model", help="directory to start from; preset paper: of Qwen2.5-VL-3B-Instruct (default: base)")
     parser.add_argument("--data", help="preset paper: the directory of SpatialLadder-26k")
     parser.add_argument("--test", help="preset paper: directory to evaluate on after each rung")
     args = parser.parse_args()
+    if min(args.data_scale) <= 0 or args.preset == "paper" and args.data_scale != [1]:
+        parser.error(f"--data-scale is {min(args.data_scale)}: expected more than 0, and preset tiny")
     for name, least in (("nproc_per_node", 1), ("seed", 0), ("seeds", 1), ("limit", 1)):
         if vars(args)[name] < least:
             parser.error(f"--{name.replace('_', '-')} is {vars(args)[name]}, expected at least {least}")
@@ -306,16 +353,19 @@ def main():
     if args.smoke and args.cold_start == "self":
         parser.error("--smoke trains too little for chains of its own; --cold-start self needs the whole run")
     out = Path(args.out)
-    if args.seeds > 1:
-        words = [word for name in ("preset", "limit", "nproc_per_node", "cold_start", "model", "data", "test", "smoke", "fresh")
-                 if vars(args)[name] for word in (f"--{name.replace('_', '-')}", vars(args)[name]) if word is not True]
-        ladders = [out / str(args.seed + i) for i in range(args.seeds)]
-        for ladder in ladders:
-            run(["python", "ladder.py", "--seed", ladder.name, "--out", ladder, *words])
-        return run(["python", "compare.py", *ladders])
+    if args.seeds * len(args.data_scale) > 1:
+        same = {name: value for name, value in vars(args).items() if value and name not in ("out", "seed", "seeds", "data_scale")}
+        words = [word for name, value in same.items() for word in (f"--{name.replace('_', '-')}", *(
+            value if isinstance(value, list) else [] if value is True else [value]))]
+        ladders = [(seed, scale) for scale in args.data_scale for seed in range(args.seed, args.seed + args.seeds)]
+        folders = [out / (str(seed) if scale == 1 else f"{seed}-rooms-x{scale:g}") for seed, scale in ladders]
+        for (seed, scale), folder in zip(ladders, folders):
+            run(["python", "ladder.py", "--seed", seed, "--data-scale", f"{scale:g}", "--out", folder, *words])
+        return run(["python", "compare.py", *folders])
     if args.fresh and (out / "ladder.json").is_file():
         shutil.rmtree(out)
-    asked = {key: value for key, value in vars(args).items() if key not in ("fresh", "nproc_per_node", "cold_start", "seeds")}
+    beside = ("fresh", "nproc_per_node", "cold_start", "without", "mixed", "seeds")  # the same ladder goes on with others
+    asked = {key: value for key, value in vars(args).items() if key not in beside}
     try:
         out.mkdir(parents=True, exist_ok=True)
         begun = json.loads((out / "ladder.json").read_text()) if (out / "ladder.json").is_file() else None

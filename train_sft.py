@@ -83,7 +83,7 @@ def main():
     # data
     need_inputs(args, ranks)
     tell = ranks.print if args.drop_invalid else None
-    samples = read_all(args.data, args.images, tell)
+    samples = read_all(args.data, args.images, tell, args.data_types)
     if args.replay:
         samples = with_replay(samples, read_all(args.replay, args.images, tell), args.replay_ratio, args.seed)
     steps = math.ceil(args.epochs * len(samples) / args.batch_size)

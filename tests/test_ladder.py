@@ -1,4 +1,5 @@
 """ladder.py: the recipes are complete, the commands can be typed by hand, and the whole of it runs (slow)."""
+import inspect
 import json
 import shlex
 import subprocess
@@ -9,8 +10,9 @@ from types import SimpleNamespace
 import pytest
 
 import ladder
+import scenes
 from conftest import launch
-from ladder import FLAGS, RECIPES, RUNGS, SMOKE, commands, lesson, table
+from ladder import EVERY_RUNG, FLAGS, RECIPES, RUNGS, SMOKE, WAYS, commands, lesson, table
 from runtime import recipe_settings
 
 REPOSITORY = Path(ladder.__file__).parent
@@ -19,7 +21,8 @@ REPOSITORY = Path(ladder.__file__).parent
 def arguments(*flags, **changes):
     """ladder.py's arguments."""
     values = {"preset": "tiny", "out": "runs/tiny", "seed": 0, "nproc_per_node": 1, "smoke": False, "model": None,
-              "data": None, "test": None, "cold_start": "scenes", "limit": 150}
+              "data": None, "test": None, "cold_start": "scenes", "limit": 150, "without": [], "mixed": False,
+              "data_scale": [1]}
     return SimpleNamespace(**values | changes)
 
 
@@ -65,10 +68,10 @@ def test_recipe_values_have_their_flags_types():
 def test_tiny_rungs_start_where_the_last_one_ended():
     """Typed bare, one after the other, the stages climb the same ladder as ladder.py does."""
     outs = {"base": "base"} | {rung: RECIPES["tiny"][stage]["out"] for rung, stage, *_ in RUNGS if stage}
-    for rung, stage, start, file, *_ in RUNGS:
+    for rung, stage, start, files, *_ in RUNGS:
         if stage:
             assert RECIPES["tiny"][stage]["model"] == outs[start]
-            assert RECIPES["tiny"][stage]["data"] == [f"runs/tiny/rooms/train/{file}"]
+            assert RECIPES["tiny"][stage]["data"] == [f"runs/tiny/rooms/train/{file}" for file in files]
 
 
 # ---------------------------------------------------------------------------------------------- commands
@@ -124,6 +127,38 @@ def test_each_rung_is_trained_then_evaluated(name):
                      ([(rung, "train")] if stage else []) + ([(rung, "evaluate")] if tested else [])]
 
 
+def test_other_ways_share_the_ladders_rungs():
+    """Names are unique; each way starts at a rung of the ladder, goes on from its own, and its commands parse to what it says."""
+    names = [rung.name for rung in EVERY_RUNG]
+    assert len(set(names)) == len(names) and names[:5] == [rung.name for rung in RUNGS]
+    for name, rungs in WAYS.items():
+        for before, rung in zip((None, *rungs), rungs):
+            assert rung.start == (before.name if before else rung.start) and rung.start in names[:5] + [r.name for r in rungs]
+    args = arguments(without=[name for name in WAYS if name not in ("self", "mixed")], mixed=True, cold_start="self")
+    settings = {}
+    for rung, purpose, words in as_typed(args):
+        if purpose == "train":
+            script = next(word for word in words if word.endswith(".py"))
+            flags = words[words.index(script) + 1:]
+            settings[rung] = vars(recipe_settings("", flags, "grpo" if script == "grpo.py" else None))
+    assert set(settings) == set(names) - {"base"}
+    assert settings["stage2-no1"]["model"] == "base" and settings["grpo-no1"]["model"] == "runs/tiny/cold-no1"
+    assert settings["stage2-long"]["max_steps"] == sum(RECIPES["tiny"][stage]["max_steps"] for stage in "12")
+    assert settings["stage2-mixed"]["max_steps"] == settings["stage2-long"]["max_steps"]
+    assert len(settings["stage2-mixed"]["data"]) == 2 and settings["stage2-mixed"]["replay_ratio"] == 0
+    assert {settings[rung]["data_types"][0] for rung in settings if rung.endswith("films")} == {"video"}
+    assert settings["grpo-bare"]["prompt_style"] == "direct" and settings["grpo-bare"]["reward_funcs"] == ["accuracy"]
+    assert settings["cold-self"]["data"] == ["runs/tiny/self_coldstart.jsonl"]
+
+
+def test_more_rooms_are_made_for_a_larger_data_scale():
+    rooms = [next(words for _, purpose, words in as_typed(arguments(data_scale=[scale])) if purpose == "rooms")
+             for scale in (1, 2.5)]
+    assert rooms[1] == [*rooms[0], "--scenes", "9000"]
+    default = inspect.getsource(scenes.main).split('"--scenes", type=int, default=')[1].split(",")[0]
+    assert int(default) == ladder.ROOMS_MADE
+
+
 def test_other_scripts_know_the_flags_they_are_given():
     """scenes.py, tiny.py and eval.py list each flag of the commands in their --help."""
     given = {}
@@ -170,9 +205,22 @@ def test_several_seeds_are_ladders_of_their_own(monkeypatch, tmp_path):
                                       str(tmp_path / "seeds")])
     ladder.main()
     outs = [str(tmp_path / "seeds" / seed) for seed in "45"]
-    assert started == [["python", "ladder.py", "--seed", seed, "--out", out, "--preset", "tiny", "--limit", "500",
-                        "--nproc-per-node", "1", "--cold-start", "scenes", "--fresh"] for seed, out in zip("45", outs)] + [
-        ["python", "compare.py", *outs]]
+    assert started == [["python", "ladder.py", "--seed", seed, "--data-scale", "1", "--out", out, "--preset", "tiny", "--limit",
+                        "500", "--nproc-per-node", "1", "--cold-start", "scenes", "--fresh"]
+                       for seed, out in zip("45", outs)] + [["python", "compare.py", *outs]]
+
+
+def test_several_data_scales_are_ladders_of_their_own(monkeypatch, tmp_path):
+    started = []
+    monkeypatch.setattr(ladder, "run", lambda command: started.append(list(map(str, command))))
+    monkeypatch.setattr(sys, "argv", ["ladder.py", "--data-scale", "1", "0.5", "--without", "stage1", "grpo", "--mixed",
+                                      "--out", str(tmp_path / "ways")])
+    ladder.main()
+    outs = [str(tmp_path / "ways" / name) for name in ("0", "0-rooms-x0.5")]
+    assert [words[3:7] for words in started[:2]] == [["0", "--data-scale", scale, "--out"] for scale in ("1", "0.5")]
+    assert all(" ".join(words[7:]).startswith(out) and "--without stage1 grpo --mixed" in " ".join(words)
+               for words, out in zip(started, outs))
+    assert started[2] == ["python", "compare.py", *outs]
 
 
 # ---------------------------------------------------------------------------------------------- the result
@@ -207,6 +255,8 @@ def test_table_and_lesson_say_what_the_scores_say():
     (["--out", "TAKEN"], "holds something else; give another --out"),
     (["--out", "BEGUN"], "holds a ladder with other settings"),
     (["--out", "FILE"], "cannot write in"),
+    (["--data-scale", "0"], "--data-scale is 0.0: expected more than 0"),
+    (["--without", "stage3"], "invalid choice: 'stage3'"),
 ), ids=lambda value: " ".join(value) if isinstance(value, list) else "")
 def test_bad_input_starts_nothing(monkeypatch, capsys, tmp_path, flags, expected):
     """Exit code 2 and a line that says what to give, before any command runs, and nothing of anyone's touched."""
