@@ -39,6 +39,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+from ask import draw_boxes
 from benchmarks import bootstrap_interval
 from checkpoint import load_model, read_json, write_json
 from data import Media, Processor, check_media, collate, cost, open_picture, prompt_text, read_all, style_of
@@ -55,15 +56,17 @@ PAPER = {  # group -> figures, of arXiv 2510.08531
               "SpatialLadder-3B": {"none": 0.82, "location": 0.825, "full": 0.835}},
     "attention": {"Qwen2.5-VL-3B": {"iou": 0.338, "entropy": 0.193}, "SpatialLadder-3B": {"iou": 0.377, "entropy": 0.176}},
     "entropy": {"before": {"entropy": 1.24}, "stages 1 and 2": {"entropy": 1.47}, "stage 3": {"entropy": 0.66}}}
+CONDITIONS = ("none", "location", "full")
 PANELS = {  # of a chart: title, figures drawn as bars, figures of the first model drawn as dashed lines
-    "hints": [("directions answered right, share", ("none", "location", "full"), ("chance",))],
-    "attention": [("IoU of the attended cells with the true boxes, answering", ("iou", "another's map"),
-                   ("random cells", "best cells")),
+    "hints": [("directions answered right, share", CONDITIONS, ("chance",)),
+              ("answers without a letter, share", tuple(f"{name}: invalid" for name in CONDITIONS), ())],
+    "attention": [("IoU of attended cells and true boxes, answering (the paper's definition is not known)",
+                   ("iou", "another's map"), ("random cells", "best cells")),
                   ("the same, locating", ("locating: iou", "locating: another's map"), ("random cells", "best cells")),
-                  ("entropy of the map / ln(cells)", ("entropy", "locating: entropy"), ())],
+                  ("entropy of the map / ln(cells) (the paper's definition is not known)",
+                   ("entropy", "locating: entropy"), ())],
     "entropy": [("semantic entropy, nats", ("entropy",), ()), ("answers that cannot be parsed, share", ("invalid",), ())]}
 LIMITS = {"hints": 200, "attention": 200, "entropy": 40}  # questions; of each type in entropy
-CONDITIONS = ("none", "location", "full")
 COLOURS = {"red": (255, 0, 0), "blue": (0, 0, 255), "green": (0, 255, 0), "yellow": (255, 255, 0), "pink": (255, 0, 255),
            "turquoise": (0, 255, 255)}
 RANDOM_MAPS = 20  # drawn for each question
@@ -127,7 +130,8 @@ def hint_text(boxes, condition):
     >>> hint_text([{"bbox_2d": [0, 0, 2, 2], "label": "bin"}, {"bbox_2d": [4, 0, 6, 2], "label": "bed"}], "full")
     'The red box marks the bin, the blue box the bed. The centre of the red box is left of that of the blue box.'
     """
-    marks = [f"the {colour} box {'' if i else 'marks '}the {box['label']}" for i, (colour, box) in enumerate(zip(COLOURS, boxes))]
+    marks = [f"the {colour} box {'' if i else 'marks '}the {box['label']}"
+             for i, (colour, box) in enumerate(zip(COLOURS, boxes))]
     sentences = [", ".join(marks)]
     if condition == "full":
         sentences += [f"the centre of the {a} box is {direction(one['bbox_2d'], other['bbox_2d'])} that of the {b} box"
@@ -161,7 +165,7 @@ def hinted(question, located, condition):
 
 
 def probe_hints(model, processor, pairs, args, device):
-    """Accuracy under each condition, and the share of answers that name no option."""
+    """Accuracy under each condition, and the share of answers without a letter."""
     right, invalid = ({condition: np.zeros(len(pairs)) for condition in CONDITIONS} for _ in range(2))
     for condition in CONDITIONS:
         for rows in batches([question for question, _ in pairs], args.batch_size):
@@ -181,15 +185,18 @@ def probe_hints(model, processor, pairs, args, device):
 def attention_weights(q, k, at):
     """Softmax weights of some queries over all keys up to their own.
 
-    Args:    q (B, H, T, D), k (B, K, T, D). at: (R,) places in the flattened (B, T).
+    Args:    q (B, H, T, D), k (B, K, T, D). at: (R,) places in the flattened (B, T), in order.
     Returns: (R, H, T) fp32.
     """
-    T, D = q.shape[2:]
-    rows, places = at // T, at % T
-    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)[rows].float()  # (R, H, T, D)
-    scores = torch.einsum("rhd,rhtd->rht", q[rows, :, places].float(), k) / math.sqrt(D)
-    later = torch.arange(T, device=at.device) > places[:, None]  # (R, T)
-    return scores.masked_fill(later[:, None], -math.inf).softmax(-1)
+    _, H, T, D = q.shape
+    weights = []
+    for row in range(len(q)):
+        places = at[at // T == row] % T  # (r,)
+        keys = k[row].float().repeat_interleave(H // k.shape[1], dim=0)  # (H, T, D)
+        scores = q[row][:, places].float() @ keys.mT / math.sqrt(D)  # (H, r, T)
+        later = torch.arange(T, device=at.device) > places[:, None]  # (r, T)
+        weights.append(scores.masked_fill(later, -math.inf).softmax(-1).transpose(0, 1))
+    return torch.cat(weights)
 
 
 class WatchedCache(KVCache):
@@ -205,20 +212,15 @@ class WatchedCache(KVCache):
         return super().attend(layer, q, k, v)
 
 
-def chosen(numbers, count, flag, default):
-    """The layers or heads of a flag, or the default, if the model has them."""
-    if numbers is not None and max(numbers) >= count:
-        raise UserError(f"{flag} is {max(numbers)}, expected 0 to {count - 1}")
-    return default if numbers is None else numbers
-
-
 @torch.no_grad()
 def attention_maps(model, processor, samples, args, device):
     """A map (h, w) for each sample, which sums to 1: row by row the merged vision tokens of its one picture."""
-    text, merge = model.config.text, model.config.vision.spatial_merge_size
-    layers, heads = text.num_hidden_layers, text.num_attention_heads
-    layers = chosen(args.layers, layers, "--layers", range(layers - -(-layers // 3), layers))
-    heads = chosen(args.heads, heads, "--heads", list(range(heads)))
+    merge, L, H = (model.config.vision.spatial_merge_size, model.config.text.num_hidden_layers,
+                   model.config.text.num_attention_heads)
+    layers, heads = args.layers or [*range(L - -(-L // 3), L)], args.heads or [*range(H)]
+    for flag, numbers, count in (("--layers", layers, L), ("--heads", heads, H)):
+        if max(numbers) >= count:
+            raise UserError(f"{flag} is {max(numbers)}, expected 0 to {count - 1}")
     examples = [processor.example(sample, style_of(sample, "direct")) for sample in samples]
     batch = collate(examples, model.config).to(device)
     at, T = batch.predict_at[batch.targets != processor.special["<|im_end|>"]], batch.ids.shape[1]
@@ -273,18 +275,12 @@ def map_entropy(heat):
 
 
 def overlay(picture, heat, boxes):
-    """The map, from its least to its most, over a grey picture, large enough to look at; the true boxes outlined."""
+    """The map in blue, from its least to its most, over a grey picture large enough to look at; the true boxes in red."""
     scale = -(-LARGE // max(picture.size))
-    size = tuple(side * scale for side in picture.size)
-    grey = picture.convert("L").resize(size).convert("RGB")
-    heat = (heat - heat.min()) / max(np.ptp(heat), 1e-9)
-    alpha = Image.fromarray(np.uint8(190 * in_pixels(heat, size[::-1])))
-    grey.paste((255, 110, 0), mask=alpha)
-    draw = ImageDraw.Draw(grey)
-    for box in boxes:
-        x1, y1, x2, y2 = (scale * c for c in box["bbox_2d"])
-        draw.rectangle((x1, y1, x2 - 1, y2 - 1), outline="cyan", width=1 + max(size) // 200)
-        draw.text((x1 + 8, y1 + 5), box["label"], fill="cyan", font_size=max(size) // 22, stroke_width=2, stroke_fill="black")
+    grey = picture.convert("L").resize([side * scale for side in picture.size]).convert("RGB")
+    heat = in_pixels((heat - heat.min()) / max(np.ptp(heat), 1e-9), grey.size[::-1])
+    grey.paste((0, 90, 255), mask=Image.fromarray(np.uint8(190 * heat)))
+    draw_boxes(grey, boxes, (1 / scale, 1 / scale))
     return grey
 
 
@@ -376,8 +372,8 @@ def table(result):
 
 STYLE = """:root{color-scheme:light dark;--ink:#1f2328;--soft:#626c7a;--line:#dfe2e7;--a:#9db8ea;--b:#5b8be0;--c:#1d4fae}
 @media (prefers-color-scheme:dark){:root{--ink:#dde2e8;--soft:#949eac;--line:#2a3038;--a:#33507f;--b:#5b8be0;--c:#a9c6ff}}
-text{font:12px system-ui,sans-serif;fill:var(--soft)}.title{font-size:14px;font-weight:600;fill:var(--ink)}
-line{stroke:var(--line)}.whisker{stroke:var(--ink);stroke-width:1.3}.level{stroke:var(--soft);stroke-dasharray:5 4}
+text{font:12.5px system-ui,sans-serif;fill:var(--soft)}.title{font-size:14px;font-weight:600;fill:var(--ink)}
+.tick{stroke:var(--line)}.whisker{stroke:var(--ink);stroke-width:1.3}.level{stroke:var(--soft);stroke-dasharray:5 4}
 .a{fill:var(--a)}.b{fill:var(--b)}.c{fill:var(--c)}.paper{opacity:.45}""".replace("\n", "")
 
 
@@ -386,7 +382,17 @@ def chart(result):
     groups = [(row["name"], row, "") for row in result["rows"]] + [
         (group, {name: {"value": value} for name, value in figures.items()}, "paper")
         for group, figures in result["paper"].items()]
-    step, left, height, svg = 124, 44, 250, ""
+    step, left, height, svg = 124, 44, 250, []
+
+    def rect(kind, x, y, wide, high):
+        svg.append(f'<rect class="{kind}" x="{x:.1f}" y="{y:.1f}" width="{wide}" height="{high:.1f}"/>')
+
+    def line(kind, x1, x2, y1, y2):
+        svg.append(f'<line class="{kind}" x1="{x1:.1f}" x2="{x2:.1f}" y1="{y1:.1f}" y2="{y2:.1f}"/>')
+
+    def text(words, x, y, anchor="start", kind="label"):
+        svg.append(f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(words)}</text>')
+
     for number, (title, bars, levels) in enumerate(PANELS[result["what"]]):
         shown = [(label, row, kind) for label, row, kind in groups if any(bar in row for bar in bars)]
         dashed = {level: result["rows"][0][level]["value"] for level in levels}
@@ -396,32 +402,30 @@ def chart(result):
         wide, colours = min(26, 84 // len(bars)), {1: "c", 2: "ca", 3: "abc"}[len(bars)]
 
         def up(value):
-            return round(base - value / most * 144, 1)
+            return base - value / most * 144
 
-        svg += f'<text class="title" x="{left}" y="{top + 20}">{escape(title)}</text>'
+        text(title, left, top + 20, kind="title")
         for i, bar in enumerate(bars if len(bars) > 1 else ()):
-            svg += (f'<rect class="{colours[i]}" x="{left + 190 * i}" y="{top + 31}" width="10" height="10"/>'
-                    f'<text x="{left + 190 * i + 15}" y="{top + 40}">{escape(bar)}</text>')
+            rect(colours[i], left + 190 * i, top + 31, 10, 10)
+            text(bar, left + 190 * i + 15, top + 40)
         for tick in ticks(0, most, 5):
-            svg += (f'<line x1="{left}" x2="{right}" y1="{up(tick)}" y2="{up(tick)}"/>'
-                    f'<text x="{left - 6}" y="{up(tick) + 4}" text-anchor="end">{tick:.4g}</text>')
+            line("tick", left, right, up(tick), up(tick))
+            text(f"{tick:.4g}", left - 6, up(tick) + 4, "end")
         for place, (label, row, kind) in enumerate(shown):
             middle = left + step * (place + 0.5)
+            text(label, middle, base + 17, "middle")
+            text(kind, middle, base + 32, "middle")
             for i, bar in enumerate(bars):
                 x, figure = middle + wide * (i - len(bars) / 2), row.get(bar, {"value": 0})
-                svg += (f'<rect class="{colours[i]} {kind}" x="{x + 1}" y="{up(figure["value"])}" width="{wide - 2}" '
-                        f'height="{base - up(figure["value"]):.1f}"/>')
+                rect(f"{colours[i]} {kind}", x + 1, up(figure["value"]), wide - 2, base - up(figure["value"]))
                 if "low" in figure:
-                    svg += (f'<line class="whisker" x1="{x + wide / 2}" x2="{x + wide / 2}" y1="{up(figure["low"])}" '
-                            f'y2="{up(figure["high"])}"/>')
-            svg += "".join(f'<text x="{middle}" y="{base + y}" text-anchor="middle">{escape(text)}</text>'
-                           for y, text in ((17, label), (32, kind)))
+                    line("whisker", x + wide / 2, x + wide / 2, up(figure["low"]), up(figure["high"]))
         for level, value in dashed.items():
-            svg += (f'<line class="level" x1="{left}" x2="{right}" y1="{up(value)}" y2="{up(value)}"/>'
-                    f'<text x="{right + 6}" y="{up(value) + 4}">{escape(level)}</text>')
-    size = left + step * len(groups) + 96, height * len(PANELS[result["what"]])
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size[0]} {size[1]}" width="{size[0]}" height="{size[1]}">'
-            f"<style>{STYLE}</style>{svg}</svg>\n")
+            line("level", left, right, up(value), up(value))
+            text(level, right + 6, up(value) + 4)
+    width, height = left + step * len(groups) + 96, height * len(PANELS[result["what"]])
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}">'
+            f"<style>{STYLE}</style>{''.join(svg)}</svg>\n")
 
 
 def rungs(run):
@@ -430,9 +434,9 @@ def rungs(run):
         raise UserError(f"{run}: no ladder there; climb one with: python ladder.py --out {run}")
     ladder = read_json(run / "ladder.json")
     base = Path(ladder["model"] or Path(__file__).parent / BASE)
-    models = [(name, run / name if start else base, style) for name, _, start, _, style, _ in RUNGS + SELF_RUNGS]
-    return ([model for model in models if (model[1] / "config.json").is_file()],
-            Path(ladder["test"] or run / "rooms" / "test"), ladder["preset"])
+    models = [(name, run / name if start else base, style) for name, _, start, _, style, _ in RUNGS + SELF_RUNGS
+              if not start or (run / name / "config.json").is_file()]
+    return models, Path(ladder["test"] or run / "rooms" / "test"), ladder["preset"]
 
 
 def questions_for(what, samples, args):
@@ -456,22 +460,23 @@ def questions_for(what, samples, args):
 def probe(what, models, questions, args, device):
     """One probe of all models: written after each, its chart in the end."""
     out, measure = Path(args.out), {"hints": probe_hints, "attention": probe_attention, "entropy": probe_entropy}[what]
-    asked = {"data": str(args.data), "questions": len(questions)} | {key: vars(args)[key] for key in (
-        "images", "dtype", *SEEN, "seed", *(("layers", "heads") if what == "attention" else ("max_completion_length",)),
-        *(("num_generations", "temperature", "tolerance") if what == "entropy" else ()))}
-    result, before, done = {"what": what, "settings": asked, "rows": [], "paper": PAPER[what]}, out / f"{what}.json", {}
-    if before.is_file() and (before := read_json(before)).get("settings") == asked:
-        done = {(row["name"], row["style"], row["model"]): row for row in before["rows"]}
+    used = ["images", "dtype", *SEEN, "seed", *(("layers", "heads") if what == "attention" else ("max_completion_length",))]
+    used += ["num_generations", "temperature", "tolerance"] if what == "entropy" else []
+    asked = {"data": str(args.data), "questions": len(questions)} | {key: vars(args)[key] for key in used}
+    result, done = {"what": what, "settings": asked, "rows": [], "paper": PAPER[what]}, []
+    if (out / f"{what}.json").is_file() and (before := read_json(out / f"{what}.json")).get("settings") == asked:
+        done = before["rows"]
     args.pictures = out / what
     (out if what == "entropy" else args.pictures).mkdir(parents=True, exist_ok=True)
-    for args.name, directory, style in models:
-        args.prompt_style = "direct" if what == "attention" else style
-        row = {"name": args.name, "style": args.prompt_style, "model": model_hash(directory)}
-        if tuple(row.values()) not in done:
+    for name, directory, style in models:
+        args.name, args.prompt_style = name, "direct" if what == "attention" else style
+        row = {"name": name, "style": args.prompt_style, "model": model_hash(directory)}
+        found = [old for old in done if row.items() <= old.items()]
+        if not found:
             dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
             model = load_model(directory, getattr(torch, dtype), device)
-            done[tuple(row.values())] = row | measure(model, Processor(directory, model.config, args), questions, args, device)
-        result["rows"].append(done[tuple(row.values())])
+            found = [row | measure(model, Processor(directory, model.config, args), questions, args, device)]
+        result["rows"] += found
         write_json(out / f"{what}.json", result)
     for condition in CONDITIONS if what == "hints" else ():
         save_png(open_picture(hinted(*questions[0], condition).media[0].source), args.pictures / f"{condition}.png")
@@ -489,7 +494,8 @@ def settings():
                         "jsonl file with rows of both kinds (default: the ladder's test rooms)")
     parser.add_argument("--prompt-style", choices=("direct", "thinking"),
                         help="how questions are asked (default: as the rung was trained; with --model thinking)")
-    add_flags(parser, ("images", "out", "device", "dtype", *SEEN, "num_generations", "max_completion_length", "temperature", "seed"))
+    add_flags(parser, ("images", "out", "device", "dtype", *SEEN, "num_generations", "max_completion_length", "temperature",
+                       "seed"))
     parser.add_argument("--limit", type=int, help="questions, drawn by --seed, in entropy of each type (default: "
                         + ", ".join(f"{what} {limit}" for what, limit in LIMITS.items()) + ")")
     parser.add_argument("--batch-size", type=int, default=32, help="answers made at once")

@@ -166,9 +166,9 @@ def test_attention_forced_onto_a_known_box(box, watcher, tmp_path):
     assert (row["iou"]["value"], row["best cells"]["value"]) == (1.0, 1.0) and row["random cells"]["value"] < 1
     assert row["entropy"]["value"] == pytest.approx(math.log(cells) / math.log(16), abs=1e-5)
     painted = np.asarray(Image.open(tmp_path / "forced-1.png")).astype(int)
-    orange = painted[..., 0] - painted[..., 2] > 100
-    assert orange[2 * box[1] + 40:2 * box[3] - 12, 2 * box[0] + 12:2 * box[2] - 12].mean() > 0.95
-    assert orange.mean() < cells / 16 + 0.01
+    blue = painted[..., 2] - painted[..., 0] > 100
+    assert blue[2 * box[1] + 40:2 * box[3] - 12, 2 * box[0] + 12:2 * box[2] - 12].mean() > 0.95
+    assert blue.mean() < cells / 16 + 0.01
 
 
 def test_attention_everywhere_has_entropy_one(watcher, grey):
@@ -285,7 +285,8 @@ def test_any_checkpoints_and_one_file(tiny_model, rooms, call, tmp_path):
     """Models of one name are told apart; rows of both kinds may stand in one file."""
     shutil.copytree(tiny_model, tmp_path / "x" / tiny_model.name)
     train = rooms / "train"
-    (tmp_path / "both.jsonl").write_text("".join((train / f"spld_{kind}_data.jsonl").read_text() for kind in ("grounding", "spatial")))
+    (tmp_path / "both.jsonl").write_text("".join((train / f"spld_{kind}_data.jsonl").read_text()
+                                                 for kind in ("grounding", "spatial")))
     call(probes, "attention", "--model", tiny_model, tmp_path / "x" / tiny_model.name, "--data", tmp_path / "both.jsonl",
          "--images", train / "images", "--out", tmp_path / "out", *SMALL, "--layers", 0, 3, "--heads", 1)
     rows = json.loads((tmp_path / "out" / "attention.json").read_text())["rows"]
