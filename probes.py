@@ -275,11 +275,11 @@ def map_entropy(heat):
 
 
 def overlay(picture, heat, boxes):
-    """The map in blue, from its least to its most, over a grey picture large enough to look at; the true boxes in red."""
+    """The map in yellow, from its least to its most, over a grey picture large enough to look at; the true boxes in red."""
     scale = -(-LARGE // max(picture.size))
     grey = picture.convert("L").resize([side * scale for side in picture.size]).convert("RGB")
     heat = in_pixels((heat - heat.min()) / max(np.ptp(heat), 1e-9), grey.size[::-1])
-    grey.paste((0, 90, 255), mask=Image.fromarray(np.uint8(190 * heat)))
+    grey.paste((255, 225, 40), mask=Image.fromarray(np.uint8(170 * heat)))
     draw_boxes(grey, boxes, (1 / scale, 1 / scale))
     return grey
 

@@ -166,9 +166,9 @@ def test_attention_forced_onto_a_known_box(box, watcher, tmp_path):
     assert (row["iou"]["value"], row["best cells"]["value"]) == (1.0, 1.0) and row["random cells"]["value"] < 1
     assert row["entropy"]["value"] == pytest.approx(math.log(cells) / math.log(16), abs=1e-5)
     painted = np.asarray(Image.open(tmp_path / "forced-1.png")).astype(int)
-    blue = painted[..., 2] - painted[..., 0] > 100
-    assert blue[2 * box[1] + 40:2 * box[3] - 12, 2 * box[0] + 12:2 * box[2] - 12].mean() > 0.95
-    assert blue.mean() < cells / 16 + 0.01
+    yellow = painted[..., 0] - painted[..., 2] > 100
+    assert yellow[2 * box[1] + 40:2 * box[3] - 12, 2 * box[0] + 12:2 * box[2] - 12].mean() > 0.95
+    assert yellow.mean() < cells / 16 + 0.01
 
 
 def test_attention_everywhere_has_entropy_one(watcher, grey):
