@@ -22,6 +22,7 @@ import compare
 import eval as evaluation
 import grpo
 import ladder
+import probes
 import report
 import scenes
 import tiny
@@ -31,6 +32,7 @@ from rewards import UserError
 from runtime import main_guard
 
 SFT, RL, EVAL = "train_sft.py --stage 1 --model {model}", "grpo.py --model {model}", "eval.py --model {model}"
+PROBE = "probes.py hints --model {model}"
 ROW = {"question_id": 1, "question": "Where is the lamp?", "image": ["a.jpg"], "data_type": "single_image",
        "answer": [{"bbox_2d": [1, 2, 30, 40], "label": "lamp"}]}
 ASKED = {"question_id": 1, "question": "Which?", "question_type": "relative distance", "options": ["A. lamp", "B. bed"],
@@ -166,13 +168,30 @@ COMMANDS = (
     ("ladder.py --out {rooms}", "holds something else"),
     ("ladder.py --out {void}", "void.jsonl"),
     ("compare.py {rooms}/none", "no such file; climb it with: python ladder.py"),
+    ("probes.py look {rooms}", "argument what: invalid choice: 'look'"),
+    ("probes.py hints", "expected either the directory of a ladder or --model"),
+    ("probes.py hints {rooms} --model {model}", "expected either the directory of a ladder or --model"),
+    ("probes.py hints {rooms}", "rooms: no ladder there; climb one with: python ladder.py --out"),
+    (PROBE + " --out {out}", "--model needs --data"),
+    (PROBE + " --data {rooms}/train", "--model needs --out"),
+    (PROBE + " --data {rooms}/none --out {out}", "none: not readable"),
+    (PROBE + " --data {rooms} --out {out}", "spld_grounding_data.jsonl: not readable"),
+    (PROBE + " --data {spatial} --out {out}", "nothing to ask for hints; expected a question of relative direction"),
+    ("probes.py entropy --model {model} --data {grounding} --out {out}", "nothing to ask for entropy; expected questions with"),
+    ("probes.py hints --model {rooms}/none --data {rooms}/train --out {out}", "none"),
+    (PROBE + " --data {rooms}/train --out {void}", "void.jsonl: cannot write results"),
+    (PROBE + " --data {rooms}/train --out {out} --limit 0", "--limit is 0, expected a positive number"),
+    (PROBE + " --data {rooms}/train --out {out} --tolerance -1", "--tolerance is -1.0, expected 0"),
+    (PROBE + " --data {rooms}/train --out {out} --layer 1", "unknown argument --layer, did you mean --layers?"),
+    (PROBE + " --data {rooms}/train --out {out} --num-generations 1", "--num-generations is 1, expected at least 2"),
+    ("probes.py attention --model {model} --data {rooms}/train --out {out} --heads 0 9", "--heads is 9, expected 0 to 3"),
     ("ladder.py --nproc-per-node 0 --out {out}", "--nproc-per-node is 0, expected"),
     *((SFT + f" --data {{rows}}/{name}/rows.jsonl", said) for name, (_, said) in ROWS.items()),
     *((f"train_sft.py --stage 1 --data {{grounding}} --model {{models}}/{name}", said) for name, (_, said) in MODELS.items()),
 )
 SCRIPTS = {"train_sft.py": train_sft, "grpo.py": grpo, "eval.py": evaluation, "ask.py": ask, "tiny.py": tiny, "check.py": check,
            "scenes.py": scenes, "report.py": report, "bench.py": bench, "ladder.py": ladder,
-           "compare.py": compare}
+           "compare.py": compare, "probes.py": probes}
 
 
 def change(directory, **values):
