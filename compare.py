@@ -30,7 +30,7 @@ def setting(run, name, usual):
     return read_json(path).get(name, usual) if path.is_file() else usual
 
 
-def read_rung(runs, rung):
+def read_rung(runs, rung, with_blind=False):
     """{question type: {(seed, id): (score, blind)}} of a rung's evaluations in all runs."""
     found = {}
     for run in runs:
@@ -39,7 +39,7 @@ def read_rung(runs, rung):
             raise UserError(f"{path}: no such file; climb it with: python ladder.py --out {run}")
         for line in path.read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
-            if row["blind"] is None:
+            if with_blind and row["blind"] is None:
                 raise UserError(f"{path}: no blind baseline in it; evaluate with --blind-from")
             found.setdefault(row["question_type"], {})[seed, row["id"]] = row["score"], row["blind"]
     return found
@@ -89,7 +89,7 @@ def evaluated(runs, rungs):
 def tables(runs):
     """Markdown: a line per rung; then a line per question type with each rung's gain."""
     names = evaluated(runs, RUNGS)
-    found = {name: read_rung(runs, name) for name in names or ["base"]}  # of none, it says what to run
+    found = {name: read_rung(runs, name, with_blind=True) for name in names or ["base"]}  # of none, it says what to run
     scores = {name: [read_json(Path(run) / "eval" / name / "scores.json") for run in runs] for name in names}
     types = [kind for kind in (*NUMBER_TYPES, *CHOICE_TYPES) if kind in found[names[0]]]
     starts = {rung.name: rung.start for rung in RUNGS}
@@ -117,8 +117,9 @@ def ways(runs, others):
     """Markdown: rungs of other ways up, and the last ones of ladders with more or fewer rooms, beside the ladder's own of
     the same stage and seeds. others: {data scale: ladders}."""
     rows = [(name, name.split("-")[0], runs) for name in evaluated(runs, EVERY_RUNG) if "-" in name]
-    rows += [("cold", "grpo", runs)] if "grpo" in evaluated(runs, RUNGS) else []
+    rows += [("cold", "grpo", runs)] if "cold" in evaluated(runs, RUNGS) else []
     rows += [(name, name, others[scale]) for scale in others for name in evaluated(others[scale], RUNGS)[-1:]]
+    rows = [row for row in rows if row[1] in evaluated(runs, RUNGS)]
     if not rows:
         return ""
     lines = ["", "| another way up | score | beside | points | the paper's |", "|---|---|---|---|---|"]

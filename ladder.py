@@ -246,6 +246,9 @@ def commands(args):
         if args.preset == "tiny" or args.test:
             yield rung, "evaluate", [*launch, "eval.py", "--model", models[rung], "--bench", "rooms", *test, "--out",
                                      out / "eval" / rung, "--prompt-style", style, *limit]
+        if stage == "2" and args.preset == "tiny":  # does it know its training questions by heart? signs.py compares
+            yield None, "memory", [*launch, "eval.py", "--model", models[rung], "--bench", "rooms", "--data", data, "--out",
+                                   out / "eval-train" / rung, "--prompt-style", style, *limit[2:], "--limit", min(20, limit[1])]
 
 
 def run(command):
@@ -389,6 +392,7 @@ def main():
 
     # result
     if (out / "results.json").is_file():
+        run(["python", "signs.py", out])
         run(["python", "report.py", out])
         print(table(results["rungs"]))
     print(f"the ladder took {(time.time() - began) / 60:.1f} minutes; everything is in {out}, report.html first")

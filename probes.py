@@ -32,7 +32,6 @@ import itertools
 import math
 import os
 from collections import defaultdict
-from html import escape
 from pathlib import Path
 
 import numpy as np
@@ -41,13 +40,13 @@ from PIL import Image, ImageDraw
 
 from ask import draw_boxes
 from benchmarks import bootstrap_interval
+from charts import bars
 from checkpoint import load_model, read_json, write_json
 from data import Media, Processor, check_media, collate, cost, open_picture, prompt_text, read_all, style_of
 from eval import SEEN, answer_rows, model_hash, subset
 from grpo import complete, noise
-from ladder import BASE, GROUNDING, RECIPES, RUNGS, SELF_RUNGS, SPATIAL
+from ladder import BASE, GROUNDING, RECIPES, RUNGS, SPATIAL, WAYS
 from model import KVCache
-from report import ticks
 from rewards import CHOICE_TYPES, NUMBER_TYPES, SCORES, UserError, accuracy_reward, extract_answer
 from runtime import Parser, Ranks, add_flags, main_guard, refuse_bad_values, writing
 
@@ -370,72 +369,14 @@ def table(result):
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
 
 
-STYLE = """:root{color-scheme:light dark;--ink:#1f2328;--soft:#626c7a;--line:#dfe2e7;--a:#9db8ea;--b:#5b8be0;--c:#1d4fae}
-@media (prefers-color-scheme:dark){:root{--ink:#dde2e8;--soft:#949eac;--line:#2a3038;--a:#33507f;--b:#5b8be0;--c:#a9c6ff}}
-text{font:12.5px system-ui,sans-serif;fill:var(--soft)}.title{font-size:14px;font-weight:600;fill:var(--ink)}
-.tick{stroke:var(--line)}.whisker{stroke:var(--ink);stroke-width:1.3}.level{stroke:var(--soft);stroke-dasharray:5 4}
-.a{fill:var(--a)}.b{fill:var(--b)}.c{fill:var(--c)}.paper{opacity:.45}""".replace("\n", "")
-
-
-def chart(result):
-    """SVG: the panels of a probe, one under the other, bars with intervals for each model, the paper's paler."""
-    groups = [(row["name"], row, "") for row in result["rows"]] + [
-        (group, {name: {"value": value} for name, value in figures.items()}, "paper")
-        for group, figures in result["paper"].items()]
-    step, left, height, svg = 124, 44, 250, []
-
-    def rect(kind, x, y, wide, high):
-        svg.append(f'<rect class="{kind}" x="{x:.1f}" y="{y:.1f}" width="{wide}" height="{high:.1f}"/>')
-
-    def line(kind, x1, x2, y1, y2):
-        svg.append(f'<line class="{kind}" x1="{x1:.1f}" x2="{x2:.1f}" y1="{y1:.1f}" y2="{y2:.1f}"/>')
-
-    def text(words, x, y, anchor="start", kind="label"):
-        svg.append(f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(words)}</text>')
-
-    for number, (title, bars, levels) in enumerate(PANELS[result["what"]]):
-        shown = [(label, row, kind) for label, row, kind in groups if any(bar in row for bar in bars)]
-        dashed = {level: result["rows"][0][level]["value"] for level in levels}
-        most = 1.05 * max(*dashed.values(), 1e-3, *(row[bar].get("high", row[bar]["value"])
-                                                    for _, row, _ in shown for bar in bars if bar in row))
-        top, base, right = height * number, height * number + 204, left + step * len(shown)
-        wide, colours = min(26, 84 // len(bars)), {1: "c", 2: "ca", 3: "abc"}[len(bars)]
-
-        def up(value):
-            return base - value / most * 144
-
-        text(title, left, top + 20, kind="title")
-        for i, bar in enumerate(bars if len(bars) > 1 else ()):
-            rect(colours[i], left + 190 * i, top + 31, 10, 10)
-            text(bar, left + 190 * i + 15, top + 40)
-        for tick in ticks(0, most, 5):
-            line("tick", left, right, up(tick), up(tick))
-            text(f"{tick:.4g}", left - 6, up(tick) + 4, "end")
-        for place, (label, row, kind) in enumerate(shown):
-            middle = left + step * (place + 0.5)
-            text(label, middle, base + 17, "middle")
-            text(kind, middle, base + 32, "middle")
-            for i, bar in enumerate(bars):
-                x, figure = middle + wide * (i - len(bars) / 2), row.get(bar, {"value": 0})
-                rect(f"{colours[i]} {kind}", x + 1, up(figure["value"]), wide - 2, base - up(figure["value"]))
-                if "low" in figure:
-                    line("whisker", x + wide / 2, x + wide / 2, up(figure["low"]), up(figure["high"]))
-        for level, value in dashed.items():
-            line("level", left, right, up(value), up(value))
-            text(level, right + 6, up(value) + 4)
-    width, height = left + step * len(groups) + 96, height * len(PANELS[result["what"]])
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}">'
-            f"<style>{STYLE}</style>{''.join(svg)}</svg>\n")
-
-
 def rungs(run):
     """-> [(name, model directory, style)] of a ladder's finished rungs, its test data, its preset."""
     if not (run / "ladder.json").is_file():
         raise UserError(f"{run}: no ladder there; climb one with: python ladder.py --out {run}")
     ladder = read_json(run / "ladder.json")
     base = Path(ladder["model"] or Path(__file__).parent / BASE)
-    models = [(name, run / name if start else base, style) for name, _, start, _, style, _ in RUNGS + SELF_RUNGS
-              if not start or (run / name / "config.json").is_file()]
+    models = [(rung.name, run / rung.name if rung.start else base, rung.style) for rung in RUNGS + WAYS["self"]
+              if not rung.start or (run / rung.name / "config.json").is_file()]
     return models, Path(ladder["test"] or run / "rooms" / "test"), ladder["preset"]
 
 
@@ -480,7 +421,7 @@ def probe(what, models, questions, args, device):
         write_json(out / f"{what}.json", result)
     for condition in CONDITIONS if what == "hints" else ():
         save_png(open_picture(hinted(*questions[0], condition).media[0].source), args.pictures / f"{condition}.png")
-    (out / f"{what}.svg.tmp").write_text(chart(result), "utf-8")
+    (out / f"{what}.svg.tmp").write_text(bars(result["rows"], result["paper"], PANELS[what]), "utf-8")
     os.replace(out / f"{what}.svg.tmp", out / f"{what}.svg")
     print(f"\n{what}: {len(questions)} questions\n{table(result)}", flush=True)
 

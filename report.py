@@ -19,7 +19,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+from charts import bars, ticks
+from compare import ways
 from rewards import UserError
+from signs import lines
 
 RUNGS = {"base": "base", "stage1": "stage 1", "stage2": "stage 1+2", "cold": "+ cold start", "grpo": "+ GRPO",
          "cold-self": "+ own cold start", "grpo-self": "+ GRPO from it"}  # ladder.py --cold-start self
@@ -65,6 +68,7 @@ svg { display: block; width: 100% } text { font-size: 10.5px; fill: var(--soft) 
 .text { white-space: pre-wrap; overflow-wrap: anywhere; font-size: 14px; line-height: 1.45; margin: 6px 0 10px }
 .wide ul { display: grid; grid-template-columns: 1fr 1fr; gap: 0 28px } img { width: 112px; border-radius: 4px }
 .head { display: grid; grid-template-columns: 6.4em 1fr auto; gap: 10px } img:only-child { width: 224px }
+.across { overflow-x: auto } .across img:only-child { width: auto; border-radius: 0 } .across td { text-align: left }
 li { border-top: 1px solid var(--line); padding: 6px 0; font-size: 14px; list-style: none } .bad b { color: var(--bad) }
 li .text { font: 12px/1.5 ui-monospace, SFMono-Regular, Menlo, monospace; color: var(--soft); margin: 2px 0 0 }
 .flow { display: flex; flex-wrap: wrap } .flow figure { max-width: 100% } .tokens { max-width: none } .tokens span {
@@ -137,6 +141,11 @@ def data_uri(image, longest):
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
+def chart(svg):
+    """A chart of charts.bars, inlined; it scrolls sideways on a narrow screen."""
+    return f'<div class="across"><img src="data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}" alt=""></div>'
+
+
 def measures(scores):
     """The table's columns of one scores.json: title -> (value, blind baseline, low end of the interval, n)."""
     boxes, types = scores.get("localization", {}), scores["types"]
@@ -177,13 +186,6 @@ def ladder(rungs):
             "rung is its score minus blind: only that speaks for having looked. Cells are green above blind and red "
             "below, deeper the further; bold: the whole 95% interval lies above. Choices count exact matches, "
             "numbers mean relative accuracy; well-formed: in the think/answer format.</p>")
-
-
-def ticks(low, high, count=4):
-    """At most count + 1 round numbers within [low, high], 1, 2 or 5 times a power of ten apart."""
-    power = 10 ** np.floor(np.log10((high - low) / count))
-    step = next(power * m for m in (1, 2, 5, 10) if power * m * count >= (high - low) * (1 - 1e-9))
-    return step * np.arange(np.ceil(low / step - 1e-9), np.floor(high / step + 1e-9) + 1) + 0.0  # no minus zero
 
 
 def panel(rows, key, title, unit):
@@ -296,6 +298,44 @@ def rollouts(groups):
             f'group has a positive advantage and becomes more likely.</p><div class="wide">{cards}</div>')
 
 
+PROBES = {"hints": "Do hints help?", "attention": "Where does it look?", "entropy": "How sure is it?"}
+STEPS = [("questions: mean over the types, and what a blind guess earns", ("score",), ("blind",)),
+         ("boxes: mean IoU of the objects asked about", ("boxes",), ("one box for all",))]
+
+
+def staircase(rungs):
+    """The ladder as a picture: each rung's scores with their intervals; nothing before the first rung is done."""
+    def figure(numbers, name):
+        interval = {key: numbers[key] for key in ("low", "high") if "high" in numbers}
+        return {"value": numbers[name]} | interval if numbers.get(name) is not None else None
+
+    rows = []
+    for rung in rungs:
+        scores, boxes = rung["scores"], rung["scores"].get("localization", {})
+        figures = {"score": figure(scores, "overall"), "blind": figure(scores, "blind"),
+                   "boxes": figure(boxes, "mean_iou"), "one box for all": figure(boxes, "mean_box_iou")}
+        rows.append({"name": rung["name"]} | {name: found for name, found in figures.items() if found})
+    return chart(bars(rows, {}, STEPS)) if rows else ""
+
+
+def probed(folder):
+    """What probes.py has found: its charts, its pictures."""
+    text = ""
+    for what, heading in PROBES.items():
+        if (folder / f"{what}.svg").is_file():
+            shown = "".join(f'<figure><img src="{data_uri(Image.open(path).convert("RGB"), 336)}" alt=""><figcaption><small>'
+                            f"{escape(path.stem)}</small></figcaption></figure>" for path in sorted(folder.glob(f"{what}/*.png")))
+            text += f'<h3>{heading}</h3>{chart((folder / f"{what}.svg").read_text("utf-8"))}<div class="views">{shown}</div>'
+    return text or '<p class="soft">Not probed yet: python probes.py all RUN_DIR.</p>'
+
+
+def markdown_table(text):
+    """A Markdown table as HTML; nothing for none."""
+    rows = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("|") and not line.startswith("|--")]
+    cells = "".join(f"<tr>{''.join(f'<td>{escape(cell.strip())}</td>' for cell in row)}</tr>" for row in rows)
+    return f'<div class="across"><table>{cells}</table></div>' if rows else ""
+
+
 def acceptance(path):
     """What the rejection sampling of the own cold start kept, per question type, as coldstart.py counted it."""
     if not path.exists():
@@ -332,7 +372,11 @@ def report(run):
     keys = "step question_type prompt answer images completions rewards advantages"
     groups = {name: read_rows(run / name / "rollouts.jsonl", keys) for name in ("grpo", "grpo-self")}
     html = page("SpatialLadder", ", ".join(f"{key} {found[key]}" for key in ("preset", "seed") if key in found), {
-        "The ladder": ladder(found["rungs"]) + acceptance(run / "self_coldstart.samples" / "report.json"), "Curves": curves(run),
+        "The ladder": staircase(found["rungs"]) + ladder(found["rungs"]) + acceptance(
+            run / "self_coldstart.samples" / "report.json"),
+        "Signs of trouble": "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in lines(run)) + "</ul>", "Curves": curves(run),
+        "What the rungs change": probed(run / "probes"), "Other ways up": markdown_table(ways([run], {}))
+        or '<p class="soft">None climbed: python ladder.py --without stage1 --mixed.</p>',
         "Boxes through the rungs": (gallery(boxes) if boxes else "") + missing,
         "Answers through the rungs": (questions(types) if types else "") + missing,
         "Sampled groups": "".join(f"<h3>{RUNGS[name]}</h3>{rollouts(rows)}" for name, rows in groups.items() if rows)

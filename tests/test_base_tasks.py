@@ -143,3 +143,18 @@ def test_rows_are_chats(tmp_path):
     assert {(m.kind, len(m.sources) > 1) for s in rows["train"] for m in s.media} >= {("image", False), ("video", True)}
     lines = (tmp_path / "rooms" / "train" / "base_data.jsonl").read_text().splitlines()
     assert all(set(json.loads(line)) == {"messages"} for line in lines)
+
+
+def test_questions_by_themselves_are_those_of_the_chats(tmp_path):
+    """Of each training chat the first that asks for places and the last other one; of held-out pictures there are none."""
+    scenes.write_rooms(tmp_path / "rooms", 6, 0, test_scenes=2, processes=1, tasks="base")
+    chats, single = ([json.loads(line)["messages"] for line in (tmp_path / "rooms" / "train" / file).read_text().splitlines()]
+                     for file in ("base_data.jsonl", "base_single.jsonl"))
+    expected = []
+    for chat in chats:
+        media = [part for part in chat[0]["content"] if part["type"] != "text"]
+        turns = [(chat[i]["content"][-1]["text"], chat[i + 1]["content"]) for i in range(0, len(chat), 2)]
+        places = [turn for turn in turns if turn[0].startswith(("Point to", "Which cells"))]
+        expected += [(media, *turn) for turn in places[:1] + [turn for turn in turns if turn not in places][-1:]]
+    assert [(one[0]["content"][:-1], one[0]["content"][-1]["text"], one[1]["content"]) for one in single] == expected
+    assert len(single) > 20 and not (tmp_path / "rooms" / "test" / "base_single.jsonl").exists()

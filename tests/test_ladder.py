@@ -295,7 +295,7 @@ def test_smoke_climbs_everything(tmp_path):
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "<svg" in page and "GRPO" in page and "data:image" in page
     printed = [line for line in done.stdout.splitlines() if line.startswith("$ ")]
-    assert len(printed) == 1 + 4 + 5 + 1  # rooms, stages, evaluations, report
+    assert len(printed) == 1 + 4 + 5 + 1 + 2  # rooms, stages, evaluations, training questions, signs and report
     assert "the ladder took" in done.stdout
 
     weights = {rung: (out / rung / "model.safetensors").read_bytes() for rung, stage, *_ in RUNGS if stage}

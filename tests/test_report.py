@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 import report
-from report import BOTTOM, LEFT, RIGHT, TOP, pictures, spread, ticks
+from charts import ticks
+from report import BOTTOM, LEFT, RIGHT, TOP, pictures, spread
 from rewards import UserError
 
 VOID = {"meta", "img", "br"}
@@ -112,7 +113,7 @@ def test_the_page_asks_for_nothing_outside_itself(run):
     """Pictures are data URIs: one link to elsewhere would break the page offline."""
     text = page(run)
     uris = [value for name, value in Page(text).attributes if name in ("src", "href")]
-    assert uris and all(uri.startswith("data:image/jpeg;base64,") for uri in uris)
+    assert uris and all(re.match("data:image/(jpeg|svg[+]xml);base64,", uri) for uri in uris)
     assert not re.search(r"https?:|//[a-z]|@import", re.sub(r"base64,[A-Za-z0-9+/=]+", "", text))
     assert all(url.startswith("data:") for url in re.findall(r"url\(([^)]*)", text))
 
@@ -300,3 +301,31 @@ def test_spread_is_even_and_never_repeats():
     assert spread("abcde", 3) == ["a", "c", "e"]
     assert spread("ab", 5) == ["a", "b"]
     assert spread("", 5) == []
+
+
+def test_the_staircase_draws_what_the_rungs_score(run):
+    """A bar as high as its score, the blind guess as a dashed line where it is known, and no bar without a figure."""
+    found = json.loads((run / "results.json").read_text())["rungs"]
+    found[1]["scores"] |= {"blind": 0.4, "low": 0.5, "high": 0.65}
+    del found[0]["scores"]["localization"]
+    svg = base64.b64decode(re.search("svg[+]xml;base64,([^\"]*)", report.staircase(found))[1]).decode()
+    heights = [float(h) for h in re.findall(r'<rect class="c[^>]*height="([0-9.]+)"', svg)]
+    assert len(heights) == 3 and heights[1] / heights[0] == pytest.approx(0.575 / 0.375, rel=0.01)
+    assert svg.count('class="whisker"') == 1 and 'class="level"' not in svg  # the first rung, which it is read from, has none
+    assert report.staircase([]) == ""
+
+
+def test_probes_signs_and_other_ways_have_their_sections(run):
+    """Charts and pictures that probes.py left, the lines of signs.py, the table of compare.ways."""
+    text = page(run)
+    assert "Not probed yet" in text and "None climbed" in text and "reward 1.000 -&gt; 5.000" in text
+    (run / "probes" / "hints").mkdir(parents=True)
+    (run / "probes" / "hints.svg").write_text("<svg></svg>")
+    Image.new("RGB", (28, 28)).save(run / "probes" / "hints" / "full.png")
+    for rung, score in (("cold", 0.25), ("grpo", 0.75)):
+        write(run / "eval" / rung / "predictions.jsonl", {
+            "id": "1", "where": "b.jsonl:1", "question_type": "object count", "prompt": "", "completion": "", "prediction": 1,
+            "answer": "1", "score": score, "blind": None, "images": []})
+    text = page(run)
+    assert "Do hints help?" in text and "<small>full</small>" in text and "Not probed yet" not in text
+    assert ["cold", "0.250", "grpo", "-50.0 [-50.0, -50.0]", "-2.1"] in Page(text).rows

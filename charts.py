@@ -1,0 +1,72 @@
+"""Charts without a library: bars with intervals, as SVG that stands alone and suits light and dark pages."""
+from html import escape
+
+import numpy as np
+
+STYLE = """:root{color-scheme:light dark;--ink:#1f2328;--soft:#626c7a;--line:#dfe2e7;--a:#9db8ea;--b:#5b8be0;--c:#1d4fae}
+@media (prefers-color-scheme:dark){:root{--ink:#dde2e8;--soft:#949eac;--line:#2a3038;--a:#33507f;--b:#5b8be0;--c:#a9c6ff}}
+text{font:12.5px system-ui,sans-serif;fill:var(--soft)}.title{font-size:14px;font-weight:600;fill:var(--ink)}
+.tick{stroke:var(--line)}.whisker{stroke:var(--ink);stroke-width:1.3}.level{stroke:var(--soft);stroke-dasharray:5 4}
+.a{fill:var(--a)}.b{fill:var(--b)}.c{fill:var(--c)}.paper{opacity:.45}""".replace("\n", "")
+
+
+def bars(rows, paper, panels):
+    """SVG: panels one under the other, a group of bars with their intervals for each row, the paper's paler.
+
+    Args:    rows: [{"name": ..., figure: {"value", and where known "low" and "high"}}]. paper: {group: {figure: value}}.
+             panels: [(title, figures drawn as bars, figures of the first row drawn as dashed lines)]; a row without a
+             figure has no bar there.
+    """
+    groups = [(row["name"], row, "") for row in rows] + [
+        (group, {name: {"value": value} for name, value in figures.items()}, "paper") for group, figures in paper.items()]
+    step, left, height, svg = 124, 44, 250, []
+
+    def rect(kind, x, y, wide, high):
+        svg.append(f'<rect class="{kind}" x="{x:.1f}" y="{y:.1f}" width="{wide}" height="{high:.1f}"/>')
+
+    def line(kind, x1, x2, y1, y2):
+        svg.append(f'<line class="{kind}" x1="{x1:.1f}" x2="{x2:.1f}" y1="{y1:.1f}" y2="{y2:.1f}"/>')
+
+    def text(words, x, y, anchor="start", kind="label"):
+        svg.append(f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(words)}</text>')
+
+    for number, (title, figures, levels) in enumerate(panels):
+        shown = [(label, row, kind) for label, row, kind in groups if any(bar in row for bar in figures)]
+        dashed = {level: rows[0][level]["value"] for level in levels if level in rows[0]}
+        most = 1.05 * max(*dashed.values(), 1e-3, *(row[bar].get("high", row[bar]["value"])
+                                                    for _, row, _ in shown for bar in figures if bar in row))
+        top, base, right = height * number, height * number + 204, left + step * len(shown)
+        wide, colours = min(26, 84 // len(figures)), {1: "c", 2: "ca", 3: "abc"}[len(figures)]
+
+        def up(value):
+            return base - value / most * 144
+
+        text(title, left, top + 20, kind="title")
+        for i, bar in enumerate(figures if len(figures) > 1 else ()):
+            rect(colours[i], left + 190 * i, top + 31, 10, 10)
+            text(bar, left + 190 * i + 15, top + 40)
+        for tick in ticks(0, most, 5):
+            line("tick", left, right, up(tick), up(tick))
+            text(f"{tick:.4g}", left - 6, up(tick) + 4, "end")
+        for place, (label, row, kind) in enumerate(shown):
+            middle = left + step * (place + 0.5)
+            text(label, middle, base + 17, "middle")
+            text(kind, middle, base + 32, "middle")
+            for i, bar in enumerate(figures):
+                x, figure = middle + wide * (i - len(figures) / 2), row.get(bar, {"value": 0})
+                rect(f"{colours[i]} {kind}", x + 1, up(figure["value"]), wide - 2, base - up(figure["value"]))
+                if "low" in figure:
+                    line("whisker", x + wide / 2, x + wide / 2, up(figure["low"]), up(figure["high"]))
+        for level, value in dashed.items():
+            line("level", left, right, up(value), up(value))
+            text(level, right + 6, up(value) + 4)
+    width, height = left + step * len(groups) + 96, height * len(panels)
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}">'
+            f"<style>{STYLE}</style>{''.join(svg)}</svg>\n")
+
+
+def ticks(low, high, count=4):
+    """At most count + 1 round numbers within [low, high], 1, 2 or 5 times a power of ten apart."""
+    power = 10 ** np.floor(np.log10((high - low) / count))
+    step = next(power * m for m in (1, 2, 5, 10) if power * m * count >= (high - low) * (1 - 1e-9))
+    return step * np.arange(np.ceil(low / step - 1e-9), np.floor(high / step + 1e-9) + 1) + 0.0  # no minus zero
