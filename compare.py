@@ -19,8 +19,8 @@ from ladder import EVERY_RUNG, RUNGS
 from rewards import CHOICE_TYPES, NUMBER_TYPES, UserError
 from runtime import Parser, main_guard
 
-PAPER = {  # percentage points beside the whole ladder: the paper's ablations; of the two supervised stages its 43.9% in turn,
-    # 42.7% without stage 1, 40.7% shuffled together
+PAPER_POINTS = {  # what the paper loses beside its whole ladder. After stages 1 and 2 it scores 43.9%, after stage 2 alone
+    # 42.7%, after both shuffled together 40.7%.
     "cold": -2.1, "stage2-no1": -1.2, "grpo-no1": -1.8, "grpo-no2": -9.4, "grpo-films": -16.4, "stage2-mixed": -3.2}
 
 
@@ -72,6 +72,8 @@ def gains(found, types):
 def change(after, before, types):
     """A cell: the mean over types of the paired differences in points, with its interval."""
     differences = {kind: values for kind, values in paired(scores_of(after), scores_of(before)).items() if kind in types}
+    if not all(map(len, differences.values())):
+        raise UserError("nothing to compare: the ladders have no question of some type in common; give ladders of the same seeds")
     low, high = bootstrap_interval(differences)
     mean = np.mean([values.mean() for values in differences.values()])
     return f"{100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
@@ -81,14 +83,14 @@ def mean_score(found, types):
     return np.mean([np.mean([score for score, _ in found[kind].values()]) for kind in types])
 
 
-def evaluated(runs, rungs):
-    """Names of the rungs that any of the ladders has answers of."""
-    return [rung.name for rung in rungs if any((Path(run) / "eval" / rung.name).is_dir() for run in runs)]
+def evaluated(runs, rungs, which=all):
+    """Names of the rungs that all of the ladders, or any, have answers of."""
+    return [rung.name for rung in rungs if which((Path(run) / "eval" / rung.name / "predictions.jsonl").is_file() for run in runs)]
 
 
 def tables(runs):
     """Markdown: a line per rung; then a line per question type with each rung's gain."""
-    names = evaluated(runs, RUNGS)
+    names = evaluated(runs, RUNGS, any)
     found = {name: read_rung(runs, name, with_blind=True) for name in names or ["base"]}  # of none, it says what to run
     scores = {name: [read_json(Path(run) / "eval" / name / "scores.json") for run in runs] for name in names}
     types = [kind for kind in (*NUMBER_TYPES, *CHOICE_TYPES) if kind in found[names[0]]]
@@ -114,23 +116,22 @@ def tables(runs):
 
 
 def ways(runs, others):
-    """Markdown: rungs of other ways up, and the last ones of ladders with more or fewer rooms, beside the ladder's own of
-    the same stage and seeds. others: {data scale: ladders}."""
-    rows = [(name, name.split("-")[0], runs) for name in evaluated(runs, EVERY_RUNG) if "-" in name]
-    rows += [("cold", "grpo", runs)] if "cold" in evaluated(runs, RUNGS) else []
-    rows += [(name, name, others[scale]) for scale in others for name in evaluated(others[scale], RUNGS)[-1:]]
-    rows = [row for row in rows if row[1] in evaluated(runs, RUNGS)]
-    if not rows:
-        return ""
-    lines = ["", "| another way up | score | beside | points | the paper's |", "|---|---|---|---|---|"]
-    for name, partner, where in rows:
-        found, whole = read_rung(where, name), read_rung(runs, partner)
-        types = [kind for kind in (*NUMBER_TYPES, *CHOICE_TYPES) if kind in found]
-        label = name if where is runs else f"{name}, rooms x{setting(where[0], 'data_scale', [1])[0]:g}"
-        points = PAPER.get(name) if where is runs else None
-        lines.append(f"| {label} | {mean_score(found, types):.3f} | {partner} | {change(found, whole, types)} | "
-                     f"{'' if points is None else f'{points:+.1f}'} |")
-    return "\n".join(lines)
+    """Markdown: rungs of other ways up, and the last rung of ladders with more or fewer rooms, beside the ladder's own of the
+    same stage and seeds. others: {data scale: ladders}. Without any, nothing."""
+    ladder = evaluated(runs, RUNGS)
+    rows = [(name, name, name.split("-")[0], runs) for name in evaluated(runs, EVERY_RUNG) if "-" in name]
+    rows += [("cold (no GRPO)", "cold", "grpo", runs)] if "cold" in ladder else []
+    rows += [(f"{name}, rooms x{scale:g}", name, name, others[scale])
+             for scale in others for name in evaluated(others[scale], RUNGS)[-1:]]
+    lines = []
+    for label, name, partner, where in rows:
+        if partner in ladder:
+            found, whole = read_rung(where, name), read_rung(runs, partner)
+            types = [kind for kind in (*NUMBER_TYPES, *CHOICE_TYPES) if kind in found]
+            paper = f"{PAPER_POINTS[name]:+.1f}" if where is runs and name in PAPER_POINTS else ""
+            lines.append(f"| {label} | {mean_score(found, types):.3f} | {partner} | {change(found, whole, types)} | {paper} |")
+    heads = ["| another way up | score | beside | points | the paper's |", "|---|---|---|---|---|"]
+    return "\n".join(heads + lines if lines else [])
 
 
 def main():
@@ -139,9 +140,9 @@ def main():
     scales = {}
     for run in parser.parse_args().runs:
         scales.setdefault(setting(run, "data_scale", [1])[0], []).append(run)
-    usual = scales.pop(1 if 1 in scales else next(iter(scales)))
-    print(tables(usual))
-    print(ways(usual, scales))
+    usual = min(scales, key=lambda scale: (scale != 1, scale))
+    ladders = scales.pop(usual)
+    print(f"Ladders with rooms x{usual:g}:\n\n{tables(ladders)}\n\n{ways(ladders, scales)}")
 
 
 if __name__ == "__main__":

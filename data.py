@@ -30,6 +30,7 @@ from model import Batch, mrope_positions
 from rewards import CHOICE_TYPES, NUMBER_TYPES, UserError, parse_choice, parse_number
 
 IGNORE = -100  # label of a token that is not trained
+DATA_TYPES = ("single_image", "multi_view", "video")
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of CLIP's pictures, RGB
 
 PROMPTS = {  # {question} and {options} are the slots; --prompts FILE replaces any of these texts
@@ -126,10 +127,12 @@ def read_all(paths, images, tell=None, data_types=None):
     samples = [s for path in paths for s in read_samples(path, images or Path(path).parent / "images", wrong)]
     if wrong:
         tell(f"dropped {len(wrong)} of {len(wrong) + len(samples)} rows, the first: {wrong[0]}")
-    if data_types:
-        samples = [s for s in samples if s.data_type in data_types]
+    unknown, kinds = set(data_types or ()) - set(DATA_TYPES), f" of data_type {' or '.join(data_types)}" if data_types else ""
+    if unknown:
+        raise UserError(f"--data-types: there is no {unknown.pop()!r}, expected of {', '.join(DATA_TYPES)}")
+    samples = [s for s in samples if not data_types or s.data_type in data_types]
     if not samples:
-        raise UserError(f"{', '.join(map(str, paths))}: no rows in it" + (f" of data_type {' '.join(data_types)}" if data_types else ""))
+        raise UserError(f"{', '.join(map(str, paths))}: no rows{kinds} in it")
     return samples
 
 
@@ -151,7 +154,7 @@ def parse_row(row, where, images):
         return Sample(where, row_id, "", kind, "".join(turns[-1][1]), media=media, messages=turns)
 
     paths, data_type = need("image", list), need("data_type", str)
-    if data_type not in ("single_image", "multi_view", "video"):
+    if data_type not in DATA_TYPES:
         raise UserError(f"{where}: data_type is {data_type!r}, expected single_image, multi_view or video")
     if not paths or not all(isinstance(p, str) for p in paths):
         raise UserError(f"{where}: image is {json.dumps(paths)[:80]}, expected a list of paths")

@@ -291,6 +291,8 @@ def check_settings(args):
     unknown = [name for name in args.reward_funcs if name not in REWARDS]
     if unknown:
         raise UserError(f"--reward-funcs: no reward {unknown[0]!r}, expected of {', '.join(REWARDS)}")
+    if args.prompt_style == "direct" and "format" in args.reward_funcs:
+        raise UserError("--prompt-style direct asks for no tags, and --reward-funcs format pays for them; leave one out")
     if len(args.reward_weights) != len(args.reward_funcs):
         raise UserError(f"--reward-weights has {len(args.reward_weights)} numbers, expected {len(args.reward_funcs)}: "
                         f"one for each of {', '.join(args.reward_funcs)}")

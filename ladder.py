@@ -3,7 +3,7 @@
     python ladder.py                     # the whole ladder on procedural rooms and a tiny model, on a laptop
     python ladder.py --smoke             # the same with hardly any steps, to see that everything works
     python ladder.py --cold-start self   # the last two rungs once more, on chains of the model's own, beside the first
-    python ladder.py --without stage1 --mixed --seeds 3         # other ways up beside the ladder: what is each rung worth?
+    python ladder.py --without stage1 --mixed   # other ways up, beside the ladder: what is each rung worth?
     python ladder.py --seeds 3 --limit 500 --out runs/seeds     # three ladders, and what they say together
     python ladder.py --preset paper --model Qwen2.5-VL-3B-Instruct --data SpatialLadder-26k --nproc-per-node 4
 
@@ -142,8 +142,8 @@ RECIPES = {
     },
 }
 # A rung: its name, the stage that trains it, the rung it starts from, its data, how it is asked, what it teaches, and
-# flags of its own.
-Rung = namedtuple("Rung", "name stage start files style what flags", defaults=((),))
+# what its command says besides, by preset.
+Rung = namedtuple("Rung", "name stage start files style what flags", defaults=({},))
 RUNGS = (
     Rung("base", None, None, (), "direct", "sees and speaks, but does not know what is asked of it here"),
     Rung("stage1", "1", "base", (GROUNDING,), "direct", "learned to see: where the objects of a question are"),
@@ -154,30 +154,40 @@ RUNGS = (
 
 
 def way(name, start, first, **changes):
-    """The ladder's rungs from `first` on, named after the way, begun at the rung `start`. changes: stage -> what its rung has
-    otherwise."""
-    numbers = {rung.name: i for i, rung in enumerate(RUNGS)}
+    """The ladder's rungs from `first` on, named after the way, begun at the rung `start`.
+
+    Args: changes: rung of the ladder -> fields that are others on this way.
+    """
     rungs = []
-    for rung in RUNGS[numbers[first]:]:
-        rungs.append(rung._replace(name=f"{rung.name}-{name}", start=rungs[-1].name if rungs else start,
-                                   **changes.get(rung.name, {})))
+    for rung in RUNGS[[rung.name for rung in RUNGS].index(first):]:
+        begun = rungs[-1].name if rungs else start
+        rungs.append(rung._replace(name=f"{rung.name}-{name}", start=begun, **changes.get(rung.name, {})))
     return tuple(rungs)
 
 
-FILMS = {"flags": ("--data-types", "video")}
+def always(*flags):
+    return {"flags": dict.fromkeys(RECIPES, flags)}
+
+
+NO_BOXES = always("--replay-ratio", 0)
+FILMS = always("--data-types", "video", "--replay-ratio", 0)
+BOTH_STAGES = RECIPES["tiny"]["1"]["max_steps"] + RECIPES["tiny"]["2"]["max_steps"]
 WAYS = {  # other ways up, beside the ladder, whose rungs they share as far as they go with it
     "self": way("self", "stage2", "cold", cold={"files": ("self_coldstart.jsonl",), "what": "learned its reasoning from those "
                                                 "of its own chains that ended right"}),
-    "stage1": way("no1", "base", "stage2"),
-    "stage1 but as long": way("long", "base", "stage2", stage2={"flags": ("--max-steps", 3000)}),  # stage 1's steps too
+    "stage1": way("no1", "base", "stage2", stage2=NO_BOXES, cold=NO_BOXES),
+    "stage1-as-long": way("long", "base", "stage2", cold=NO_BOXES, stage2={"flags": {  # stage 1's budget goes to stage 2
+        "tiny": ("--replay-ratio", 0, "--max-steps", BOTH_STAGES),
+        "paper": ("--epochs", 1.287)}}),  # (5,929 + 20,680) / 20,680 rows
     "stage2": way("no2", "stage1", "cold"),
-    "single,multi": way("films", "stage1", "stage2", stage2=FILMS, cold=FILMS, grpo=FILMS),
-    "thinking": way("bare", "stage2", "grpo", grpo={"style": "direct", "flags": (
-        "--prompt-style", "direct", "--reward-funcs", "accuracy", "--reward-weights", 1)}),
+    "single,multi": way("films", "stage1", "stage2", stage2=FILMS, cold=FILMS, grpo=always("--data-types", "video")),
+    "thinking": way("bare", "stage2", "grpo", grpo={"style": "direct", "what": "learned from rewards to answer at once"} | always(
+        "--prompt-style", "direct", "--reward-funcs", "accuracy", "--reward-weights", 1)),
     "cold": way("nocold", "stage2", "grpo"),
     "grpo": (),  # that is the rung below it
-    "mixed": way("mixed", "base", "stage2", stage2={"files": (GROUNDING, SPATIAL), "flags": (
-        "--max-steps", 3000, "--replay-ratio", 0)}),  # stages 1 and 2 shuffled together
+    "mixed": way("mixed", "base", "stage2", stage2={
+        "files": (GROUNDING, SPATIAL), "what": "learned boxes and questions shuffled together", "flags": {
+            "tiny": ("--replay-ratio", 0, "--max-steps", BOTH_STAGES)}}),
 }
 EVERY_RUNG = RUNGS + tuple(rung for rungs in WAYS.values() for rung in rungs)
 TEACHERS = {  # preset -> steps of the small cold start that makes stage 2 a teacher (None: it writes chains when asked,
@@ -206,19 +216,19 @@ def climb(args):
 
 
 def commands(args):
-    """(rung, what it is for, command) in order; a rung is None while data and base are made."""
+    """(rung, what it is for, command) in order; a rung is None where nothing of the ladder is trained or scored."""
     out = Path(args.out)
     launch = (["torchrun", "--standalone", f"--nproc-per-node={args.nproc_per_node}"] if args.nproc_per_node > 1
               else ["python"])
     if args.preset == "tiny":
         rooms, data = out / "rooms", out / "rooms" / "train"
-        scenes = ["--scenes", 40, "--test-scenes", 12] if args.smoke else ["--test-scenes", 4 * args.limit + 40]
-        scenes += ["--scenes", round(ROOMS_MADE * args.data_scale[0])] if args.data_scale != [1] else []
+        made, tested = (40, 12) if args.smoke else (ROOMS_MADE, 4 * args.limit + 40)
+        scenes = ["--scenes", max(1, round(made * args.data_scale[0])), "--test-scenes", tested]
         yield None, "rooms", ["python", "scenes.py", "--out", rooms, "--seed", args.seed, *scenes]
         models = {"base": args.model or os.path.relpath(Path(__file__).parent / BASE)}
-        test = ["--data", rooms / "test", "--blind-from", data]
+        test = rooms / "test"
     else:
-        data, models, test = Path(args.data), {"base": args.model}, ["--data", args.test]
+        data, models, test = Path(args.data), {"base": args.model}, args.test
 
     def train(stage, start, files, out, *more):
         script = ["grpo.py"] if stage == "grpo" else ["train_sft.py", "--stage", stage]
@@ -229,7 +239,7 @@ def commands(args):
     for rung, stage, start, files, style, _, flags in climb(args):
         models.setdefault(rung, out / rung)
         if stage is not None:
-            sources, more = [data / file for file in files], [*flags]
+            sources, more = [data / file for file in files], [*flags.get(args.preset, ())]
             more += ["--max-steps", SMOKE[stage]] if args.smoke else []
             if rung == "cold-self":
                 steps, sampling = TEACHERS[args.preset]
@@ -243,10 +253,10 @@ def commands(args):
                 more += ["--eval-every", 20, "--eval-data", rooms / "val" / SPATIAL]
             yield rung, "train", train(stage, models[start], sources, models[rung], *more)
         limit = ["--limit", 4 if args.smoke else args.limit, "--max-completion-length", 128] if args.preset == "tiny" else []
-        if args.preset == "tiny" or args.test:
-            yield rung, "evaluate", [*launch, "eval.py", "--model", models[rung], "--bench", "rooms", *test, "--out",
-                                     out / "eval" / rung, "--prompt-style", style, *limit]
-        if stage == "2" and args.preset == "tiny":  # does it know its training questions by heart? signs.py compares
+        if test:
+            yield rung, "evaluate", [*launch, "eval.py", "--model", models[rung], "--bench", "rooms", "--data", test,
+                                     "--blind-from", data, "--out", out / "eval" / rung, "--prompt-style", style, *limit]
+        if rung == "stage2" and limit:  # does it know its training questions by heart? signs.py compares
             yield None, "memory", [*launch, "eval.py", "--model", models[rung], "--bench", "rooms", "--data", data, "--out",
                                    out / "eval-train" / rung, "--prompt-style", style, *limit[2:], "--limit", min(20, limit[1])]
 
@@ -332,13 +342,14 @@ def main():
     parser.add_argument("--seeds", type=int, default=1, help="climb that many, with seeds from --seed on, and compare them")
     parser.add_argument("--limit", type=int, default=150, help="preset tiny: questions of a type that a rung is scored on")
     parser.add_argument("--nproc-per-node", type=int, default=1, help="processes, one per GPU")
-    parser.add_argument("--cold-start", choices=("scenes", "self"), default="scenes", help="chains of the cold start: the "
-                        "data set's, or sampled from the model itself and kept where they end right")
-    parser.add_argument("--without", nargs="+", default=[], choices=[name for name in WAYS if name not in ("self", "mixed")],
-                        metavar="PART", help="what the ladder is climbed without, beside the whole: %(choices)s")
+    parser.add_argument("--cold-start", choices=("scenes", "self"), default="scenes", help="self: climb the last two rungs "
+                        "once more, on chains sampled from the model itself and kept where they end right")
+    parts = [name for name in WAYS if name not in ("self", "mixed")]
+    parser.add_argument("--without", nargs="+", default=[], choices=parts, metavar="PART",
+                        help="climb without a part too, beside the whole: " + " | ".join(parts))
     parser.add_argument("--mixed", action="store_true", help="stages 1 and 2 as one, shuffled together, beside the ladder")
     parser.add_argument("--data-scale", type=float, nargs="+", default=[1], help="preset tiny: how many times as many rooms, "
-                        "in as many steps; several: a ladder each")
+                        "in as many steps (at 1 no row is seen twice); several: a ladder each")
     parser.add_argument("--smoke", action="store_true", help="hardly any steps: see that everything works")
     parser.add_argument("--fresh", action="store_true", help="delete what an earlier run left in --out first")
     parser.add_argument("--model", help="directory to start from; preset paper: of Qwen2.5-VL-3B-Instruct (default: base)")
@@ -350,16 +361,19 @@ def main():
     for name, least in (("nproc_per_node", 1), ("seed", 0), ("seeds", 1), ("limit", 1)):
         if vars(args)[name] < least:
             parser.error(f"--{name.replace('_', '-')} is {vars(args)[name]}, expected at least {least}")
-    args.out = args.out or (f"runs/{args.preset}" + ("-smoke" if args.smoke else ""))
+    several = args.seeds * len(args.data_scale) > 1
+    args.out = args.out or f"runs/{args.preset}" + "-smoke" * args.smoke + "-ladders" * several
     if args.preset == "paper" and not (args.model and args.data):
         parser.error("--preset paper needs --model and --data")
     if args.smoke and args.cold_start == "self":
         parser.error("--smoke trains too little for chains of its own; --cold-start self needs the whole run")
     out = Path(args.out)
-    if args.seeds * len(args.data_scale) > 1:
-        same = {name: value for name, value in vars(args).items() if value and name not in ("out", "seed", "seeds", "data_scale")}
-        words = [word for name, value in same.items() for word in (f"--{name.replace('_', '-')}", *(
-            value if isinstance(value, list) else [] if value is True else [value]))]
+    if several:
+        if (out / "ladder.json").is_file():
+            parser.error(f"{out} holds one ladder; give another --out for several")
+        same = {name: value for name, value in vars(args).items() if value}
+        words = [word for name, value in same.items() if name not in ("out", "seed", "seeds", "data_scale") for word in (
+            f"--{name.replace('_', '-')}", *(value if isinstance(value, list) else [] if value is True else [value]))]
         ladders = [(seed, scale) for scale in args.data_scale for seed in range(args.seed, args.seed + args.seeds)]
         folders = [out / (str(seed) if scale == 1 else f"{seed}-rooms-x{scale:g}") for seed, scale in ladders]
         for (seed, scale), folder in zip(ladders, folders):
@@ -391,9 +405,9 @@ def main():
             print(lesson(results["rungs"], rung), flush=True)
 
     # result
+    run(["python", "signs.py", out])
+    run(["python", "report.py", out])
     if (out / "results.json").is_file():
-        run(["python", "signs.py", out])
-        run(["python", "report.py", out])
         print(table(results["rungs"]))
     print(f"the ladder took {(time.time() - began) / 60:.1f} minutes; everything is in {out}, report.html first")
 

@@ -1,6 +1,6 @@
 """The paper's three analyses of what the ladder changes, on any checkpoints and data: hints, attention, entropy.
 
-    python probes.py hints runs/tiny            # every rung of a ladder, asked in its own style about its test rooms
+    python probes.py hints runs/tiny            # the rungs of a ladder, each asked in its own style about its test rooms
     python probes.py attention runs/tiny
     python probes.py entropy runs/tiny
     python probes.py all runs/tiny              # the three
@@ -42,7 +42,7 @@ from ask import draw_boxes
 from benchmarks import bootstrap_interval
 from charts import bars
 from checkpoint import load_model, read_json, write_json
-from data import Media, Processor, check_media, collate, cost, open_picture, prompt_text, read_all, style_of
+from data import Media, Processor, check_media, collate, cost, open_picture, read_all, style_of
 from eval import SEEN, answer_rows, model_hash, subset
 from grpo import complete, noise
 from ladder import BASE, GROUNDING, RECIPES, RUNGS, SPATIAL, WAYS
@@ -291,11 +291,16 @@ def probe_attention(model, processor, pairs, args, device):
         for rows in batches(asked, args.batch_size):
             for row, heat in zip(rows, attention_maps(model, processor, [asked[row] for row in rows], args, device)):
                 maps[kind][row] = heat
+    media = [question.media for question, _ in pairs]
+    others = [next((j % len(pairs) for j in range(i + 1, i + len(pairs)) if media[j % len(pairs)] != media[i]), None)
+              for i in range(len(pairs))]  # for each question the next one that asks about another picture
+    if None in others:
+        raise UserError(f"{args.data}: all {len(pairs)} questions are about one picture; attention is compared between two")
     for row, (question, located) in enumerate(pairs):
         picture = open_picture(question.media[0].source)
         truth = box_mask(located.answer, picture.size)
         for kind, found in maps.items():
-            own, another = attended_iou(found[row], truth), attended_iou(found[row - 1], truth)
+            own, another = attended_iou(found[row], truth), attended_iou(found[others[row]], truth)
             for name, value in (("iou", own), ("another's map", another), ("iou - another's", own - another),
                                 ("entropy", map_entropy(found[row]))):
                 figures[kind + name].append(value)
@@ -342,11 +347,10 @@ def semantic_entropy(meanings, tolerance):
 def probe_entropy(model, processor, samples, args, device):
     """Semantic entropy of K sampled answers, over all questions and by their types."""
     K, C = args.num_generations, args.max_completion_length
-    asked = [dataclasses.replace(s, prompt=prompt_text(s, args.prompt_style, processor.prompts)) for s in samples]
     entropies, invalid = np.zeros(len(samples)), np.zeros(len(samples))
     for rows in batches(samples, max(1, args.batch_size // K)):
         uniforms = torch.cat([noise(args.seed, 0, row, K, C) for row in rows]).to(device)
-        for row, group in zip(rows, complete(model, processor, asked, rows, K, uniforms, args, device)):
+        for row, group in zip(rows, complete(model, processor, samples, rows, K, uniforms, args, device)):
             meanings = [meaning(text, group.sample) for text in group.texts]
             entropies[row], invalid[row] = semantic_entropy(meanings, args.tolerance), meanings.count(None) / K
     kinds = np.array([s.question_type for s in samples])
@@ -377,7 +381,7 @@ def rungs(run):
     base = Path(ladder["model"] or Path(__file__).parent / BASE)
     models = [(rung.name, run / rung.name if rung.start else base, rung.style) for rung in RUNGS + WAYS["self"]
               if not rung.start or (run / rung.name / "config.json").is_file()]
-    return models, Path(ladder["test"] or run / "rooms" / "test"), ladder["preset"]
+    return models, ladder["test"] or (ladder["preset"] == "tiny" and run / "rooms" / "test"), ladder["preset"]
 
 
 def questions_for(what, samples, args):
@@ -418,7 +422,8 @@ def probe(what, models, questions, args, device):
             model = load_model(directory, getattr(torch, dtype), device)
             found = [row | measure(model, Processor(directory, model.config, args), questions, args, device)]
         result["rows"] += found
-        write_json(out / f"{what}.json", result)
+        write_json(out / f"{what}.json", result | {"rows": result["rows"] + [old for old in done if old not in result["rows"]]})
+    write_json(out / f"{what}.json", result)
     for condition in CONDITIONS if what == "hints" else ():
         save_png(open_picture(hinted(*questions[0], condition).media[0].source), args.pictures / f"{condition}.png")
     (out / f"{what}.svg.tmp").write_text(bars(result["rows"], result["paper"], PANELS[what]), "utf-8")
@@ -460,7 +465,9 @@ def main():
     args = settings()
     if args.run:
         models, data, preset = rungs(args.run)
-        args.data, args.out = args.data or data, args.out or args.run / "probes"
+        if not (args.data or data):
+            raise UserError(f"{args.run}: was climbed without --test; give --data, what to ask about")
+        args.data, args.out = args.data or Path(data), args.out or args.run / "probes"
     else:
         unique = len({Path(model).name for model in args.model}) == len(args.model)
         models = [(Path(m).name if unique else m.strip("/").replace("/", "_"), Path(m), "thinking") for m in args.model]
@@ -471,6 +478,8 @@ def main():
     samples = read_all(files, args.images)
     asked = {what: questions_for(what, samples, args) for what in (PANELS if args.what == "all" else (args.what,))}
     ranks = Ranks(args.device)
+    if ranks.world > 1:
+        raise UserError("probes.py runs in one process: python probes.py, not torchrun")
     with writing(args.out, "results"):
         for what, questions in asked.items():
             probe(what, models, questions, args, ranks.device)

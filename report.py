@@ -20,9 +20,12 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from charts import bars, ticks
+from checkpoint import load_config
 from compare import ways
+from data import MEAN, STD, Processor, parse_line, parse_row, read_lines, style_of
 from rewards import UserError
-from signs import lines
+from runtime import Parser, add_flags, refuse_bad_values
+from signs import verdicts
 
 RUNGS = {"base": "base", "stage1": "stage 1", "stage2": "stage 1+2", "cold": "+ cold start", "grpo": "+ GRPO",
          "cold-self": "+ own cold start", "grpo-self": "+ GRPO from it"}  # ladder.py --cold-start self
@@ -331,7 +334,7 @@ def probed(folder):
 
 def markdown_table(text):
     """A Markdown table as HTML; nothing for none."""
-    rows = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("|") and not line.startswith("|--")]
+    rows = [line.strip("|").split("|") for line in text.splitlines() if not line.startswith("|--")]
     cells = "".join(f"<tr>{''.join(f'<td>{escape(cell.strip())}</td>' for cell in row)}</tr>" for row in rows)
     return f'<div class="across"><table>{cells}</table></div>' if rows else ""
 
@@ -374,9 +377,10 @@ def report(run):
     html = page("SpatialLadder", ", ".join(f"{key} {found[key]}" for key in ("preset", "seed") if key in found), {
         "The ladder": staircase(found["rungs"]) + ladder(found["rungs"]) + acceptance(
             run / "self_coldstart.samples" / "report.json"),
-        "Signs of trouble": "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in lines(run)) + "</ul>", "Curves": curves(run),
-        "What the rungs change": probed(run / "probes"), "Other ways up": markdown_table(ways([run], {}))
-        or '<p class="soft">None climbed: python ladder.py --without stage1 --mixed.</p>',
+        "Signs of trouble": "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in verdicts(run)) + "</ul>",
+        "Curves": curves(run), "What the rungs change": probed(run / "probes"),
+        "Other ways up": markdown_table(ways([run], {})) + '<p class="soft">More of them: python ladder.py --without stage1 '
+        "stage2 --mixed. Intervals are of one ladder's questions, paired.</p>",
         "Boxes through the rungs": (gallery(boxes) if boxes else "") + missing,
         "Answers through the rungs": (questions(types) if types else "") + missing,
         "Sampled groups": "".join(f"<h3>{RUNGS[name]}</h3>{rollouts(rows)}" for name, rows in groups.items() if rows)
@@ -387,8 +391,6 @@ def report(run):
 
 def seen(example):
     """An example's pictures and frames as the patches hold them: data.to_patches backwards. One list per grid."""
-    from data import MEAN, STD
-
     first, found = 0, []
     for t, h, w in example.grids:
         patches = example.patches[first:first + t * h * w].numpy().reshape(t, h // 2, w // 2, 2, 2, 3, 2, 14, 14)
@@ -416,9 +418,6 @@ def token_runs(example, processor):
 
 def show(args):
     """Write a page of the exact input that the model is trained on for one row, and return its path."""
-    from checkpoint import load_config
-    from data import Processor, parse_line, parse_row, read_lines, style_of
-
     where = f"{args.file}:{args.row}"
     line = dict(read_lines(args.file)).get(where)
     if line is None:
@@ -462,8 +461,6 @@ def show(args):
 
 def main():
     if sys.argv[1:2] == ["show"]:
-        from runtime import Parser, add_flags, refuse_bad_values
-
         parser = Parser(description=show.__doc__)
         parser.add_argument("show", choices=["show"])
         parser.add_argument("file", type=Path, help="jsonl file")

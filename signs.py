@@ -1,9 +1,9 @@
-"""Signs of trouble in a run of the ladder, one line for each place where they show: what was found, and whether it is one.
+"""Signs of trouble in a run of the ladder: what is found wherever they show, and whether it is "ok", "TROUBLE" or "unknown".
 
     python signs.py runs/tiny            # ladder.py ends with it
 
 Every trainer and evaluation leaves what this reads: scores.json, predictions.jsonl, log.jsonl. What is not there yet is
-left out. Trouble is worded as what to look at; "ok" stands before the others.
+left out.
 """
 import argparse
 from pathlib import Path
@@ -59,18 +59,19 @@ def memory_sign(train, held_out):
 def reward_sign(rows):
     """log.jsonl of GRPO: the reward rises beyond its noise, the held-out accuracy does not.
 
-    The first fifth of the steps against the last; noise is two standard errors of the difference of their means.
+    The first fifth of the steps against the last; noise is two standard errors of the difference of their means. Unknown
+    (None) with fewer than two steps in a fifth, or fewer than two looks at held-out questions.
     """
-    rewards = [row["reward"] for row in rows]
-    fifth = max(1, len(rewards) // 5)
+    rewards, fifth = [row["reward"] for row in rows], len(rows) // 5
     held_out = [row["eval_rewards/accuracy/mean"] for row in rows if "eval_rewards/accuracy/mean" in row]
+    if fifth < 2 or len(held_out) < 2:
+        return None, f"{len(rows)} steps of GRPO and {len(held_out)} looks at held-out questions are too few to judge"
     first, last = rewards[:fifth], rewards[-fifth:]
-    noise = 2 * np.sqrt((np.var(first) + np.var(last)) / fifth)
+    noise = 2 * np.sqrt((np.var(first, ddof=1) + np.var(last, ddof=1)) / fifth)
     rises = np.mean(last) - np.mean(first) > noise
-    said = f"reward {np.mean(first):.3f} -> {np.mean(last):.3f} (noise {noise:.3f})"
-    if held_out:
-        said += f", held-out accuracy {held_out[0]:.3f} -> {held_out[-1]:.3f}"
-    return bool(rises and held_out and held_out[-1] <= held_out[0]), said
+    return bool(rises and held_out[-1] <= held_out[0]), (
+        f"reward {np.mean(first):.3f} -> {np.mean(last):.3f} (noise {noise:.3f}), held-out accuracy {held_out[0]:.3f} -> "
+        f"{held_out[-1]:.3f}")
 
 
 def attention_sign(before, after):
@@ -84,7 +85,7 @@ def attention_sign(before, after):
 
 
 def signs(run):
-    """(rung, is it trouble, a sentence) of all that a run has so far."""
+    """(rung, is it trouble, a sentence) of all that a run has so far; None: there is too little to say."""
     for rung in EVERY_RUNG[1:]:
         answers, log = run / "eval" / rung.name / "predictions.jsonl", run / rung.name / "log.jsonl"
         located = [row for row in rows_of(answers) if row["question_type"] == "localization"] if answers.is_file() else []
@@ -103,12 +104,13 @@ def signs(run):
                 yield after.name, *attention_sign(rows[before.name], rows[after.name])
 
 
-def lines(run):
+def verdicts(run):
     """
-    >>> lines(Path("nowhere"))
+    >>> verdicts(Path("nowhere"))
     []
     """
-    return [f"{'TROUBLE' if trouble else 'ok':<8}{name}: {said}" for name, trouble, said in signs(run)]
+    words = {True: "TROUBLE", False: "ok", None: "unknown"}
+    return [f"{words[trouble]:<8}{name}: {said}" for name, trouble, said in signs(run)]
 
 
 def main():
@@ -117,7 +119,7 @@ def main():
     run = parser.parse_args().run
     if not (run / "ladder.json").is_file():
         raise UserError(f"{run}: no ladder there; climb one with: python ladder.py --out {run}")
-    print("\n".join(lines(run)))
+    print("\n".join(verdicts(run)) or f"{run}: nothing in it yet that could show trouble")
 
 
 if __name__ == "__main__":

@@ -4,9 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 torch.set_num_threads(1)  # the models are tiny: more threads only wait for one another
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])  # nothing by the clock
+settings.load_profile("untimed")
 
 WORDS, VISION_START, VISION_END, IMAGE, VIDEO = 144, 144, 145, 146, 147  # text ids are those below WORDS
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import given, settings, strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -192,7 +192,7 @@ KEYS = sorted({*flat_config(), *flat_config()["vision_config"], "text_config", "
                "mrope_section", "type"})
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=400)
 @given(base=st.sampled_from([flat_config(), nested(flat_config()), {"model_type": "qwen2_5_vl"}]),
        changes=st.dictionaries(st.sampled_from(KEYS), JSON, max_size=3), section=st.sampled_from([None, "vision_config", "text_config", "rope_scaling"]))
 def test_any_config_parses_or_is_refused(base, changes, section):
@@ -205,7 +205,7 @@ def test_any_config_parses_or_is_refused(base, changes, section):
         pass
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(JSON)
 def test_any_json_is_a_config_or_refused(value):
     try:
@@ -367,7 +367,7 @@ def test_no_weights(tmp_path):
         load_model(tmp_path)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.one_of(JSON, st.builds(lambda w: {"weight_map": w}, JSON),
                  st.builds(lambda w: {"weight_map": w}, st.dictionaries(st.text(max_size=6), st.text(max_size=12)))))
 def test_any_index_is_read_or_refused(tmp_path_factory, value):

@@ -85,7 +85,7 @@ def test_commands_are_accepted_as_typed(name):
         script = next(word for word in words if word.endswith(".py"))
         launcher, flags = words[:words.index(script)], words[words.index(script) + 1:]
         assert (REPOSITORY / script).is_file()
-        alone = ["python"] if args.nproc_per_node == 1 or purpose not in ("train", "evaluate") else \
+        alone = ["python"] if args.nproc_per_node == 1 or purpose == "rooms" else \
             ["torchrun", "--standalone", f"--nproc-per-node={args.nproc_per_node}"]
         assert launcher == alone
         if purpose == "train":
@@ -131,9 +131,10 @@ def test_other_ways_share_the_ladders_rungs():
     """Names are unique; each way starts at a rung of the ladder, goes on from its own, and its commands parse to what it says."""
     names = [rung.name for rung in EVERY_RUNG]
     assert len(set(names)) == len(names) and names[:5] == [rung.name for rung in RUNGS]
-    for name, rungs in WAYS.items():
-        for before, rung in zip((None, *rungs), rungs):
-            assert rung.start == (before.name if before else rung.start) and rung.start in names[:5] + [r.name for r in rungs]
+    starts = {"self": "stage2", "stage1": "base", "stage1-as-long": "base", "stage2": "stage1", "single,multi": "stage1",
+              "thinking": "stage2", "cold": "stage2", "mixed": "base"}
+    assert {name: rungs[0].start for name, rungs in WAYS.items() if rungs} == starts
+    assert all(rung.start == before.name for rungs in WAYS.values() for before, rung in zip(rungs, rungs[1:]))
     args = arguments(without=[name for name in WAYS if name not in ("self", "mixed")], mixed=True, cold_start="self")
     settings = {}
     for rung, purpose, words in as_typed(args):
@@ -149,12 +150,23 @@ def test_other_ways_share_the_ladders_rungs():
     assert {settings[rung]["data_types"][0] for rung in settings if rung.endswith("films")} == {"video"}
     assert settings["grpo-bare"]["prompt_style"] == "direct" and settings["grpo-bare"]["reward_funcs"] == ["accuracy"]
     assert settings["cold-self"]["data"] == ["runs/tiny/self_coldstart.jsonl"]
+    boxes = {rung for rung in settings if settings[rung].get("replay_ratio") and settings[rung]["replay"]}
+    assert boxes == {"stage2", "cold", "cold-self", "cold-no2", "cold-mixed"}  # the others must not see stage 1's rows again
+
+
+def test_other_ways_of_the_paper_go_by_epochs():
+    """Its stages are one epoch each: as long as both is more of one, shuffled together one of both, and no number of steps."""
+    args = arguments(preset="paper", out="o", model="3b", data="26k", without=["stage1-as-long"], mixed=True)
+    settings = {rung: vars(recipe_settings("", words[words.index("train_sft.py") + 1:]))
+                for rung, purpose, words in as_typed(args) if purpose == "train" and "train_sft.py" in words}
+    assert settings["stage2-long"]["epochs"] == 1.287 and settings["stage2-mixed"]["epochs"] == 1.0
+    assert len(settings["stage2-mixed"]["data"]) == 2 and {row["max_steps"] for row in settings.values()} == {None}
 
 
 def test_more_rooms_are_made_for_a_larger_data_scale():
     rooms = [next(words for _, purpose, words in as_typed(arguments(data_scale=[scale])) if purpose == "rooms")
              for scale in (1, 2.5)]
-    assert rooms[1] == [*rooms[0], "--scenes", "9000"]
+    assert [words[words.index("--scenes") + 1] for words in rooms] == ["3600", "9000"]
     default = inspect.getsource(scenes.main).split('"--scenes", type=int, default=')[1].split(",")[0]
     assert int(default) == ladder.ROOMS_MADE
 
@@ -254,6 +266,7 @@ def test_table_and_lesson_say_what_the_scores_say():
     (["--preset", "huge"], "invalid choice: 'huge'"),
     (["--out", "TAKEN"], "holds something else; give another --out"),
     (["--out", "BEGUN"], "holds a ladder with other settings"),
+    (["--out", "BEGUN", "--seeds", "2"], "holds one ladder; give another --out for several"),
     (["--out", "FILE"], "cannot write in"),
     (["--data-scale", "0"], "--data-scale is 0.0: expected more than 0"),
     (["--without", "stage3"], "invalid choice: 'stage3'"),

@@ -159,9 +159,11 @@ def test_attention_forced_onto_a_known_box(box, watcher, tmp_path):
     pixels = np.zeros((224, 224, 3), np.uint8)
     pixels[box[1]:box[3], box[0]:box[2]] = 255
     Image.fromarray(pixels).save(tmp_path / "box.png")
-    asked, located = pair(tmp_path / "box.png", [{"bbox_2d": box, "label": "bin"}])
-    args = SimpleNamespace(layers=[0], heads=None, seed=0, batch_size=4, pictures=tmp_path, name="forced")
-    row = probes.probe_attention(*watcher(40.0), [(asked, located)], args, "cpu")
+    Image.fromarray(pixels).save(tmp_path / "twin.png")
+    one, twin = (pair(tmp_path / name, [{"bbox_2d": box, "label": "bin"}]) for name in ("box.png", "twin.png"))
+    args = SimpleNamespace(layers=[0], heads=None, seed=0, batch_size=4, pictures=tmp_path, name="forced", data="rows")
+    row = probes.probe_attention(*watcher(40.0), [one, twin], args, "cpu")
+    assert row["another's map"] == row["iou"] and row["iou - another's"]["value"] == 0
     cells = (box[2] - box[0]) * (box[3] - box[1]) // 56**2
     assert (row["iou"]["value"], row["best cells"]["value"]) == (1.0, 1.0) and row["random cells"]["value"] < 1
     assert row["entropy"]["value"] == pytest.approx(math.log(cells) / math.log(16), abs=1e-5)
@@ -169,6 +171,13 @@ def test_attention_forced_onto_a_known_box(box, watcher, tmp_path):
     yellow = painted[..., 0] - painted[..., 2] > 100
     assert yellow[2 * box[1] + 40:2 * box[3] - 12, 2 * box[0] + 12:2 * box[2] - 12].mean() > 0.95
     assert yellow.mean() < cells / 16 + 0.01
+
+
+def test_attention_is_compared_between_pictures(watcher, grey):
+    """Another question about the same picture is no control."""
+    with pytest.raises(UserError, match="rows: all 2 questions are about one picture"):
+        probes.probe_attention(*watcher(0.0), [pair(grey)] * 2, SimpleNamespace(layers=[0], heads=None, batch_size=4, seed=0,
+                                                                                data="rows"), "cpu")
 
 
 def test_attention_everywhere_has_entropy_one(watcher, grey):
@@ -214,7 +223,7 @@ def test_layers_and_heads_that_are_not_there(flag, loaded, grey):
 def test_clusters_of_meaning(kind, texts, sizes, loaded, grey, monkeypatch):
     """Whole way from sampled texts to nats; what cannot be parsed is one cluster."""
     def complete(model, processor, samples, rows, G, uniforms, args, device):
-        assert uniforms.shape == (4, 8) and samples[0].prompt.endswith("</answer>.")  # asked to think
+        assert uniforms.shape == (4, 8) and args.prompt_style == "thinking"
         return [SimpleNamespace(texts=texts, sample=samples[row]) for row in rows]
 
     monkeypatch.setattr(probes, "complete", complete)

@@ -306,19 +306,23 @@ def test_spread_is_even_and_never_repeats():
 def test_the_staircase_draws_what_the_rungs_score(run):
     """A bar as high as its score, the blind guess as a dashed line where it is known, and no bar without a figure."""
     found = json.loads((run / "results.json").read_text())["rungs"]
-    found[1]["scores"] |= {"blind": 0.4, "low": 0.5, "high": 0.65}
+    found[0]["scores"] |= {"blind": 0.25}
+    found[1]["scores"] |= {"low": 0.5, "high": 0.65}
     del found[0]["scores"]["localization"]
     svg = base64.b64decode(re.search("svg[+]xml;base64,([^\"]*)", report.staircase(found))[1]).decode()
-    heights = [float(h) for h in re.findall(r'<rect class="c[^>]*height="([0-9.]+)"', svg)]
-    assert len(heights) == 3 and heights[1] / heights[0] == pytest.approx(0.575 / 0.375, rel=0.01)
-    assert svg.count('class="whisker"') == 1 and 'class="level"' not in svg  # the first rung, which it is read from, has none
+    bars = [(float(y), float(h)) for y, h in re.findall(r'<rect class="c[^>]* y="([0-9.]+)"[^>]*height="([0-9.]+)"', svg)]
+    assert len(bars) == 3 and bars[1][1] / bars[0][1] == pytest.approx(0.575 / 0.375, rel=0.01)
+    level, = (float(y) for y in re.findall(r'class="level"[^>]* y1="([0-9.]+)"', svg))
+    base = bars[0][0] + bars[0][1]
+    assert (base - level) / bars[0][1] == pytest.approx(0.25 / 0.375, rel=0.01) and svg.count('class="whisker"') == 1
     assert report.staircase([]) == ""
 
 
 def test_probes_signs_and_other_ways_have_their_sections(run):
     """Charts and pictures that probes.py left, the lines of signs.py, the table of compare.ways."""
     text = page(run)
-    assert "Not probed yet" in text and "None climbed" in text and "reward 1.000 -&gt; 5.000" in text
+    assert "Not probed yet" in text and "5 steps of GRPO and 0 looks at held-out questions are too few" in text
+    assert not any("grpo" in row for row in Page(text).rows)
     (run / "probes" / "hints").mkdir(parents=True)
     (run / "probes" / "hints.svg").write_text("<svg></svg>")
     Image.new("RGB", (28, 28)).save(run / "probes" / "hints" / "full.png")
@@ -328,4 +332,4 @@ def test_probes_signs_and_other_ways_have_their_sections(run):
             "answer": "1", "score": score, "blind": None, "images": []})
     text = page(run)
     assert "Do hints help?" in text and "<small>full</small>" in text and "Not probed yet" not in text
-    assert ["cold", "0.250", "grpo", "-50.0 [-50.0, -50.0]", "-2.1"] in Page(text).rows
+    assert ["cold (no GRPO)", "0.250", "grpo", "-50.0 [-50.0, -50.0]", "-2.1"] in Page(text).rows

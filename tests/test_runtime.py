@@ -165,7 +165,6 @@ def test_main_guard_turns_a_mistake_into_one_line(capsys):
 
 
 @pytest.mark.parametrize("name", ("cosine", "linear"))
-@settings(deadline=None)  # the first example imports transformers
 @given(st.integers(1, 300), st.sampled_from((0.0, 0.1, 0.5)))
 def test_schedule_is_transformers(name, steps, ratio):
     """Warm-up ends at the peak, one step earlier than there (whose first step has rate 0); the decay is the same."""

@@ -17,7 +17,7 @@ def located(prediction):
 
 
 def reward_log(first, last, held_out):
-    rows = [{"reward": first + 0.01 * (i % 2) + (last - first) * (i >= 10)} for i in range(20)]
+    rows = [{"reward": first + 0.01 * (i % 2) + (last - first) * (i >= 10)} for i in range(20)]  # noise: 0.02 * (2 / 3)**.5
     for row, value in zip((rows[0], rows[-1]), held_out):
         row["eval_rewards/accuracy/mean"] = value
     return rows
@@ -44,12 +44,20 @@ def test_memory(tmp_path, train, held_out, low, trouble):
 
 
 @pytest.mark.parametrize("first, last, held_out, trouble", (
-    (1.0, 1.5, (0.4, 0.4), True), (1.0, 1.5, (0.4, 0.5), False), (1.0, 1.001, (0.4, 0.3), False), (1.0, 1.5, (), False)))
+    (1.0, 1.5, (0.4, 0.4), True), (1.0, 1.5, (0.4, 0.5), False), (1.0, 1.001, (0.4, 0.3), False)))
 def test_reward(tmp_path, first, last, held_out, trouble):
-    """A rise within the noise is none, and without held-out questions nothing is known."""
+    """A rise within the noise is none."""
     write(tmp_path / "grpo" / "log.jsonl", *reward_log(first, last, held_out))
     (name, found, said), = signs.signs(tmp_path)
     assert (name, found) == ("grpo", trouble) and "reward 1.005 -> " in said
+
+
+def test_of_too_little_nothing_is_said(tmp_path):
+    """Without held-out questions, or with a step or two, the reward may rise as it likes."""
+    for rows in (reward_log(1.0, 1.5, ()), reward_log(1.0, 1.5, (0.4, 0.4))[::10]):
+        write(tmp_path / "grpo" / "log.jsonl", *rows)
+        (name, found, said), = signs.signs(tmp_path)
+        assert (name, found) == ("grpo", None) and "too few to judge" in said
 
 
 def test_attention(tmp_path):
@@ -68,5 +76,6 @@ def test_a_run_is_asked_for():
 
 def test_every_line_begins_with_a_verdict(tmp_path):
     write(tmp_path / "eval" / "stage1" / "predictions.jsonl", located(None))
-    write(tmp_path / "grpo" / "log.jsonl", *reward_log(1.0, 1.0, ()))
-    assert [line[:8] for line in signs.lines(tmp_path)] == ["TROUBLE ", "ok      "]
+    write(tmp_path / "grpo" / "log.jsonl", *reward_log(1.0, 1.0, (0.4, 0.4)))
+    write(tmp_path / "grpo-no1" / "log.jsonl", *reward_log(1.0, 1.0, ()))
+    assert [line[:8] for line in signs.verdicts(tmp_path)] == ["TROUBLE ", "ok      ", "unknown "]
