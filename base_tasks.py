@@ -12,6 +12,7 @@ ids (pictures, size, size): number + 1 of the thing that each pixel shows, 0 for
 """
 import itertools
 import math
+import re
 
 import numpy as np
 
@@ -221,6 +222,15 @@ TASKS = {  # what a picture is called -> its tasks, the likelier the more often 
     "view": (describe, enter, total, total, place, place, measure, walk, gap, near, near, turn, turn),
     "frame": (describe, enter, enter, total, total, place, place, measure, walk, gap, near, near, turn, turn, pace, pace),
 }
+
+
+def reach(world, question):
+    """The things that a question for places names, in its order: their boxes in pixels, the place before the name."""
+    all_kinds = kinds(world)
+    chosen = [word for word in re.findall(r"\w+", question) if word in all_kinds]
+    said = ["From {} {} to {} {} reaches the {}.".format(*world.sights[0][k].box, kind)
+            for kind in chosen for k in all_kinds[kind]]
+    return f"How far does every {listed(chosen)} reach?", " ".join(said)
 
 
 def talk(rng, world, ids):

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from base_tasks import kinds, name, talk
+from base_tasks import kinds, name, reach, talk
 from data import Sample, prompt_text
 from rewards import UserError
 from rooms import (CAST, DIFFICULTY, FIELD_OF_VIEW, FURNITURE, SIZE, TRIES, ground, jpeg, make_room, mjpeg_avi, render)
@@ -29,7 +29,7 @@ from runtime import Parser, main_guard
 
 SPLITS = ("train", "val", "test")
 FILES = {"ladder": {kind: f"spld_{kind}_data.jsonl" for kind in ("grounding", "spatial", "coldstart")},
-         "base": {"base": "base_data.jsonl", "single": "base_single.jsonl"}}  # kinds of rows -> their files
+         "base": {"base": "base_data.jsonl", "single": "base_single.jsonl", "pixels": "base_pixels.jsonl"}}  # kinds of rows -> their files
 FRAMES_PER_SECOND, AVI_SHARE = 2, 1 / 6
 EASY = 0.3  # share of training rooms with views that hold one thing
 SIZE_SHARE, COUNT_ONE = 0.25, 0.12  # share of size questions kept; chance to count a category of one if none has more
@@ -209,15 +209,15 @@ def make_files(seed, split, index, size=SIZE, cast=CAST, difficulty=DIFFICULTY, 
         parts += [(make_world(room, [sight], "", camera), [file], [shown])
                   for file, camera, sight, shown in zip(files, room.cameras, sights, ids)]
     if tasks == "base":
-        chats, single = zip(*(base_rows(rng, *part, split) for part in parts))
-        return files, {"base": [row for rows in chats for row in rows], "single": [row for rows in single for row in rows]}
+        made = [base_rows(rng, *part, split) for part in parts]
+        return files, {kind: [row for rows in made for row in rows[kind]] for kind in FILES["base"]}
     return files, ladder_rows(rng, parts, itertools.count(100 * index), easy)
 
 
 def base_rows(rng, world, images, ids, split):
-    """A chat about some pictures, and two of its questions each by itself: one that asks for places, one other. In a chat
-    what is asked later can be copied from what was said; a question by itself can be answered from the picture alone. Of
-    held-out pictures every question is a row by itself, so that each answer is scored."""
+    """{kind: rows}: a chat about some pictures; two of its questions each by itself, one that asks for places, one other;
+    the places again in pixels. In a chat what is asked later can be copied from what was said; a question by itself can
+    be answered from the picture alone. Of held-out pictures every question is a row by itself, so that each is scored."""
     media = [{"type": "image", "image": path} for path in images]
     if world.word == "frame":
         media = [{"type": "video", "video": images if len(images) > 1 else images[0]}]
@@ -228,12 +228,13 @@ def base_rows(rng, world, images, ids, split):
                 {"role": "assistant", "content": answer}]
 
     if split != "train":
-        return [{"messages": said(*turn, *media), "question_type": task, "shown": seen(world)} for task, *turn in turns], []
+        return {"base": [{"messages": said(*turn, *media), "question_type": task, "shown": seen(world)} for task, *turn in turns],
+                "single": [], "pixels": []}
     chat = [message for i, (_, *turn) in enumerate(turns) for message in said(*turn, *(media if i == 0 else ()))]
     places, others = ([turn for turn in turns if (turn[0] in ("point", "span")) == asked] for asked in (True, False))
-    single = [said(*turn, *media) for _, *turn in places[:1] + others[-1:]]
-    return [{"messages": messages, "shown": seen(world)} for messages in [chat] if chat], [
-        {"messages": messages, "shown": seen(world)} for messages in single]
+    made = {"base": [chat] if chat else [], "single": [said(*turn, *media) for _, *turn in places[:1] + others[-1:]],
+            "pixels": [said(*reach(world, question), *media) for _, question, _ in places[:1]]}
+    return {kind: [{"messages": messages, "shown": seen(world)} for messages in rows] for kind, rows in made.items()}
 
 
 def seen(world):
@@ -292,7 +293,7 @@ def save_room(job):
 
 def write_rooms(out, scenes, seed, test_scenes=640, size=SIZE, cast=CAST, processes=None, tasks="ladder", **difficulty):
     """Write out/{train,val,test}/spld_{grounding,spatial,coldstart}_data.jsonl (cold start: train only), or with tasks
-    "base" base_data.jsonl and base_single.jsonl (train only), images/roomNNNNN/{view0..3.jpg, frame0..7.jpg, video.avi}, and
+    "base" base_data.jsonl, base_single.jsonl and base_pixels.jsonl (the two: train only), images/roomNNNNN/{view0..3.jpg, frame0..7.jpg, video.avi}, and
     out/meta.json: `scenes` training rooms, `test_scenes` test rooms, half as many for validation. Built beside and renamed;
     does nothing where out holds this very request. `difficulty` are pairs in place of those of DIFFICULTY. UserError for
     what cannot be made or written.
@@ -328,9 +329,9 @@ def write_rooms(out, scenes, seed, test_scenes=640, size=SIZE, cast=CAST, proces
                 made = list(tqdm(pool.imap(save_room, jobs, 4), f"{split} rooms", rooms, mininterval=1))
                 for kind, file in FILES[tasks].items():
                     rows = [row for room in made for row in room[kind]]
-                    if kind in ("base", "single", "grounding"):  # from pictures of one thing to those of many: a curriculum
+                    if kind in ("grounding", *FILES["base"]):  # from pictures of one thing to those of many: a curriculum
                         rows.sort(key=lambda row: row.pop("shown"))
-                    if kind not in ("coldstart", "single") or split == "train":
+                    if kind not in ("coldstart", "single", "pixels") or split == "train":
                         (folder / file).write_text("".join(json.dumps(row) + "\n" for row in rows))
         (beside / "meta.json").write_text(json.dumps(request) + "\n")
         os.replace(beside, out)

@@ -7,7 +7,7 @@ import pytest
 
 import base_tasks
 import scenes
-from base_tasks import BLOCK, CELL, TASKS, kinds, talk
+from base_tasks import BLOCK, CELL, TASKS, kinds, reach, talk
 from data import read_samples
 from rewards import parse_boxes
 from rooms import Camera, Room, Sight, make_thing
@@ -158,3 +158,11 @@ def test_questions_by_themselves_are_those_of_the_chats(tmp_path):
         expected += [(media, *turn) for turn in places[:1] + [turn for turn in turns if turn not in places][-1:]]
     assert [(one[0]["content"][:-1], one[0]["content"][-1]["text"], one[1]["content"]) for one in single] == expected
     assert len(single) > 20 and not (tmp_path / "rooms" / "test" / "base_single.jsonl").exists()
+    pixels = (tmp_path / "rooms" / "train" / "base_pixels.jsonl").read_text().splitlines()
+    assert len(pixels) == sum(one[0]["content"][-1]["text"].startswith(("Point to", "Which cells")) for one in single)
+
+
+def test_reach_by_hand():
+    """The boxes of worked_world in the order in which the question names their things."""
+    said = reach(worked_world(), "Point to every lamp and bed.")
+    assert said == ("How far does every lamp and bed reach?", "From 8 16 to 24 56 reaches the lamp. From 60 40 to 92 64 reaches the bed.")
