@@ -71,7 +71,7 @@ svg { display: block; width: 100% } text { font-size: 10.5px; fill: var(--soft) 
 .text { white-space: pre-wrap; overflow-wrap: anywhere; font-size: 14px; line-height: 1.45; margin: 6px 0 10px }
 .wide ul { display: grid; grid-template-columns: 1fr 1fr; gap: 0 28px } img { width: 112px; border-radius: 4px }
 .head { display: grid; grid-template-columns: 6.4em 1fr auto; gap: 10px } img:only-child { width: 224px }
-.across { overflow-x: auto } .across img:only-child { width: auto; border-radius: 0 } .across td { text-align: left }
+section, .across { overflow-x: auto } .across img:only-child { width: auto; border-radius: 0 } .across td { text-align: left }
 li { border-top: 1px solid var(--line); padding: 6px 0; font-size: 14px; list-style: none } .bad b { color: var(--bad) }
 li .text { font: 12px/1.5 ui-monospace, SFMono-Regular, Menlo, monospace; color: var(--soft); margin: 2px 0 0 }
 .flow { display: flex; flex-wrap: wrap } .flow figure { max-width: 100% } .tokens { max-width: none } .tokens span {
