@@ -2,7 +2,8 @@
 
     python ladder.py --seeds 3 --limit 500 --out runs/seeds      # climbs three ladders and ends with this
     python compare.py runs/seeds/0 runs/seeds/1 runs/seeds/2     # the tables alone, in Markdown
-    python ladder.py --without stage1 stage2 --mixed --data-scale 1 2 --seeds 3 --out runs/ways      # and of other ways up
+    python ladder.py --without stage1 stage2 --mixed --seeds 3 --out runs/ways      # and of other ways up
+    python ladder.py --data-scale 1 2 --seeds 3 --out runs/rooms                    # and of more rooms
 
 A gain is (score - blind) / (1 - blind): 0 is what the best answer per question text earns without the picture, 1 is all
 right. Intervals are bootstraps over questions within their types; differences are paired by question.

@@ -110,7 +110,7 @@ PAPER_SFT = dict(PAPER, replay=None, replay_ratio=0.0, curriculum=1.0, batch_siz
 
 RECIPES = {
     "tiny": {
-        # What the ladder starts from, base/ in the repository: an hour or more, once (README, "The base").
+        # The first of three trainings that made what the ladder starts from, base/ in the repository (README, "The base").
         "base": dict(TINY_SFT, model="runs/base/start", data=["runs/base/rooms/train/base_data.jsonl"], out="runs/base/model",
                      curriculum=0.2, max_steps=8000, learning_rate=8e-4, batch_size=16, micro_batch=16, save_every=500,
                      keep_last=1),

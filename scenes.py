@@ -28,8 +28,10 @@ from rooms import (CAST, DIFFICULTY, FIELD_OF_VIEW, FURNITURE, SIZE, TRIES, grou
 from runtime import Parser, main_guard
 
 SPLITS = ("train", "val", "test")
-FILES = {"ladder": {kind: f"spld_{kind}_data.jsonl" for kind in ("grounding", "spatial", "coldstart")},
-         "base": {"base": "base_data.jsonl", "single": "base_single.jsonl", "pixels": "base_pixels.jsonl"}}  # kinds of rows -> their files
+FILES = {  # tasks -> kinds of rows -> their files
+    "ladder": {kind: f"spld_{kind}_data.jsonl" for kind in ("grounding", "spatial", "coldstart")},
+    "base": {"base": "base_data.jsonl", "single": "base_single.jsonl", "pixels": "base_pixels.jsonl"}}
+TRAIN_ONLY = ("coldstart", "single", "pixels")  # of the kinds of rows
 FRAMES_PER_SECOND, AVI_SHARE = 2, 1 / 6
 EASY = 0.3  # share of training rooms with views that hold one thing
 SIZE_SHARE, COUNT_ONE = 0.25, 0.12  # share of size questions kept; chance to count a category of one if none has more
@@ -183,7 +185,7 @@ def ask(rng, world, function, texts):
 
 # ---------------------------------------------------------------------------------------------------- files
 def make_files(seed, split, index, size=SIZE, cast=CAST, difficulty=DIFFICULTY, tasks="ladder"):
-    """One room's files {name: bytes} and rows {"grounding", "spatial", "coldstart": list of dicts}, or {"base", "single"}.
+    """One room's files {name: bytes} and rows {"grounding", "spatial", "coldstart": list of dicts}, or of FILES["base"].
 
     A pure function of its arguments. The rooms of the base are none of the ladder's, whatever their seeds."""
     stream = SPLITS.index(split) + len(SPLITS) * (tasks == "base")
@@ -228,8 +230,8 @@ def base_rows(rng, world, images, ids, split):
                 {"role": "assistant", "content": answer}]
 
     if split != "train":
-        return {"base": [{"messages": said(*turn, *media), "question_type": task, "shown": seen(world)} for task, *turn in turns],
-                "single": [], "pixels": []}
+        rows = [{"messages": said(*turn, *media), "question_type": task, "shown": seen(world)} for task, *turn in turns]
+        return {"base": rows, "single": [], "pixels": []}
     chat = [message for i, (_, *turn) in enumerate(turns) for message in said(*turn, *(media if i == 0 else ()))]
     places, others = ([turn for turn in turns if (turn[0] in ("point", "span")) == asked] for asked in (True, False))
     made = {"base": [chat] if chat else [], "single": [said(*turn, *media) for _, *turn in places[:1] + others[-1:]],
@@ -293,10 +295,10 @@ def save_room(job):
 
 def write_rooms(out, scenes, seed, test_scenes=640, size=SIZE, cast=CAST, processes=None, tasks="ladder", **difficulty):
     """Write out/{train,val,test}/spld_{grounding,spatial,coldstart}_data.jsonl (cold start: train only), or with tasks
-    "base" base_data.jsonl, base_single.jsonl and base_pixels.jsonl (the two: train only), images/roomNNNNN/{view0..3.jpg, frame0..7.jpg, video.avi}, and
-    out/meta.json: `scenes` training rooms, `test_scenes` test rooms, half as many for validation. Built beside and renamed;
-    does nothing where out holds this very request. `difficulty` are pairs in place of those of DIFFICULTY. UserError for
-    what cannot be made or written.
+    "base" base_{data,single,pixels}.jsonl (the latter two: train only), and images/roomNNNNN/{view0..3.jpg, frame0..7.jpg,
+    video.avi}, out/meta.json: `scenes` training rooms, `test_scenes` test rooms, half as many for validation. Built beside
+    and renamed; does nothing where out holds this very request. `difficulty` are pairs in place of those of DIFFICULTY.
+    UserError for what cannot be made or written.
     """
     difficulty = {name: [*difficulty.get(name, pair)] for name, pair in DIFFICULTY.items()}
     out, request = Path(out), dict(difficulty, scenes=scenes, test_scenes=test_scenes, seed=seed, size=size, cast=cast,
@@ -331,7 +333,7 @@ def write_rooms(out, scenes, seed, test_scenes=640, size=SIZE, cast=CAST, proces
                     rows = [row for room in made for row in room[kind]]
                     if kind in ("grounding", *FILES["base"]):  # from pictures of one thing to those of many: a curriculum
                         rows.sort(key=lambda row: row.pop("shown"))
-                    if kind not in ("coldstart", "single", "pixels") or split == "train":
+                    if kind not in TRAIN_ONLY or split == "train":
                         (folder / file).write_text("".join(json.dumps(row) + "\n" for row in rows))
         (beside / "meta.json").write_text(json.dumps(request) + "\n")
         os.replace(beside, out)
