@@ -3,24 +3,27 @@
     python scenes.py --tasks base --out runs/base/rooms --scenes 24000 --test-scenes 400 --seed 1
     python train_sft.py --stage base
 
-Reading a picture, naming, counting, pointing to a cell, telling distances and sizes, comparing two things, short
-descriptions of several views and of frames. None of it in the ladder's formats: no JSON boxes, none of its questions
-or options, no <think> and <answer>. A row is a chat of several questions about the same pictures.
+Reading a picture, naming, counting, saying where things are, how large and how far apart, comparing two of them, short
+descriptions of several views and of frames, and sums of what is told. None of it in the ladder's formats: no JSON boxes,
+none of its questions or options, no <think> and <answer>. A row is one question: in a chat of several what is asked later
+can be copied from what was said, and is never looked for.
+
+Places in a picture are pixels (across, down), those on the floor decimeters right or left and ahead of the first camera,
+or behind it. Half of what can be worked out is said with what it is worked out from, the other half at once.
 
 Each task takes (rng, world, ids) and returns (question, answer), or None where the world allows no clear answer.
 ids (pictures, size, size): number + 1 of the thing that each pixel shows, 0 for none; see rooms.render.
 """
 import itertools
 import math
-import re
 
 import numpy as np
 
-CELL = 4  # pixels: things are pointed at in columns and rows of cells
+from rooms import FURNITURE
+
 BLOCK = 28  # pixels: pictures are read in blocks of this side, a merged patch of the vision encoder
 MANY = 3  # things that one answer speaks of, at most
-TURNS = {"": 6, "view": 5, "frame": 6}  # questions about one picture, about views, about frames
-CLEARLY = 3  # decimeters that one thing must be more to a side, farther away or taller to be called so
+QUESTIONS = {"": 4, "view": 6, "frame": 8}  # about one picture, about views, about frames
 
 
 def listed(words):
@@ -42,17 +45,92 @@ def kinds(world):
     return {kind: [k for k in seen if name(world, k) == kind] for kind in sorted({name(world, k) for k in seen} - unclear)}
 
 
-def some(rng, items):
+def groups(world):
+    """Things of every category that is clear as a whole, by where each is first clear: {category: things}."""
+    made = {}
+    for k, thing in enumerate(world.room.things):
+        made.setdefault(thing.name, []).append(k)
+    return {kind: sorted(things, key=lambda k: (world.first[k], k)) for kind, things in sorted(made.items())
+            if all(k in world.first for k in things)}
+
+
+def some(rng, items, least=1):
     """A few of the items in any order."""
-    return [items[i] for i in rng.permutation(len(items))[:rng.integers(1, MANY + 1)]]
+    return [items[i] for i in rng.permutation(len(items))[:rng.integers(least, MANY + 1)]]
 
 
-def numbered(count, word):
-    return f"{count} {word}{'s' * (count != 1)}"
+def few(rng, world, count):
+    """That many of the things that may be named, in any order; None where there are not so many."""
+    if len(world.named) >= count:
+        return [world.named[i] for i in rng.permutation(len(world.named))[:count]]
 
 
-def middle(box):
-    return (box[0] + box[2]) // 2 // CELL, (box[1] + box[3]) // 2 // CELL
+def names(world, things):
+    return [name(world, k) for k in things]
+
+
+def where(world, k):
+    """The picture that first shows a thing clearly, if there are several."""
+    return f" in {world.word} {world.first[k]}" if world.word else ""
+
+
+def box(world, k):
+    return world.sights[world.first[k] - 1][k].box
+
+
+def at(x, y):
+    """
+    >>> at(-3, 22), at(0, -1)
+    ('left 3 ahead 22', 'right 0 behind 1')
+    """
+    return f"{'left' if x < 0 else 'right'} {abs(x)} {'behind' if y < 0 else 'ahead'} {abs(y)}"
+
+
+def differ(a, b):
+    """Where a is, seen from b: front is nearer to the camera.
+
+    >>> differ((-3, 22), (-13, 31))
+    'right 10 front 9'
+    """
+    x, y = a[0] - b[0], a[1] - b[1]
+    return f"{'left' if x < 0 else 'right'} {abs(x)} {'front' if y < 0 else 'back'} {abs(y)}"
+
+
+def turn_angle(a, b, c):
+    """Degrees in (-180, 180] to turn to the left at a, from facing b to facing c.
+
+    >>> turn_angle((0, 0), (0, 1), (-2, 0))
+    90.0
+    """
+    turn = math.degrees(math.atan2(c[1] - a[1], c[0] - a[0]) - math.atan2(b[1] - a[1], b[0] - a[0]))
+    return 180 - (180 - turn) % 360
+
+
+def turned(a, b, c):
+    """
+    >>> turned((0, 0), (0, 1), (-2, 0))
+    'left 90'
+    """
+    turn = turn_angle(a, b, c)
+    return f"{'left' if turn > 0 else 'right'} {abs(round(turn))}"
+
+
+def area(width, depth):
+    """Square meters of walls in decimeters.
+
+    >>> area(76, 80)
+    '60.8'
+    """
+    return f"{width * depth / 100:.1f}"
+
+
+def worked(rng, steps, result, more=""):
+    """The result at once, with `more`, or after the steps to it."""
+    return f"{steps}: {result}." if rng.random() < 0.5 else f"{result}{more}."
+
+
+def places(world, things):
+    return [world.places[k].tolist() for k in things]
 
 
 # ---------------------------------------------------------------------------------------------------- one picture
@@ -67,170 +145,159 @@ def read(rng, world, ids):
     return "Read the picture.", ". ".join(" ".join(lines[i:i + blocks]) for i in range(0, len(lines), blocks)) + "."
 
 
-def point(rng, world, ids):
-    """The cell in the middle of each thing's box."""
-    if all_kinds := kinds(world):
-        chosen, said = some(rng, [*all_kinds]), []
-        for kind in chosen:
-            cells = ["column {} row {}".format(*middle(world.sights[0][k].box)) for k in all_kinds[kind]]
-            said.append(f"The {kind} is at {cells[0]}." if len(cells) == 1 else f"The {kind}s are at {listed(cells)}.")
-        return f"Point to every {listed(chosen)}.", " ".join(said)
-
-
-def span(rng, world, ids):
-    """How far across and how far down each thing reaches."""
-    if all_kinds := kinds(world):
-        chosen, said = some(rng, [*all_kinds]), []
-        for k in itertools.chain(*(all_kinds[kind] for kind in chosen)):
-            x1, y1, x2, y2 = world.sights[0][k].box
-            said.append(f"The {name(world, k)} fills columns {x1 // CELL} to {(x2 - 1) // CELL}, "
-                        f"rows {y1 // CELL} to {(y2 - 1) // CELL}.")
-        return f"Which cells does every {listed(chosen)} fill?", " ".join(said)
-
-
 def look(rng, world, ids):
-    """What a cell shows at its middle; nearly always a thing."""
-    show = np.argwhere(ids[0][CELL // 2::CELL, CELL // 2::CELL] > 0)
+    """What some pixels show; nearly always a thing."""
+    show = np.argwhere(ids[0] > 0)
     if len(show):
         said = []
-        for row, column in show[rng.integers(len(show), size=MANY)].tolist():
+        for y, x in show[rng.integers(len(show), size=MANY)].tolist():
             if rng.random() < 0.2:
-                row, column = (int(v) for v in rng.integers(len(ids[0]) // CELL, size=2))
-            thing = int(ids[0][row * CELL + CELL // 2, column * CELL + CELL // 2])
-            said.append((f"column {column} row {row}", "the " + name(world, thing - 1) if thing else "nothing"))
-        cells, shown = zip(*said)
-        return f"What is at {listed(cells)}?", f"There is {listed(shown)}."
+                y, x = rng.integers(len(ids[0]), size=2).tolist()
+            thing = int(ids[0][y, x])
+            said.append((f"{x} {y}", "the " + name(world, thing - 1) if thing else "nothing"))
+        spots, shown = zip(*said)
+        return f"What is at {listed(spots)}?", f"There is {listed(shown)}."
 
 
 def count(rng, world, ids):
     if all_kinds := kinds(world):
-        return "Count what you see.", "I see " + listed([numbered(len(k), kind) for kind, k in all_kinds.items()]) + "."
+        return "Count what you see.", "I see " + listed([f"{len(k)} {kind}{'s' * (len(k) != 1)}"
+                                                         for kind, k in all_kinds.items()]) + "."
+
+
+def reach(rng, world, ids):
+    """The left, upper, right and lower end of everything of some categories, before the name."""
+    if all_kinds := kinds(world):
+        chosen = some(rng, [*all_kinds])
+        return f"How far does every {listed(chosen)} reach?", " ".join(
+            "From {} {} to {} {} reaches the {}.".format(*world.sights[0][k].box, kind)
+            for kind in chosen for k in all_kinds[kind])
 
 
 # ------------------------------------------------------------------------------- one picture, views and frames
-def place(rng, world, ids):
-    """Decimeters to the side of and ahead of the camera, of the first view or frame."""
+def show(rng, world, ids):
+    """Where things that may be named are first clear: the picture, the ends in it, the place on the floor."""
     if world.named:
-        chosen = some(rng, world.named)
-        said = []
-        for k in chosen:
-            x, y = world.places[k].tolist()
-            said.append(f"The {name(world, k)} is {abs(y)} {'behind' if y < 0 else 'ahead'} and {abs(x)} "
-                        f"{'left' if x < 0 else 'right'}.")
-        return f"Tell how far off: {listed([name(world, k) for k in chosen])}.", " ".join(said)
+        things = some(rng, world.named)
+        return f"Show the {listed(names(world, things))}.", " ".join(
+            "The {}{} from {} {} to {} {}, {}.".format(name(world, k), where(world, k), *box(world, k), at(*place))
+            for k, place in zip(things, places(world, things)))
+
+
+def place(rng, world, ids):
+    if world.named:
+        things = some(rng, world.named)
+        return f"Tell how far off: {listed(names(world, things))}.", " ".join(
+            f"The {name(world, k)} is {at(*place)}." for k, place in zip(things, places(world, things)))
 
 
 def measure(rng, world, ids):
-    if world.named:
-        k = world.named[rng.integers(len(world.named))]
-        w, d, h = (round(100 * v) for v in world.room.things[k].dims.tolist())
-        return f"Measure the {name(world, k)}.", f"{max(w, d, h)} at the most: {w} by {d} by {h}."
-
-
-def pair(rng, world):
-    if len(world.named) > 1:
-        a, b = (world.named[i] for i in rng.permutation(len(world.named))[:2])
-        return a, b, name(world, a), name(world, b)
+    """Centimeters."""
+    if things := few(rng, world, 1):
+        w, d, h = (round(100 * v) for v in world.room.things[things[0]].dims.tolist())
+        sides = f"{w} by {d} by {h}"
+        return f"Measure the {name(world, things[0])}.", worked(rng, sides, f"{max(w, d, h)} at the most", f": {sides}")
 
 
 def compare(rng, world, ids):
-    """Left or right, nearer or farther, taller or lower of two things, each where it is clear."""
-    if two := pair(rng, world):
-        a, b, first, second = two
-        x, y = (world.places[a] - world.places[b]).tolist()
-        height = round(10 * (world.room.things[a].dims[2] - world.room.things[b].dims[2]))
-        said = [f"{(less, more)[number > 0]} by {abs(number)}" for number, less, more in (
-            (x, "more to the left", "more to the right"), (y, "nearer", "farther"), (height, "lower", "taller"))
-            if abs(number) >= CLEARLY]
-        if said:
-            return f"Compare the {first} to the {second}.", f"The {first} is {listed(said)}."
-
-
-def walk(rng, world, ids):
-    """From one thing to another: decimeters between their centers in each direction, in all, and of free floor."""
-    if two := pair(rng, world):
-        a, b, first, second = two
-        x, y = (world.places[b] - world.places[a]).tolist()
-        return (f"Walk from the {first} to the {second}.",
-                f"Go {abs(x)} {'left' if x < 0 else 'right'} and {abs(y)} {'back' if y < 0 else 'on'}, "
-                f"{round(math.hypot(x, y))} in all, {round(10 * world.room.gaps[a, b])} of them free.")
+    if things := few(rng, world, 2):
+        a, b = places(world, things)
+        return "Compare the {} to the {}.".format(*names(world, things)), worked(
+            rng, f"from {at(*a)} to {at(*b)}", f"it is {differ(a, b)}")
 
 
 def gap(rng, world, ids):
-    if two := pair(rng, world):
-        a, b, first, second = two
-        return f"How much floor is free from the {first} to the {second}?", f"{round(10 * world.room.gaps[a, b])}."
+    """Decimeters between the middles, meters of free floor."""
+    if things := few(rng, world, 2):
+        a, b = places(world, things)
+        free = world.room.gaps[things[0], things[1]]
+        return "How much floor is free from the {} to the {}?".format(*names(world, things)), worked(
+            rng, f"from {at(*a)} to {at(*b)}, {round(math.dist(a, b))} apart", f"{free:.1f} meters")
 
 
 def near(rng, world, ids):
-    """Everything that may be named, in the order of its distance from one thing, in decimeters of free floor."""
-    if len(world.named) > 2:
-        k = world.named[rng.integers(len(world.named))]
-        others = sorted((other for other in world.named if other != k), key=lambda other: world.room.gaps[k, other])
-        return (f"Go away from the {name(world, k)}.",
-                "Past " + ", ".join(f"{name(world, other)} {round(10 * world.room.gaps[k, other])}" for other in others) + ".")
-
-
-def turn(rng, world, ids):
-    """Standing at one thing and facing another, where is a third: degrees, before or after where the two are from it."""
-    if len(world.named) > 2:
-        a, b, c = (world.named[i] for i in rng.permutation(len(world.named))[:3])
-        (xb, yb), (xc, yc) = (world.places[k] - world.places[a] for k in (b, c))
-        left = (math.degrees(math.atan2(yc, xc) - math.atan2(yb, xb)) + 180) % 360 - 180
-        names = [name(world, k) for k in (a, b, c)]
-        said = [f"{abs(round(left))} degrees to the {'left' if left > 0 else 'right'}.",
-                f"The {names[1]} is at {xb} {yb}, the {names[2]} at {xc} {yc}."]
-        first = int(rng.integers(2))
-        return (f"At the {names[0]}, {('turn', 'look and turn')[first]} from the {names[1]} to the {names[2]}.",
-                f"{said[first]} {said[1 - first]}")
+    """The way from one thing past the others, in decimeters of free floor."""
+    if things := few(rng, world, min(len(world.named), 4)):
+        k, *others = things
+        if len(others) > 1:
+            gaps = world.room.gaps[k]
+            others.sort(key=lambda other: gaps[other])
+            return (f"Go away from the {name(world, k)}.",
+                    "Past " + ", ".join(f"{name(world, other)} {round(10 * gaps[other])}" for other in others) + ".")
 
 
 # -------------------------------------------------------------------------------------------- views and frames
+def turn(rng, world, ids):
+    if things := few(rng, world, 3):
+        spots = places(world, things)
+        return "At the {}, turn from the {} to the {}.".format(*names(world, things)), worked(
+            rng, f"from {listed([at(*spot) for spot in spots])}", f"turn {turned(*spots)}")
+
+
 def describe(rng, world, ids):
     """What each picture shows clearly, from left to right."""
     said = []
     for number, sights in enumerate(world.sights, 1):
         seen = sorted((k for k, one in enumerate(sights) if one.clear), key=lambda k: sights[k].box)
-        said.append(f"{world.word} {number}: {' '.join(name(world, k) for k in seen) or 'nothing'}.")
+        said.append(f"{world.word} {number}: {' '.join(names(world, seen)) or 'nothing'}.")
     return "Describe what you see.", " ".join(said)
 
 
 def enter(rng, world, ids):
-    """Which picture first shows each thing clearly."""
+    """Which picture first shows each of some things clearly."""
     if world.named:
-        seen = sorted(world.named, key=lambda k: (world.first[k], k))
-        return "When does each thing come in?", " ".join(f"{name(world, k)} in {world.word} {world.first[k]}." for k in seen)
+        things = some(rng, world.named, 2)
+        seen = sorted(things, key=lambda k: (world.first[k], k))
+        return f"When do you see {listed(names(world, things))}?", " ".join(f"{name(world, k)}{where(world, k)}." for k in seen)
 
 
 def total(rng, world, ids):
-    """Things of every category that is clear as a whole, in the whole room."""
-    groups = {}
-    for k, thing in enumerate(world.room.things):
-        groups.setdefault(thing.name, []).append(k)
-    clear = {kind: things for kind, things in sorted(groups.items()) if all(k in world.first for k in things)}
-    if clear:
-        return "Count the whole room.", "It holds " + listed([numbered(len(k), kind) for kind, k in clear.items()]) + "."
+    """Things of a category in the whole room; of those of which there is more than one, if any."""
+    if clear := groups(world):
+        several = [kind for kind, things in clear.items() if len(things) > 1] or [*clear]
+        kind = several[rng.integers(len(several))]
+        things = clear[kind]
+        steps = ", ".join(f"{at(*spot)}{where(world, k)}" for k, spot in zip(things, places(world, things)))
+        return f"Count every {kind} of the whole room.", worked(rng, f"from {steps}", f"it holds {len(things)}")
 
 
 def pace(rng, world, ids):
     w, d = (round(10 * v) for v in world.room.sides)
-    return "Pace out the room.", f"It is {w * d / 100:.1f} in all: {w} by {d}."
+    sides = f"{w} by {d}"
+    return "Pace out the room.", worked(rng, sides, f"{area(w, d)} in all", f": {sides}")
+
+
+# ------------------------------------------------------------------------------------------------ without pictures
+def spot(rng):
+    """A place on the floor: most are ahead, in the camera's field of view."""
+    x, y = rng.uniform(-0.6, 0.6), rng.uniform(8, 45)
+    return (round(x * y), round(y)) if rng.random() < 0.6 else tuple(rng.integers(-45, 46, size=2).tolist())
+
+
+def sums(rng, world, ids):
+    """What follows from places, walls, distances and times that are told: the steps of the tasks above, one by one."""
+    a, b, c = (spot(rng) for _ in range(3))
+    kind = int(rng.integers(6))
+    if kind == 0:
+        return f"Compare {at(*a)} to {at(*b)}.", f"It is {differ(a, b)}."
+    if kind == 1:
+        return f"How far is {at(*a)} from {at(*b)}?", f"{round(math.dist(a, b))} apart."
+    if kind == 2:
+        return f"At {at(*a)}, turn from {at(*b)} to {at(*c)}.", f"Turn {turned(a, b, c)}."
+    if kind == 3:
+        w, d = rng.integers(28, 96, size=2).tolist()
+        return f"Pace out {w} by {d}.", f"{area(w, d)} in all."
+    told = some(rng, [*FURNITURE], 2)
+    numbers = rng.choice(np.arange(1, 9 if kind == 4 else 50), size=len(told), replace=False).tolist()
+    pairs, ordered = ", ".join(f"{word} {n}" for word, n in zip(told, numbers)), [told[i] for i in np.argsort(numbers)]
+    return (f"In which order are {pairs}?", f"{', '.join(ordered)}.") if kind == 4 else (f"Least of {pairs}?", f"{ordered[0]}.")
 
 
 TASKS = {  # what a picture is called -> its tasks, the likelier the more often they stand here
-    "": (read, point, point, span, span, look, count, place, place, measure, compare, compare, walk, gap, near),
-    "view": (describe, enter, total, total, place, place, measure, walk, gap, near, near, turn, turn),
-    "frame": (describe, enter, enter, total, total, place, place, measure, walk, gap, near, near, turn, turn, pace, pace),
+    "": (read, look, count, reach, reach, show, show, place, measure, compare, compare, compare, gap, gap, gap, near, near),
+    "view": (describe, enter, total, total, total, show, show, place, measure, compare, gap, near, turn),
+    "frame": (describe, enter, enter, total, show, show, place, measure, gap, near, near, turn, pace, pace, pace),
 }
-
-
-def reach(world, question):
-    """The things that a question for places names, in its order: their boxes in pixels, the place before the name."""
-    all_kinds = kinds(world)
-    chosen = [word for word in re.findall(r"\w+", question) if word in all_kinds]
-    said = ["From {} {} to {} {} reaches the {}.".format(*world.sights[0][k].box, kind)
-            for kind in chosen for k in all_kinds[kind]]
-    return f"How far does every {listed(chosen)} reach?", " ".join(said)
 
 
 def talk(rng, world, ids):
@@ -240,4 +307,4 @@ def talk(rng, world, ids):
         task = TASKS[world.word][i]
         if said := task(rng, world, ids):
             made.setdefault(said[0], (task.__name__, *said))
-    return [*made.values()][:TURNS[world.word]]
+    return [*made.values()][:QUESTIONS[world.word]]

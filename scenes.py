@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from base_tasks import kinds, name, reach, talk
+from base_tasks import area, at, differ, groups, kinds, name, names, sums, talk, turn_angle, turned
 from data import Sample, prompt_text
 from rewards import UserError
 from rooms import (CAST, DIFFICULTY, FIELD_OF_VIEW, FURNITURE, SIZE, TRIES, ground, jpeg, make_room, mjpeg_avi, render)
@@ -30,8 +30,7 @@ from runtime import Parser, main_guard
 SPLITS = ("train", "val", "test")
 FILES = {  # tasks -> kinds of rows -> their files
     "ladder": {kind: f"spld_{kind}_data.jsonl" for kind in ("grounding", "spatial", "coldstart")},
-    "base": {"base": "base_data.jsonl", "single": "base_single.jsonl", "pixels": "base_pixels.jsonl"}}
-TRAIN_ONLY = ("coldstart", "single", "pixels")  # of the kinds of rows
+    "base": {"base": "base_data.jsonl"}}
 FRAMES_PER_SECOND, AVI_SHARE = 2, 1 / 6
 EASY = 0.3  # share of training rooms with views that hold one thing
 SIZE_SHARE, COUNT_ONE = 0.25, 0.12  # share of size questions kept; chance to count a category of one if none has more
@@ -59,32 +58,27 @@ def make_world(room, sights, word, camera):
     return World(room, sights, word, named, first, places, camera)
 
 
-def names(world, things):
-    return [name(world, k) for k in things]
-
-
 def describe(world, things):
     """How a chain begins: where each thing is first seen, its box there, its place on the floor in decimeters."""
     parts = []
     for k in things:
-        number, (x, y) = world.first[k], world.places[k].tolist()
+        number = world.first[k]
         picture, box = world.word and f"{world.word} {number} ", [*world.sights[number - 1][k].box]
-        parts.append(f"{name(world, k)} {picture}{box} "
-                     f"{'left' if x < 0 else 'right'} {abs(x)} {'behind' if y < 0 else 'ahead'} {abs(y)}.")
+        parts.append(f"{name(world, k)} {picture}{box} {at(*world.places[k].tolist())}.")
     return " ".join(parts)
 
 
 # Each function takes the things in the order of the question's text. It returns None where they make no unambiguous
-# question, else the answer in words or as a number, the end of the chain (integers: decimeters, degrees), the options.
+# question, else the answer in words or as a number, the end of the chain (integers: decimeters, degrees, centimeters), the options.
 def object_size(world, a):
     w, d, h = (round(100 * v) for v in world.room.things[a].dims.tolist())
     return str(max(w, d, h)), f"{w} wide, {d} deep, {h} high.", ()
 
 
 def absolute_distance(world, a, b):
-    centers, gap = round(math.dist(world.places[a], world.places[b])), round(10 * world.room.gaps[a, b])
     if world.room.gaps[a, b] >= MIN_DISTANCE:
-        return f"{gap / 10:.1f}", f"Centers {centers} apart, less {centers - gap}: {gap}.", ()
+        answer = f"{world.room.gaps[a, b]:.1f}"
+        return answer, f"Centers {round(math.dist(world.places[a], world.places[b]))} apart: {answer} meters.", ()
 
 
 def relative_distance(world, *things):
@@ -103,18 +97,7 @@ def camera_direction(world, a, b):
     columns = (xa / ya - xb / yb) / (2 * math.tan(FIELD_OF_VIEW / 2))
     if min(abs(xa - xb), abs(ya - yb)) >= SIDE_MARGIN and columns * math.copysign(1, xa - xb) >= COLUMN_MARGIN:
         side, order = "left" if xa < xb else "right", "front" if ya < yb else "back"
-        x, y = abs(world.places[a] - world.places[b])
-        return f"{side}-{order}", f"Differ {side} {x} {order} {y}: {side}-{order}.", DIAGONALS
-
-
-def turn_angle(a, b, c):
-    """Degrees in (-180, 180] to turn to the left at a, from facing b to facing c.
-
-    >>> turn_angle((0, 0), (0, 1), (-2, 0))
-    90.0
-    """
-    turn = math.degrees(math.atan2(c[1] - a[1], c[0] - a[0]) - math.atan2(b[1] - a[1], b[0] - a[0]))
-    return 180 - (180 - turn) % 360
+        return f"{side}-{order}", f"Differ {differ(*world.places[[a, b]].tolist())}: {side}-{order}.", DIAGONALS
 
 
 def relative_direction(world, a, b, c):
@@ -124,7 +107,7 @@ def relative_direction(world, a, b, c):
     if near >= 2 * SIDE_MARGIN and min(abs(abs(turn) - edge) for edge in (0, 135)) >= ANGLE_MARGIN:
         side = "left" if turn > 0 else "right"
         answer = "back" if abs(turn) > 135 else side
-        return answer, f"Turn {round(abs(turn))} {side}: {answer}.", ("left", "right", "back")
+        return answer, f"Turn {turned(*centers)}: {answer}.", ("left", "right", "back")
 
 
 def object_count(world, *things):
@@ -133,7 +116,7 @@ def object_count(world, *things):
 
 def room_size(world):
     w, d = (round(10 * v) for v in world.room.sides)
-    return f"{w * d / 100:.1f}", f"Walls {w} and {d}.", ()
+    return area(w, d), f"Walls {w} and {d}.", ()
 
 
 def appearance_order(world, *things):
@@ -169,9 +152,8 @@ def ask(rng, world, function, texts):
     for text in texts:
         candidates, found = list(itertools.permutations(world.named, text.count("{}"))), {}
         if function is object_count:  # all things of a category, each clear in some picture
-            groups = [[k for k, thing in enumerate(world.room.things) if thing.name == name] for name in FURNITURE]
-            groups = [sorted(g, key=world.first.get) for g in groups if g and all(k in world.first for k in g)]
-            candidates = [g for g in groups if len(g) > 1] or [g for g in groups if rng.random() < COUNT_ONE]
+            clear = groups(world).values()
+            candidates = [g for g in clear if len(g) > 1] or [g for g in clear if rng.random() < COUNT_ONE]
         for things in (candidates[i] for i in rng.permutation(len(candidates))[:60]):
             if made := function(world, *things):
                 found.setdefault(made[0] if made[2] else "", (things, *made))
@@ -211,32 +193,20 @@ def make_files(seed, split, index, size=SIZE, cast=CAST, difficulty=DIFFICULTY, 
         parts += [(make_world(room, [sight], "", camera), [file], [shown])
                   for file, camera, sight, shown in zip(files, room.cameras, sights, ids)]
     if tasks == "base":
-        made = [base_rows(rng, *part, split) for part in parts]
-        return files, {kind: [row for rows in made for row in rows[kind]] for kind in FILES["base"]}
+        return files, {"base": [row for part in parts for row in base_rows(rng, *part)]}
     return files, ladder_rows(rng, parts, itertools.count(100 * index), easy)
 
 
-def base_rows(rng, world, images, ids, split):
-    """{kind: rows}: a chat about some pictures; two of its questions each by itself, one that asks for places, one other;
-    the places again in pixels. In a chat what is asked later can be copied from what was said; a question by itself can
-    be answered from the picture alone. Of held-out pictures every question is a row by itself, so that each is scored."""
+def base_rows(rng, world, images, ids):
+    """Rows in chat messages: questions about some pictures, each by itself, and one about no picture."""
     media = [{"type": "image", "image": path} for path in images]
     if world.word == "frame":
         media = [{"type": "video", "video": images if len(images) > 1 else images[0]}]
     turns = talk(rng, world, ids) if seen(world) else []  # of a picture that shows nothing there is nothing to say
-
-    def said(question, answer, *media):
-        return [{"role": "user", "content": [*media, {"type": "text", "text": question}]},
-                {"role": "assistant", "content": answer}]
-
-    if split != "train":
-        rows = [{"messages": said(*turn, *media), "question_type": task, "shown": seen(world)} for task, *turn in turns]
-        return {"base": rows, "single": [], "pixels": []}
-    chat = [message for i, (_, *turn) in enumerate(turns) for message in said(*turn, *(media if i == 0 else ()))]
-    places, others = ([turn for turn in turns if (turn[0] in ("point", "span")) == asked] for asked in (True, False))
-    made = {"base": [chat] if chat else [], "single": [said(*turn, *media) for _, *turn in places[:1] + others[-1:]],
-            "pixels": [said(*reach(world, question), *media) for _, question, _ in places[:1]]}
-    return {kind: [{"messages": messages, "shown": seen(world)} for messages in rows] for kind, rows in made.items()}
+    asked = [(media, *turn) for turn in turns] + [([], "sums", *sums(rng, world, ids))]
+    return [{"messages": [{"role": "user", "content": [*parts, {"type": "text", "text": question}]},
+                          {"role": "assistant", "content": answer}], "question_type": task, "shown": seen(world)}
+            for parts, task, question, answer in asked]
 
 
 def seen(world):
@@ -295,8 +265,7 @@ def save_room(job):
 
 def write_rooms(out, scenes, seed, test_scenes=640, size=SIZE, cast=CAST, processes=None, tasks="ladder", **difficulty):
     """Write out/{train,val,test}/spld_{grounding,spatial,coldstart}_data.jsonl (cold start: train only), or with tasks
-    "base" base_{data,single,pixels}.jsonl (the latter two: train only), and images/roomNNNNN/{view0..3.jpg, frame0..7.jpg,
-    video.avi}, out/meta.json: `scenes` training rooms, `test_scenes` test rooms, half as many for validation. Built beside
+    "base" base_data.jsonl, and images/roomNNNNN/{view0..3.jpg, frame0..7.jpg, video.avi}, out/meta.json: `scenes` training rooms, `test_scenes` test rooms, half as many for validation. Built beside
     and renamed; does nothing where out holds this very request. `difficulty` are pairs in place of those of DIFFICULTY.
     UserError for what cannot be made or written.
     """
@@ -331,9 +300,9 @@ def write_rooms(out, scenes, seed, test_scenes=640, size=SIZE, cast=CAST, proces
                 made = list(tqdm(pool.imap(save_room, jobs, 4), f"{split} rooms", rooms, mininterval=1))
                 for kind, file in FILES[tasks].items():
                     rows = [row for room in made for row in room[kind]]
-                    if kind in ("grounding", *FILES["base"]):  # from pictures of one thing to those of many: a curriculum
+                    if kind in ("grounding", "base"):  # from pictures of one thing to those of many: a curriculum
                         rows.sort(key=lambda row: row.pop("shown"))
-                    if kind not in TRAIN_ONLY or split == "train":
+                    if kind != "coldstart" or split == "train":
                         (folder / file).write_text("".join(json.dumps(row) + "\n" for row in rows))
         (beside / "meta.json").write_text(json.dumps(request) + "\n")
         os.replace(beside, out)

@@ -7,7 +7,7 @@ import pytest
 
 import base_tasks
 import scenes
-from base_tasks import BLOCK, CELL, TASKS, kinds, reach, talk
+from base_tasks import BLOCK, TASKS, kinds, sums, talk
 from data import read_samples
 from rewards import parse_boxes
 from rooms import Camera, Room, Sight, make_thing
@@ -16,7 +16,7 @@ from scenes import FILES, VIDEO, make_files, make_world
 
 @pytest.fixture(scope="module")
 def said():
-    """[(world, ids, [(task, question, answer)])] of every conversation of some rooms, caught in make_files."""
+    """[(world, ids, [(task, question, answer)])] of all pictures of some rooms, caught in make_files."""
     caught = []
 
     def keep(rng, world, ids):
@@ -25,7 +25,7 @@ def said():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scenes, "talk", keep)
-        for index in (*range(16), *range(19, 60, 4)):  # the latter are filmed
+        for index in (*range(30), *range(31, 72, 4)):  # the latter are filmed
             make_files(5, "train", index, tasks="base")
     return caught
 
@@ -51,15 +51,18 @@ def worked_world():
 
 
 @pytest.mark.parametrize("task, expected", (
-    ("point", "The lamp is at column 4 row 9."), ("span", "The lamp fills columns 2 to 5, rows 4 to 13."),
-    ("count", "I see 1 bed and 1 lamp."), ("place", "The lamp is 20 ahead and 10 left."),
-    ("measure", "130 at the most: 60 by 60 by 130."),
-    ("compare", "The lamp is more to the left by 15, nearer by 10 and taller by 5."),
-    ("walk", "Go 15 right and 10 on, 18 in all, 12 of them free."), ("gap", "12."), ("pace", "It is 20.0 in all: 50 by 40.")))
+    ("count", "I see 1 bed and 1 lamp."), ("place", "The lamp is left 10 ahead 20."),
+    ("reach", "From 8 16 to 24 56 reaches the lamp. From 60 40 to 92 64 reaches the bed."),
+    ("show", "The lamp from 8 16 to 24 56, left 10 ahead 20. The bed from 60 40 to 92 64, right 5 ahead 30."),
+    ("measure", "60 by 60 by 130: 130 at the most."), ("measure", "130 at the most: 60 by 60 by 130."),
+    ("compare", "it is left 15 front 10."), ("compare", "from left 10 ahead 20 to right 5 ahead 30: it is left 15 front 10."),
+    ("gap", "1.2 meters."), ("gap", "from right 5 ahead 30 to left 10 ahead 20, 18 apart: 1.2 meters."),
+    ("total", "it holds 1."), ("total", "from left 10 ahead 20: it holds 1."),
+    ("pace", "20.0 in all: 50 by 40."), ("pace", "50 by 40: 20.0 in all.")))
 def test_worked_example(task, expected):
     """Computed by hand from the two things of worked_world."""
     world = worked_world()
-    found = {getattr(base_tasks, task)(np.random.default_rng(seed), world, None)[1] for seed in range(20)}
+    found = {getattr(base_tasks, task)(np.random.default_rng(seed), world, None)[1] for seed in range(40)}
     assert expected in found
 
 
@@ -74,33 +77,67 @@ def test_a_picture_is_read_block_by_block():
                                                      "nothing nothing nothing nothing. nothing nothing nothing lamp.")
 
 
-def test_cells_hold_what_is_said(said):
-    """What stands at a column and a row is what the picture's ids say there; a span's corners lie in the box's cells."""
+def test_pixels_hold_what_is_said(said):
+    """What is at a pixel is what the picture's ids show there; everything of the kinds asked for reaches as far as its box."""
     for world, ids, question, answer in answers(said, "look"):
-        cells = re.findall(r"column (\d+) row (\d+)", question)
+        spots = re.findall(r"(\d+) (\d+)", question)
         names = re.findall(r"the (\w+)|(nothing)", answer)
-        assert len(cells) == len(names) == 3
-        for (column, row), (name, nothing) in zip(cells, names):
-            k = ids[0][int(row) * CELL + CELL // 2, int(column) * CELL + CELL // 2]
+        assert len(spots) == len(names) == 3
+        for (x, y), (name, nothing) in zip(spots, names):
+            k = ids[0][int(y), int(x)]
             assert nothing if k == 0 else world.room.things[k - 1].name == name
-    for world, ids, question, answer in answers(said, "span"):
-        spans = re.findall(r"The (\w+) fills columns (\d+) to (\d+), rows (\d+) to (\d+)", answer)
-        true = [(name, *(v // CELL for v in (x1, x2 - 1, y1, y2 - 1))) for name, things in kinds(world).items()
-                if name in question for x1, y1, x2, y2 in (world.sights[0][k].box for k in things)]
-        assert sorted((name, *map(int, numbers)) for name, *numbers in spans) == sorted(true)
+    for world, ids, question, answer in answers(said, "reach"):
+        found = re.findall(r"From (\d+) (\d+) to (\d+) (\d+) reaches the (\w+)", answer)
+        true = [(*world.sights[0][k].box, name) for name, things in kinds(world).items()
+                if name in re.findall(r"\w+", question) for k in things]
+        assert sorted((*map(int, numbers), name) for *numbers, name in found) == sorted(true)
 
 
-def test_ways_on_the_floor_agree_with_the_places(said):
-    """From a to b is b's place less a's, in centers that are up to a decimeter off by rounding."""
-    for world, _, question, answer in answers(said, "walk"):
-        a, b = (thing(world, name) for name in re.findall(r"the (\w+)", question))
-        x, y, total, free = map(int, re.findall(r"\d+", answer))
-        x, y = x * (-1) ** ("left" in answer), y * (-1) ** ("back" in answer)
-        centers = [world.room.things[k].center for k in (a, b)]
-        c, s = np.cos(world.camera.yaw), np.sin(world.camera.yaw)
-        dx, dy = 10 * (centers[1] - centers[0])
-        assert abs(x - (dx * s - dy * c)) <= 1 and abs(y - (dx * c + dy * s)) <= 1
-        assert abs(total - np.hypot(dx, dy)) <= 1.5 and abs(free - 10 * world.room.gaps[a, b]) <= 0.51
+def on_the_floor(world, text):
+    """Every place that a text states, as right + ahead * 1j in decimeters."""
+    return [int(x) * (-1) ** (side == "left") + 1j * int(y) * (-1) ** (order == "behind")
+            for side, x, order, y in re.findall(r"(left|right) (\d+) (ahead|behind) (\d+)", text)]
+
+
+def true_place(world, name):
+    """The same of a thing's center, by complex numbers."""
+    toward = complex(*world.room.things[thing(world, name)].center) - complex(world.camera.x, world.camera.y)
+    toward *= 10 * np.exp(-1j * world.camera.yaw)
+    return -toward.imag + 1j * toward.real
+
+
+def test_what_is_shown_is_there(said):
+    """The first picture with a clear view of the thing, the box in it, the place on the floor."""
+    pattern = r"The (\w+)(?: in (?:view|frame) (\d))? from (\d+) (\d+) to (\d+) (\d+), (.*?)\."
+    for world, ids, question, answer in answers(said, "show"):
+        for name, picture, *corners, floor in re.findall(pattern, answer):
+            k, number = thing(world, name), int(picture or 1)
+            assert not any(sights[k].clear for sights in world.sights[:number - 1])
+            rows, columns = np.nonzero(ids[number - 1] == k + 1)
+            assert [*map(int, corners)] == [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+            assert abs(on_the_floor(world, floor)[0] - true_place(world, name)) < 0.72
+
+
+def test_ways_on_the_floor_agree_with_the_scene(said):
+    """Differences and free floor, from the true centers; what they are worked out from is where the things are."""
+    for world, _, question, answer in answers(said, "compare", "gap"):
+        asked = re.findall(r"the (\w+)", question)
+        a, b = (true_place(world, name) for name in asked)
+        for stated, place in zip(on_the_floor(world, answer), (a, b)):
+            assert abs(stated - place) < 0.72
+        if question.startswith("Compare"):
+            side, x, order, y = re.search(r"is (left|right) (\d+) (front|back) (\d+)", answer).groups()
+            assert abs(int(x) * (-1) ** (side == "left") + 1j * int(y) * (-1) ** (order == "front") - (a - b)) < 1.42
+        else:
+            gap = world.room.gaps[thing(world, asked[0]), thing(world, asked[1])]
+            assert float(re.search(r"([\d.]+) meters", answer)[1]) == round(gap, 1)
+
+
+def test_near_is_in_order(said):
+    for world, _, question, answer in answers(said, "near"):
+        start, past = re.search(r"from the (\w+)", question)[1], re.findall(r"(\w+) (\d+)", answer)
+        gaps = [world.room.gaps[thing(world, start), thing(world, name)] for name, _ in past]
+        assert gaps == sorted(gaps) and [round(10 * gap) for gap in gaps] == [int(n) for _, n in past]
 
 
 def test_turns_are_angles_of_the_scene(said):
@@ -108,8 +145,47 @@ def test_turns_are_angles_of_the_scene(said):
     for world, _, question, answer in answers(said, "turn"):
         a, b, c = (complex(*world.room.things[thing(world, name)].center) for name in re.findall(r"the (\w+)", question))
         turn = np.degrees(np.angle((c - a) / (b - a)))  # counter-clockwise, as the room's y axis is left of its x axis
-        degrees = int(re.search(r"(\d+) degrees", answer)[1]) * (1 if "to the left" in answer else -1)
-        assert abs((turn - degrees + 180) % 360 - 180) < 25 / min(abs(b - a), abs(c - a))  # places are rounded to 10 cm
+        side, degrees = re.search(r"turn (left|right) (\d+)", answer).groups()
+        off = turn - int(degrees) * (1 if side == "left" else -1)
+        assert abs((off + 180) % 360 - 180) < 25 / min(abs(b - a), abs(c - a))  # places are rounded to 10 cm
+
+
+def test_totals_and_entrances(said):
+    """Counted over all pictures' ids; a thing comes in where it is first clear."""
+    for world, ids, question, answer in answers(said, "total"):
+        kind = re.search(r"every (\w+)", question)[1]
+        seen = {k for picture in ids for k in np.unique(picture[picture > 0]) if world.room.things[k - 1].name == kind}
+        assert int(re.search(r"holds (\d+)", answer)[1]) == len(seen)
+    for world, _, question, answer in answers(said, "enter"):
+        for name, number in re.findall(r"(\w+) in \w+ (\d)", answer):
+            clear = [sights[thing(world, name)].clear for sights in world.sights]
+            assert clear.index(True) + 1 == int(number)
+
+
+def test_sums_by_other_routes():
+    """Complex numbers, products and sorted pairs."""
+    rng, kinds_met = np.random.default_rng(0), set()
+    for _ in range(200):
+        question, answer = sums(rng, None, None)
+        spots = on_the_floor(None, question)
+        kinds_met.add(question.split()[0])
+        if question.startswith("Compare"):
+            side, x, order, y = answer[6:-1].split()
+            assert spots[0] - spots[1] == int(x) * (-1) ** (side == "left") + 1j * int(y) * (-1) ** (order == "front")
+        elif question.startswith("How far"):
+            assert abs(int(answer.split()[0]) - abs(spots[0] - spots[1])) <= 0.5
+        elif question.startswith("At"):
+            a, b, c = spots
+            turn = np.degrees(np.angle((c - a) / (b - a))) if abs(b - a) * abs(c - a) else None
+            side, degrees = answer[5:-1].split()
+            assert turn is None or abs(turn - int(degrees) * (1 if side == "left" else -1)) % 360 < 0.51
+        elif question.startswith("Pace"):
+            w, d = map(int, re.findall(r"\d+", question))
+            assert answer == f"{w * d / 100:.1f} in all."
+        else:
+            pairs = sorted((int(n), word) for word, n in re.findall(r"(\w+) (\d+)", question))
+            assert answer == ", ".join(word for _, word in pairs[:1 if question.startswith("Least") else None]) + "."
+    assert kinds_met == {"Compare", "How", "At", "Pace", "In", "Least"}
 
 
 def test_nothing_is_said_in_the_ladders_words(said):
@@ -132,37 +208,18 @@ def test_the_bases_rooms_are_not_the_ladders():
         assert not set.union(*pictures[:3]) & set.union(*pictures[3:])
 
 
-def test_rows_are_chats(tmp_path):
-    """Training rows hold several turns about the same pictures, held-out ones one turn whose task is their type."""
+def test_rows_are_one_question_each(tmp_path):
+    """Of every split: one question and its answer, its task for its type; sums are about no picture; many things come last."""
     scenes.write_rooms(tmp_path / "rooms", 8, 0, test_scenes=8, processes=1, tasks="base")
-    rows = {split: read_samples(tmp_path / "rooms" / split / "base_data.jsonl", tmp_path / "rooms" / split / "images")
-            for split in scenes.SPLITS}
-    assert max(len(s.messages) for s in rows["train"]) > 6 and {s.question_type for s in rows["train"]} == {"chat"}
-    assert {len(s.messages) for s in rows["test"] + rows["val"]} == {2}
-    assert {s.question_type for s in rows["test"]} <= {f"chat: {task.__name__}" for tasks in TASKS.values() for task in tasks}
-    assert {(m.kind, len(m.sources) > 1) for s in rows["train"] for m in s.media} >= {("image", False), ("video", True)}
-    lines = (tmp_path / "rooms" / "train" / "base_data.jsonl").read_text().splitlines()
-    assert all(set(json.loads(line)) == {"messages"} for line in lines)
-
-
-def test_questions_by_themselves_are_those_of_the_chats(tmp_path):
-    """Of each training chat the first that asks for places and the last other one; of held-out pictures there are none."""
-    scenes.write_rooms(tmp_path / "rooms", 6, 0, test_scenes=2, processes=1, tasks="base")
-    chats, single = ([json.loads(line)["messages"] for line in (tmp_path / "rooms" / "train" / file).read_text().splitlines()]
-                     for file in ("base_data.jsonl", "base_single.jsonl"))
-    expected = []
-    for chat in chats:
-        media = [part for part in chat[0]["content"] if part["type"] != "text"]
-        turns = [(chat[i]["content"][-1]["text"], chat[i + 1]["content"]) for i in range(0, len(chat), 2)]
-        places = [turn for turn in turns if turn[0].startswith(("Point to", "Which cells"))]
-        expected += [(media, *turn) for turn in places[:1] + [turn for turn in turns if turn not in places][-1:]]
-    assert [(one[0]["content"][:-1], one[0]["content"][-1]["text"], one[1]["content"]) for one in single] == expected
-    assert len(single) > 20 and not (tmp_path / "rooms" / "test" / "base_single.jsonl").exists()
-    pixels = (tmp_path / "rooms" / "train" / "base_pixels.jsonl").read_text().splitlines()
-    assert len(pixels) == sum(one[0]["content"][-1]["text"].startswith(("Point to", "Which cells")) for one in single)
-
-
-def test_reach_by_hand():
-    """The boxes of worked_world in the order in which the question names their things."""
-    said = reach(worked_world(), "Point to every lamp and bed.")
-    assert said == ("How far does every lamp and bed reach?", "From 8 16 to 24 56 reaches the lamp. From 60 40 to 92 64 reaches the bed.")
+    for split in scenes.SPLITS:
+        folder = tmp_path / "rooms" / split
+        samples = read_samples(folder / "base_data.jsonl", folder / "images")
+        assert {len(s.messages) for s in samples} == {2} and len(samples) > 50
+        tasks = {s.question_type.removeprefix("chat: ") for s in samples}
+        assert {"sums"} <= tasks <= {"sums", *(task.__name__ for tasks in TASKS.values() for task in tasks)}
+        assert all((s.question_type == "chat: sums") == (not s.media) for s in samples)
+        assert {(m.kind, len(m.sources) > 1) for s in samples for m in s.media} >= {("image", False)}
+        rows = [json.loads(line) for line in (folder / "base_data.jsonl").read_text().splitlines()]
+        assert all(set(row) == {"messages", "question_type"} for row in rows)
+        counts = [row["messages"][1]["content"].count(",") for row in rows if row["question_type"] == "count"]
+        assert counts[0] == 0 and sum(counts[:len(counts) // 2]) <= sum(counts[len(counts) // 2:])
