@@ -1,6 +1,6 @@
 """What the base learns before the ladder begins: plain talk about rooms that the ladder never shows.
 
-    python scenes.py --tasks base --out runs/base/rooms --scenes 24000 --test-scenes 400 --seed 1
+    python scenes.py --tasks base --out runs/base/rooms --scenes 16000 --test-scenes 400 --seed 1 --view-categories 3 5
     python train_sft.py --stage base
 
 Reading a picture, naming, counting, saying where things are, how large and how far apart, comparing two of them, short
@@ -23,7 +23,7 @@ from rooms import FURNITURE
 
 BLOCK = 28  # pixels: pictures are read in blocks of this side, a merged patch of the vision encoder
 MANY = 3  # things that one answer speaks of, at most
-QUESTIONS = {"": 4, "view": 6, "frame": 8}  # about one picture, about views, about frames
+QUESTIONS = {"": 6, "view": 8, "frame": 10}  # about one picture, about views, about frames
 
 
 def listed(words):
@@ -293,18 +293,18 @@ def sums(rng, world, ids):
     return (f"In which order are {pairs}?", f"{', '.join(ordered)}.") if kind == 4 else (f"Least of {pairs}?", f"{ordered[0]}.")
 
 
-TASKS = {  # what a picture is called -> its tasks, the likelier the more often they stand here
-    "": (read, look, count, reach, reach, show, show, place, measure, compare, compare, compare, gap, gap, gap, near, near),
-    "view": (describe, enter, total, total, total, show, show, place, measure, compare, gap, near, turn),
-    "frame": (describe, enter, enter, total, show, show, place, measure, gap, near, near, turn, pace, pace, pace),
+TASKS = {  # what a picture is called -> its tasks and how often each is tried; pairs are found in few pictures
+    "": {read: 1, look: 1, count: 1, reach: 2, show: 2, place: 1, measure: 1, compare: 9, gap: 9, near: 6},
+    "view": {describe: 1, enter: 1, total: 3, show: 2, place: 1, measure: 1, compare: 3, gap: 3, near: 3, turn: 2},
+    "frame": {describe: 1, enter: 2, total: 1, show: 2, place: 1, measure: 1, gap: 1, near: 2, turn: 1, pace: 3},
 }
 
 
 def talk(rng, world, ids):
     """[(task's name, question, answer)]: some tasks in any order, the same one twice if not in the same words."""
-    made = {}
-    for i in rng.permutation(len(TASKS[world.word])):
-        task = TASKS[world.word][i]
+    made, tasks = {}, [task for task, times in TASKS[world.word].items() for _ in range(times)]
+    for i in rng.permutation(len(tasks)):
+        task = tasks[i]
         if said := task(rng, world, ids):
             made.setdefault(said[0], (task.__name__, *said))
     return [*made.values()][:QUESTIONS[world.word]]

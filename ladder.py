@@ -200,7 +200,7 @@ MADE_BY = {  # what the bare commands need and the command that makes it, above 
     "runs/tiny/stage1": "python train_sft.py --stage 1", "runs/tiny/stage2": "python train_sft.py --stage 2",
     "runs/tiny/cold": "python train_sft.py --stage cold",
     "runs/base/start": "python tiny.py --data runs/base/rooms/train runs/tiny/rooms/train --out runs/base/start",
-    "runs/base/rooms": "python scenes.py --tasks base --out runs/base/rooms --scenes 24000 --test-scenes 400 --seed 1",
+    "runs/base/rooms": "python scenes.py --tasks base --out runs/base/rooms --scenes 16000 --test-scenes 400 --seed 1 --view-categories 3 5",
     "runs/tiny/rooms": "python scenes.py --out runs/tiny/rooms",
 }
 SMOKE = {"1": 4, "2": 4, "cold": 4, "grpo": 1}  # optimizer steps of --smoke
