@@ -23,7 +23,7 @@ from rooms import FURNITURE
 
 BLOCK = 28  # pixels: pictures are read in blocks of this side, a merged patch of the vision encoder
 MANY = 3  # things that one answer speaks of, at most
-QUESTIONS = {"": 6, "view": 8, "frame": 10}  # about one picture, about views, about frames
+QUESTIONS = {"": 6, "view": 14, "frame": 20}  # about one picture, about views, about frames
 
 
 def listed(words):
@@ -295,9 +295,14 @@ def sums(rng, world, ids):
 
 TASKS = {  # what a picture is called -> its tasks and how often each is tried; pairs are found in few pictures
     "": {read: 1, look: 1, count: 1, reach: 2, show: 2, place: 1, measure: 1, compare: 9, gap: 9, near: 6},
-    "view": {describe: 1, enter: 1, total: 3, show: 2, place: 1, measure: 1, compare: 3, gap: 3, near: 3, turn: 2},
-    "frame": {describe: 1, enter: 2, total: 1, show: 2, place: 1, measure: 1, gap: 1, near: 2, turn: 1, pace: 3},
+    "view": {describe: 1, enter: 2, total: 3, show: 4, place: 1, measure: 1, compare: 4, gap: 4, near: 3, turn: 4, pace: 1},
+    "frame": {describe: 1, enter: 5, total: 2, show: 4, place: 1, measure: 2, gap: 3, near: 3, turn: 3, pace: 1},
 }
+
+
+def level(world, task):
+    """Order of learning: what one picture shows, what follows from that or from what is told, several pictures."""
+    return 1 if task == "sums" else 2 if world.word else int(task in ("compare", "gap", "near"))
 
 
 def talk(rng, world, ids):

@@ -110,9 +110,9 @@ PAPER_SFT = dict(PAPER, replay=None, replay_ratio=0.0, curriculum=1.0, batch_siz
 
 RECIPES = {
     "tiny": {
-        # The first of three trainings that made what the ladder starts from, base/ in the repository (README, "The base").
+        # What made base/ in the repository, which the ladder starts from (README, "The base").
         "base": dict(TINY_SFT, model="runs/base/start", data=["runs/base/rooms/train/base_data.jsonl"], out="runs/base/model",
-                     curriculum=0.2, max_steps=8000, learning_rate=8e-4, batch_size=16, micro_batch=16, save_every=500,
+                     curriculum=0.5, max_steps=10000, learning_rate=8e-4, batch_size=16, micro_batch=16, save_every=500,
                      keep_last=1),
         "1": dict(TINY_SFT, model=BASE, data=[ROOMS + GROUNDING], out="runs/tiny/stage1",
                   max_steps=1500, learning_rate=5e-4),

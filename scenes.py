@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from base_tasks import area, at, differ, groups, kinds, name, names, sums, talk, turn_angle, turned
+from base_tasks import area, at, differ, groups, kinds, level, name, names, sums, talk, turn_angle, turned
 from data import Sample, prompt_text
 from rewards import UserError
 from rooms import (CAST, DIFFICULTY, FIELD_OF_VIEW, FURNITURE, SIZE, TRIES, ground, jpeg, make_room, mjpeg_avi, render)
@@ -205,7 +205,8 @@ def base_rows(rng, world, images, ids):
     turns = talk(rng, world, ids) if seen(world) else []  # of a picture that shows nothing there is nothing to say
     asked = [(media, *turn) for turn in turns] + [([], "sums", *sums(rng, world, ids))]
     return [{"messages": [{"role": "user", "content": [*parts, {"type": "text", "text": question}]},
-                          {"role": "assistant", "content": answer}], "question_type": task, "shown": seen(world)}
+                          {"role": "assistant", "content": answer}], "question_type": task,
+             "level": (level(world, task), seen(world))}
             for parts, task, question, answer in asked]
 
 
@@ -221,7 +222,7 @@ def ladder_rows(rng, parts, ids, easy):
     def locate(world, row, things):
         """A localization row: the boxes of the things in the order in which the question names them."""
         boxes = [{"bbox_2d": [*world.sights[0][k].box], "label": name(world, k)} for k in things]
-        rows["grounding"].append(row | {"answer": boxes, "shown": seen(world)})
+        rows["grounding"].append(row | {"answer": boxes, "level": seen(world)})
 
     for world, images, _ in parts[1:] + parts[:1]:  # views first
         data_type, number = {"": ("single_image", 2), "frame": ("video", 4), "view": ("multi_view", 1 if easy else 2)}[
@@ -301,7 +302,7 @@ def write_rooms(out, scenes, seed, test_scenes=640, size=SIZE, cast=CAST, proces
                 for kind, file in FILES[tasks].items():
                     rows = [row for room in made for row in room[kind]]
                     if kind in ("grounding", "base"):  # from pictures of one thing to those of many: a curriculum
-                        rows.sort(key=lambda row: row.pop("shown"))
+                        rows.sort(key=lambda row: row.pop("level"))
                     if kind != "coldstart" or split == "train":
                         (folder / file).write_text("".join(json.dumps(row) + "\n" for row in rows))
         (beside / "meta.json").write_text(json.dumps(request) + "\n")

@@ -209,7 +209,8 @@ def test_the_bases_rooms_are_not_the_ladders():
 
 
 def test_rows_are_one_question_each(tmp_path):
-    """Of every split: one question and its answer, its task for its type; sums are about no picture; many things come last."""
+    """Of every split: one question and its answer, its task for its type; sums are about no picture; what one picture
+    shows comes first, fewer things before many, then what follows from it and sums, then several pictures."""
     scenes.write_rooms(tmp_path / "rooms", 8, 0, test_scenes=8, processes=1, tasks="base")
     for split in scenes.SPLITS:
         folder = tmp_path / "rooms" / split
@@ -221,5 +222,8 @@ def test_rows_are_one_question_each(tmp_path):
         assert {(m.kind, len(m.sources) > 1) for s in samples for m in s.media} >= {("image", False)}
         rows = [json.loads(line) for line in (folder / "base_data.jsonl").read_text().splitlines()]
         assert all(set(row) == {"messages", "question_type"} for row in rows)
+        levels = [2 if len(s.media) > 1 or any(media.kind == "video" for media in s.media)
+                  else int(s.question_type.removeprefix("chat: ") in ("compare", "gap", "near", "sums")) for s in samples]
+        assert levels == sorted(levels) and set(levels) == {0, 1, 2}
         counts = [row["messages"][1]["content"].count(",") for row in rows if row["question_type"] == "count"]
         assert counts[0] == 0 and sum(counts[:len(counts) // 2]) <= sum(counts[len(counts) // 2:])
