@@ -110,9 +110,9 @@ PAPER_SFT = dict(PAPER, replay=None, replay_ratio=0.0, curriculum=1.0, batch_siz
 
 RECIPES = {
     "tiny": {
-        # What made base/ in the repository, which the ladder starts from (README, "The base").
+        # The last of the trainings that made base/ in the repository, which the ladder starts from (README, "The base").
         "base": dict(TINY_SFT, model="runs/base/start", data=["runs/base/rooms/train/base_data.jsonl"], out="runs/base/model",
-                     curriculum=0.5, max_steps=10000, learning_rate=8e-4, batch_size=16, micro_batch=16, save_every=500,
+                     curriculum=0.6, max_steps=7000, learning_rate=6e-4, batch_size=16, micro_batch=16, save_every=500,
                      keep_last=1),
         "1": dict(TINY_SFT, model=BASE, data=[ROOMS + GROUNDING], out="runs/tiny/stage1",
                   max_steps=1500, learning_rate=5e-4),
@@ -200,7 +200,8 @@ MADE_BY = {  # what the bare commands need and the command that makes it, above 
     "runs/tiny/stage1": "python train_sft.py --stage 1", "runs/tiny/stage2": "python train_sft.py --stage 2",
     "runs/tiny/cold": "python train_sft.py --stage cold",
     "runs/base/start": "python tiny.py --data runs/base/rooms/train runs/tiny/rooms/train --out runs/base/start",
-    "runs/base/rooms": "python scenes.py --tasks base --out runs/base/rooms --scenes 16000 --test-scenes 400 --seed 1 --view-categories 3 5",
+    "runs/base/rooms": "python scenes.py --tasks base --out runs/base/rooms --scenes 16000 --test-scenes 400 --seed 1 "
+                       "--view-categories 3 5",
     "runs/tiny/rooms": "python scenes.py --out runs/tiny/rooms",
 }
 SMOKE = {"1": 4, "2": 4, "cold": 4, "grpo": 1}  # optimizer steps of --smoke

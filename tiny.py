@@ -16,9 +16,9 @@ from data import PROMPTS, answer_text, prompt_text, read_samples, style_of
 from rewards import UserError
 from runtime import Parser, main_guard
 
-CONFIG = {  # 2.4 million weights; width, depth and M-RoPE for sequences of about 100 tokens
+CONFIG = {  # 2.2 million weights; width, depth and M-RoPE for sequences of about 100 tokens
     "architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl", "torch_dtype": "float32",
-    "hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 6, "num_attention_heads": 4,
+    "hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 4, "num_attention_heads": 4,
     "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "rope_theta": 100.0, "max_position_embeddings": 4096,
     "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]}, "hidden_act": "silu",
     "tie_word_embeddings": True, "use_sliding_window": False,
@@ -33,7 +33,7 @@ SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>"
            "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")  # Qwen2.5's, in its order
 PIECES = Regex(r'```json\n\[|\{"bbox_2d": \[|\], "label": "|"\},\n|"\}\]\n```'  # the JSON around boxes, whole
                r'|\n[A-Z][^\n\d{}"]*[.:]'  # a line of instructions, whole
-               r'|</?think>|</?answer>|[0-9]{1,3}|,? (?=[0-9])| ?[A-Za-z]+(?: (?=[0-9]))?| ?[^\sA-Za-z0-9]|\s+')
+               r'|</?think>|</?answer>|[0-9]{1,3}| ?[A-Za-z]+| ?[^\sA-Za-z0-9]|\s+')
 CHAT_TEMPLATE = (  # the chat format of data.Processor.example, for transformers
     "{% if messages[0].role != 'system' %}<|im_start|>system\n" + PROMPTS["system"] + "<|im_end|>\n{% endif %}"
     "{% for message in messages %}<|im_start|>{{ message.role }}\n"
