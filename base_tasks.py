@@ -74,10 +74,6 @@ def where(world, k):
     return f" in {world.word} {world.first[k]}" if world.word else ""
 
 
-def box(world, k):
-    return world.sights[world.first[k] - 1][k].box
-
-
 def at(x, y):
     """
     >>> at(-3, 22), at(0, -1)
@@ -175,13 +171,17 @@ def reach(rng, world, ids):
 
 
 # ------------------------------------------------------------------------------- one picture, views and frames
+def stated(world, things):
+    """Where each is first clear: the picture, the ends in it, the place on the floor."""
+    return " ".join("The {}{} from {} {} to {} {}, {}.".format(
+        name(world, k), where(world, k), *world.sights[world.first[k] - 1][k].box, at(*place))
+        for k, place in zip(things, places(world, things)))
+
+
 def show(rng, world, ids):
-    """Where things that may be named are first clear: the picture, the ends in it, the place on the floor."""
     if world.named:
         things = some(rng, world.named)
-        return f"Show the {listed(names(world, things))}.", " ".join(
-            "The {}{} from {} {} to {} {}, {}.".format(name(world, k), where(world, k), *box(world, k), at(*place))
-            for k, place in zip(things, places(world, things)))
+        return f"Show the {listed(names(world, things))}.", stated(world, things)
 
 
 def place(rng, world, ids):

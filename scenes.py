@@ -21,7 +21,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from base_tasks import area, at, differ, groups, kinds, level, name, names, sums, talk, turn_angle, turned
+from base_tasks import (area, differ, groups, kinds, level, name, names, stated, sums, talk, turn_angle, turned,
+                        where)
 from data import Sample, prompt_text
 from rewards import UserError
 from rooms import (CAST, DIFFICULTY, FIELD_OF_VIEW, FURNITURE, SIZE, TRIES, ground, jpeg, make_room, mjpeg_avi, render)
@@ -58,37 +59,28 @@ def make_world(room, sights, word, camera):
     return World(room, sights, word, named, first, places, camera)
 
 
-def describe(world, things):
-    """How a chain begins: where each thing is first seen, its box there, its place on the floor in decimeters."""
-    parts = []
-    for k in things:
-        number = world.first[k]
-        picture, box = world.word and f"{world.word} {number} ", [*world.sights[number - 1][k].box]
-        parts.append(f"{name(world, k)} {picture}{box} {at(*world.places[k].tolist())}.")
-    return " ".join(parts)
-
-
 # Each function takes the things in the order of the question's text. It returns None where they make no unambiguous
-# question, else the answer in words or as a number, the end of the chain (integers: decimeters, degrees, centimeters), the options.
+# question, else the answer in words or as a number, the end of the chain, the options. Chains are in the words of
+# base_tasks.py: what is new to the base are the questions, the order of the steps and how they end in an answer.
 def object_size(world, a):
     w, d, h = (round(100 * v) for v in world.room.things[a].dims.tolist())
-    return str(max(w, d, h)), f"{w} wide, {d} deep, {h} high.", ()
+    return str(max(w, d, h)), f"{w} by {d} by {h}: {max(w, d, h)} at the most.", ()
 
 
 def absolute_distance(world, a, b):
     if world.room.gaps[a, b] >= MIN_DISTANCE:
         answer = f"{world.room.gaps[a, b]:.1f}"
-        return answer, f"Centers {round(math.dist(world.places[a], world.places[b]))} apart: {answer} meters.", ()
+        return answer, f"{round(math.dist(world.places[a], world.places[b]))} apart: {answer} meters.", ()
 
 
 def relative_distance(world, *things):
-    *others, target = names(world, things)
+    others = names(world, things[:-1])
     gaps = world.room.gaps[things[-1], things[:-1]].tolist()
     least, second = sorted(gaps)[:2]
     if least >= MIN_DISTANCE and second - least >= NEAREST_MARGIN:
         answer = others[gaps.index(least)]
-        stated = ", ".join(f"{name} {round(10 * gap)}" for name, gap in zip(others, gaps))
-        return answer, f"From {target}: {stated}. Least {answer}.", others
+        past = ", ".join(f"{other} {round(10 * gap)}" for gap, other in sorted(zip(gaps, others)))
+        return answer, f"Past {past}: {answer}.", others
 
 
 def camera_direction(world, a, b):
@@ -97,7 +89,7 @@ def camera_direction(world, a, b):
     columns = (xa / ya - xb / yb) / (2 * math.tan(FIELD_OF_VIEW / 2))
     if min(abs(xa - xb), abs(ya - yb)) >= SIDE_MARGIN and columns * math.copysign(1, xa - xb) >= COLUMN_MARGIN:
         side, order = "left" if xa < xb else "right", "front" if ya < yb else "back"
-        return f"{side}-{order}", f"Differ {differ(*world.places[[a, b]].tolist())}: {side}-{order}.", DIAGONALS
+        return f"{side}-{order}", f"it is {differ(*world.places[[a, b]].tolist())}: {side}-{order}.", DIAGONALS
 
 
 def relative_direction(world, a, b, c):
@@ -107,16 +99,16 @@ def relative_direction(world, a, b, c):
     if near >= 2 * SIDE_MARGIN and min(abs(abs(turn) - edge) for edge in (0, 135)) >= ANGLE_MARGIN:
         side = "left" if turn > 0 else "right"
         answer = "back" if abs(turn) > 135 else side
-        return answer, f"Turn {turned(*centers)}: {answer}.", ("left", "right", "back")
+        return answer, f"turn {turned(*centers)}: {answer}.", ("left", "right", "back")
 
 
 def object_count(world, *things):
-    return str(len(things)), f"{len(things)} in all.", ()
+    return str(len(things)), f"it holds {len(things)}.", ()
 
 
 def room_size(world):
     w, d = (round(10 * v) for v in world.room.sides)
-    return area(w, d), f"Walls {w} and {d}.", ()
+    return area(w, d), f"{w} by {d}: {area(w, d)} in all.", ()
 
 
 def appearance_order(world, *things):
@@ -125,7 +117,8 @@ def appearance_order(world, *things):
     order = sorted(things, key=world.first.get)
     if all(seen[a] < seen[b] for seen in (world.first, anywhere) for a, b in itertools.pairwise(order)):
         answer, *wrong = (", ".join(names(world, some)) for some in itertools.permutations(order))
-        return answer, f"First {', '.join(str(world.first[k]) for k in order)}: {answer}.", (answer, *wrong)
+        firsts = ". ".join(f"{name(world, k)}{where(world, k)}" for k in order)
+        return answer, f"{firsts}: {answer}.", (answer, *wrong)
 
 
 # type: its function, and texts to try in turn, with one slot for each thing that may be named
@@ -162,7 +155,7 @@ def ask(rng, world, function, texts):
             named = names(world, things)
             if function is object_count:
                 named = [named[0] + "s"]
-            return things, text.format(*named), answer, f"{describe(world, things)} {steps}".strip(), choices
+            return things, text.format(*named), answer, f"{stated(world, things)} {steps}".strip(), choices
 
 
 # ---------------------------------------------------------------------------------------------------- files

@@ -224,7 +224,7 @@ def test_localization_rows(made):
 
 def test_chains_state_the_scene(made):
     """A cold-start chain with wrong boxes, places or sums would teach the model to ignore what it sees."""
-    clause = re.compile(r"(\w+) (?:(?:view|frame) (\d) )?\[(\d+), (\d+), (\d+), (\d+)\] "
+    clause = re.compile(r"The (\w+)(?: in (?:view|frame) (\d))? from (\d+) (\d+) to (\d+) (\d+), "
                         r"(left|right) (\d+) (ahead|behind) (\d+)\.")
     for room, pictures, row, numbers, solution in questions(made):
         chain, answer = re.fullmatch("<think>(.*)</think><answer>(.*)</answer>", solution).groups()
@@ -242,12 +242,12 @@ def test_chains_state_the_scene(made):
             assert abs(int(x) * (1 if side == "right" else -1) + 10 * toward.imag) <= 0.51
             assert abs(int(y) * (1 if order == "ahead" else -1) - 10 * toward.real) <= 0.51
         if row["question_type"] == "absolute distance":
-            apart, gap = re.search(r"Centers (\d+) apart: ([\d.]+) meters\.", chain).groups()
+            apart, gap = re.search(r"(\d+) apart: ([\d.]+) meters\.", chain).groups()
             assert gap == answer and abs(int(apart) / 10 - math.dist(*(room.things[k].center for ks in numbers for k in ks))) < 0.12
         if row["options"]:
             assert chain.endswith(f"{chosen(row)}. Option {answer}.")
         if row["question_type"] == "room size":
-            w, d = map(int, re.search(r"Walls (\d+) and (\d+)", chain).groups())
+            w, d = map(int, re.search(r"(\d+) by (\d+): ", chain).groups())
             assert f"{w * d / 100:.1f}" == answer
 
 
