@@ -290,7 +290,8 @@ def test_a_run_continues_only_as_it_began(monkeypatch, call, rooms, tiny_model, 
         call(train_sft, *sft_flags(rooms, tiny_model, out))
     with pytest.raises(UserError) as error:
         call(train_sft, *sft_flags(rooms, tiny_model, out, "--resume", "auto", "--learning-rate", 1, "--seed", 3))
-    assert str(error.value) == f"{out}: was begun with other settings: seed 0, now 3, learning_rate 0.0005, now 1.0"
+    rate = ladder.RECIPES["tiny"]["1"]["learning_rate"]
+    assert str(error.value) == f"{out}: was begun with other settings: seed 0, now 3, learning_rate {rate}, now 1.0"
     free = ("--micro-batch", 4, "--save-every", 1, "--keep-last", 3)
     call(train_sft, *sft_flags(rooms, tiny_model, out, "--resume", "auto", *free))
     assert f"resumed {out / 'resume' / 'step-000002'}" in capsys.readouterr().out
