@@ -114,7 +114,7 @@ RECIPES = {
         "base": dict(TINY_SFT, model="runs/base/start", data=["runs/base/rooms/train/base_data.jsonl"], out="runs/base/model",
                      curriculum=0.6, max_steps=7000, learning_rate=6e-4, batch_size=16, micro_batch=16, save_every=500,
                      keep_last=1),
-        # Low rates in the first two: at 5e-4 stage 1 finds more boxes, but sizes and order that the base knows are lost.
+        # Low rates in the first two: at 5e-4 more boxes are found, but what the base knows of sizes is lost (README).
         "1": dict(TINY_SFT, model=BASE, data=[ROOMS + GROUNDING], out="runs/tiny/stage1",
                   max_steps=1000, learning_rate=3e-4),
         "2": dict(TINY_SFT, model="runs/tiny/stage1", data=[ROOMS + SPATIAL], out="runs/tiny/stage2",

@@ -243,7 +243,8 @@ def test_chains_state_the_scene(made):
             assert abs(int(y) * (1 if order == "ahead" else -1) - 10 * toward.real) <= 0.51
         if row["question_type"] == "absolute distance":
             apart, gap = re.search(r"(\d+) apart: ([\d.]+) meters\.", chain).groups()
-            assert gap == answer and abs(int(apart) / 10 - math.dist(*(room.things[k].center for ks in numbers for k in ks))) < 0.12
+            centers = (room.things[k].center for ks in numbers for k in ks)
+            assert gap == answer and abs(int(apart) / 10 - math.dist(*centers)) < 0.12
         if row["options"]:
             assert chain.endswith(f"{chosen(row)}. Option {answer}.")
         if row["question_type"] == "room size":
