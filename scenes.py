@@ -294,7 +294,7 @@ def write_rooms(out, scenes, seed, test_scenes=640, size=SIZE, cast=CAST, proces
                 made = list(tqdm(pool.imap(save_room, jobs, 4), f"{split} rooms", rooms, mininterval=1))
                 for kind, file in FILES[tasks].items():
                     rows = [row for room in made for row in room[kind]]
-                    if kind in ("grounding", "base"):  # from pictures of one thing to those of many: a curriculum
+                    if kind in ("grounding", "base"):  # a curriculum: what is easy comes first
                         rows.sort(key=lambda row: row.pop("level"))
                     if kind != "coldstart" or split == "train":
                         (folder / file).write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -16,7 +16,7 @@ from data import PROMPTS, answer_text, prompt_text, read_samples, style_of
 from rewards import UserError
 from runtime import Parser, main_guard
 
-CONFIG = {  # 2.2 million weights; width, depth and M-RoPE for sequences of about 100 tokens
+CONFIG = {  # 2.0 million weights; width, depth and M-RoPE for sequences of about 100 tokens
     "architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl", "torch_dtype": "float32",
     "hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 4, "num_attention_heads": 4,
     "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "rope_theta": 100.0, "max_position_embeddings": 4096,

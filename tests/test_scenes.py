@@ -247,6 +247,26 @@ def test_chains_state_the_scene(made):
             assert gap == answer and abs(int(apart) / 10 - math.dist(*centers)) < 0.12
         if row["options"]:
             assert chain.endswith(f"{chosen(row)}. Option {answer}.")
+        if row["question_type"] == "object size":
+            sides = [int(side) for side in re.search(r"(\d+) by (\d+) by (\d+): ", chain).groups()]
+            assert sides == [round(100 * side) for side in room.things[numbers[0][0]].dims] and str(max(sides)) == answer
+        if row["question_type"] == "relative distance":
+            *others, target = (room.things[k] for (k,) in numbers)
+            past = [(name, int(gap)) for name, gap in re.findall(r"(\w+) (\d+)[,:]", chain[chain.index("Past"):])]
+            gaps = sorted((brute_distance(other, target), other.name) for other in others)
+            assert [name for name, _ in past] == [name for _, name in gaps]
+            assert all(abs(gap - 10 * true) < 0.9 for (_, gap), (true, _) in zip(past, gaps))
+        if row["question_type"] == "appearance order":
+            firsts = re.findall(r"(\w+) in frame (\d)(?=[.:])", chain)
+            assert ", ".join(name for name, _ in firsts) == chosen(row)
+            assert dict(firsts) == {name: picture for name, picture, *_ in clause.findall(chain)}
+        if row["question_type"] == "relative direction" and row["data_type"] == "single_image":
+            a, b = [(int(x) * (-1) ** (side == "left"), int(y)) for *_, side, x, _, y in clause.findall(chain)]
+            said = re.search(r"it is (left|right) (\d+) (front|back) (\d+): ", chain).groups()
+            assert (a[0] - b[0], a[1] - b[1]) == (int(said[1]) * (-1) ** (said[0] == "left"),
+                                                  int(said[3]) * (-1) ** (said[2] == "front"))
+        if row["question_type"] == "object count":
+            assert f"it holds {len(clause.findall(chain))}." in chain and str(len(clause.findall(chain))) == answer
         if row["question_type"] == "room size":
             w, d = map(int, re.search(r"(\d+) by (\d+): ", chain).groups())
             assert f"{w * d / 100:.1f}" == answer
