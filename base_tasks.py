@@ -4,7 +4,7 @@
     python train_sft.py --stage base
 
 Reading a picture, naming, counting, saying where things are, how large and how far apart, comparing two of them, short
-descriptions of several views and of frames, and sums of what is told. None of it in the ladder's formats: no JSON boxes,
+descriptions of several views and of frames, sums of what is told, and what is told said again. None of it in the ladder's formats: no JSON boxes,
 none of its questions or options, no <think> and <answer>. A row is one question: in a chat of several what is asked later
 can be copied from what was said, and is never looked for.
 
@@ -16,6 +16,7 @@ ids (pictures, size, size): number + 1 of the thing that each pixel shows, 0 for
 """
 import itertools
 import math
+from string import ascii_uppercase
 
 import numpy as np
 
@@ -23,6 +24,7 @@ from rooms import FURNITURE
 
 BLOCK = 28  # pixels: pictures are read in blocks of this side, a merged patch of the vision encoder
 MANY = 3  # things that one answer speaks of, at most
+SIDES = ("left", "right", "front", "back", "left-front", "left-back", "right-front", "right-back")
 QUESTIONS = {"": 6, "view": 14, "frame": 20}  # about one picture, about views, about frames
 
 
@@ -300,9 +302,24 @@ TASKS = {  # what a picture is called -> its tasks and how often each is tried; 
 }
 
 
+def recall(rng, world, ids):
+    """What is told of some words beside them, a letter or a place, said again in another order."""
+    words = rng.permutation([*FURNITURE, *SIDES]).tolist()[:rng.integers(2, 9)]
+    letters = rng.permutation([*ascii_uppercase]).tolist()[:len(words)]
+    kind = int(rng.integers(4))
+    marks = letters if kind else [at(*spot(rng)) for _ in words[:4]]
+    told = [f"{mark} {word}" if kind > 1 else f"{word} {mark}" for mark, word in zip(marks, words)]
+    order = rng.permutation(len(told))
+    return (f"Told {', '.join(told)}, say {', '.join(words[i] for i in order)}.",
+            f"Told {', '.join(f'{words[i]} {marks[i]}' for i in order)}.")
+
+
+TOLD = (sums, recall)  # about no picture
+
+
 def level(world, task):
-    """Order of learning: what one picture shows, what follows from that or from what is told, several pictures."""
-    return 1 if task == "sums" else 2 if world.word else int(task in ("compare", "gap", "near"))
+    """Order of learning: what one picture shows and recall, what follows from that or from what is told, several pictures."""
+    return {"recall": 0, "sums": 1}.get(task, 2 if world.word else int(task in ("compare", "gap", "near")))
 
 
 def talk(rng, world, ids):

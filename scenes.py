@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from base_tasks import (area, differ, groups, kinds, level, name, names, stated, sums, talk, turn_angle, turned,
+from base_tasks import (SIDES, TOLD, area, differ, groups, kinds, level, name, names, stated, talk, turn_angle, turned,
                         where)
 from data import Sample, prompt_text
 from rewards import UserError
@@ -41,7 +41,6 @@ NEAREST_MARGIN, SIDE_MARGIN, COLUMN_MARGIN, ANGLE_MARGIN, MIN_DISTANCE = 0.3, 0.
 # How often a type comes before others: the more, the fewer rooms allow it; the last two, of video only, always.
 WEIGHTS = {"object size": 2, "absolute distance": 3, "relative direction": 4, "relative distance": 8,
            "object count": 12, "room size": 1e9, "appearance order": 1e9}
-DIAGONALS = ("left-front", "left-back", "right-front", "right-back")
 
 # what questions are asked of: a room; Sights by picture and thing; what a picture is called ("", "view", "frame");
 # things that may be named, being clear somewhere and the only ones of their category; {thing: number from 1 of the
@@ -89,7 +88,7 @@ def camera_direction(world, a, b):
     columns = (xa / ya - xb / yb) / (2 * math.tan(FIELD_OF_VIEW / 2))
     if min(abs(xa - xb), abs(ya - yb)) >= SIDE_MARGIN and columns * math.copysign(1, xa - xb) >= COLUMN_MARGIN:
         side, order = "left" if xa < xb else "right", "front" if ya < yb else "back"
-        return f"{side}-{order}", f"it is {differ(*world.places[[a, b]].tolist())}: {side}-{order}.", DIAGONALS
+        return f"{side}-{order}", f"it is {differ(*world.places[[a, b]].tolist())}: {side}-{order}.", SIDES[4:]
 
 
 def relative_direction(world, a, b, c):
@@ -191,12 +190,12 @@ def make_files(seed, split, index, size=SIZE, cast=CAST, difficulty=DIFFICULTY, 
 
 
 def base_rows(rng, world, images, ids):
-    """Rows in chat messages: questions about some pictures, each by itself, and one about no picture."""
+    """Rows in chat messages: questions about some pictures, each by itself, and some about no picture."""
     media = [{"type": "image", "image": path} for path in images]
     if world.word == "frame":
         media = [{"type": "video", "video": images if len(images) > 1 else images[0]}]
     turns = talk(rng, world, ids) if seen(world) else []  # of a picture that shows nothing there is nothing to say
-    asked = [(media, *turn) for turn in turns] + [([], "sums", *sums(rng, world, ids))]
+    asked = [(media, *turn) for turn in turns] + [([], task.__name__, *task(rng, world, ids)) for task in TOLD]
     return [{"messages": [{"role": "user", "content": [*parts, {"type": "text", "text": question}]},
                           {"role": "assistant", "content": answer}], "question_type": task,
              "level": (level(world, task), seen(world))}
@@ -233,7 +232,7 @@ def ladder_rows(rng, parts, ids, easy):
                 locate(world, row, things)
             if options:
                 answer = next(option[0] for option in options if option[3:] == answer)
-                chain += f" Option {answer}."
+                chain = f"{chain.removesuffix('.')} {answer}."
             if question_type != "object size" or rng.random() < SIZE_SHARE:
                 row |= {"options": options, "answer": answer, "question_type": question_type}
                 rows["spatial"].append(row)

@@ -13,6 +13,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 
 from checkpoint import build_model, parse_config, save_model, write_json
 from data import PROMPTS, answer_text, prompt_text, read_samples, style_of
+from model import text_rope
 from rewards import UserError
 from runtime import Parser, main_guard
 
@@ -32,8 +33,8 @@ SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>"
            "<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>",
            "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")  # Qwen2.5's, in its order
 PIECES = Regex(r'```json\n\[|\{"bbox_2d": \[|\], "label": "|"\},\n|"\}\]\n```'  # the JSON around boxes, whole
-               r'|\n[A-Z][^\n\d{}"]*[.:]'  # a line of instructions, whole
-               r'|</?think>|</?answer>|[0-9]{1,3}| ?[A-Za-z]+| ?[^\sA-Za-z0-9]|\s+')
+               r'|\n[A-D]\.|(?<!user|assistant)\n[A-Z][^\n\d{}"]*[.:]'  # an option's letter, a line of instructions, whole
+               r'|</?think>|</?answer>|[0-9]{1,3}| ?[A-Za-z]+(?:-[A-Za-z]+)*| ?[^\sA-Za-z0-9]|\s+')
 CHAT_TEMPLATE = (  # the chat format of data.Processor.example, for transformers
     "{% if messages[0].role != 'system' %}<|im_start|>system\n" + PROMPTS["system"] + "<|im_end|>\n{% endif %}"
     "{% for message in messages %}<|im_start|>{{ message.role }}\n"
@@ -81,6 +82,22 @@ def initialize(model, seed):
             parameter.normal_(0.0, 0.08 if "embed_tokens" in name else std, generator=generator)
 
 
+def look_back(attention, config):
+    """Begin with heads that attend to the token 1, 2, 3, ... places before theirs, by the biases of queries and keys.
+
+    Turned by p f, position times frequency, a key's bias (s, 0) and a query's (s cos d f, -s sin d f) have the product
+    s^2 sum_f cos((query's p - key's p - d) f): largest d places back. To look something up in a text, layers need to know
+    of each word what stands before it, and small models are slow to find that by themselves (README).
+    """
+    distances = torch.arange(1, config.num_attention_heads + 1)
+    cos, sin = text_rope(distances.expand(3, 1, -1), config, torch.float32)  # (1, 1, H, D/2)
+    with torch.no_grad():
+        for projection in (attention.q_proj, attention.k_proj):
+            projection.weight *= 0.1
+        attention.q_proj.bias[:] = 4 * torch.cat((cos, -sin), dim=-1).flatten()
+        attention.k_proj.bias.unflatten(0, (-1, 2, config.head_dim // 2))[:, 0] = 4
+
+
 def order_numbers(embedding, tokenizer):
     """Begin with like rows for like numbers: cosines and sines of n, as in sinusoidal positions, beside the noise.
 
@@ -105,6 +122,7 @@ def write_model(out, source, tokenizer, max_pixels, seed):
     model = build_model(parse_config(source)).to_empty(device="cpu")
     initialize(model, seed)
     order_numbers(model.model.embed_tokens.weight, tokenizer)
+    look_back(model.model.layers[0].self_attn, model.config.text)
     out.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(out / "tokenizer.json"))
     write_json(out / "tokenizer_config.json", {

@@ -7,7 +7,7 @@ import pytest
 
 import base_tasks
 import scenes
-from base_tasks import BLOCK, TASKS, kinds, sums, talk
+from base_tasks import BLOCK, TASKS, TOLD, kinds, recall, sums, talk
 from data import read_samples
 from rewards import parse_boxes
 from rooms import Camera, Room, Sight, make_thing
@@ -188,6 +188,22 @@ def test_sums_by_other_routes():
     assert kinds_met == {"Compare", "How", "At", "Pace", "In", "Least"}
 
 
+def test_recall_says_what_was_told():
+    """Every word once, with the letter or place that stands beside it in the question, before or after."""
+    rng, orders = np.random.default_rng(0), set()
+    for _ in range(200):
+        question, answer = recall(rng, None, None)
+        told, said = re.fullmatch("Told (.*), say (.*)\\.", question).groups()
+        pairs = [item.split(" ", 1) for item in told.split(", ")]
+        if len(pairs[0][0]) == 1:
+            pairs = [(word, mark) for mark, word in pairs]
+        marks = dict(pairs)
+        assert answer == "Told " + ", ".join(f"{word} {marks[word]}" for word in said.split(", ")) + "."
+        assert len(marks) == len(pairs) == len(said.split(", ")) and len(set(marks.values())) == len(marks)
+        orders.add(len(told.split(", ")[0].split(" ", 1)[0]) == 1)
+    assert orders == {True, False}
+
+
 def test_nothing_is_said_in_the_ladders_words(said):
     """No boxes as JSON, no chains, no options, and none of its questions."""
     ladder = [re.escape(text).replace(r"\{\}", r"\w+") for _, texts in [*VIDEO.values(), *scenes.SINGLE_IMAGE.values()]
@@ -209,16 +225,17 @@ def test_the_bases_rooms_are_not_the_ladders():
 
 
 def test_rows_are_one_question_each(tmp_path):
-    """Of every split: one question and its answer, its task for its type; sums are about no picture; what one picture
-    shows comes first, fewer things before many, then what follows from it and sums, then several pictures."""
+    """Of every split: one question and its answer, its task for its type; what is told is about no picture; recall and what
+    one picture shows come first, fewer things before many, then what follows from it and sums, then several pictures."""
     scenes.write_rooms(tmp_path / "rooms", 8, 0, test_scenes=8, processes=1, tasks="base")
     for split in scenes.SPLITS:
         folder = tmp_path / "rooms" / split
         samples = read_samples(folder / "base_data.jsonl", folder / "images")
         assert {len(s.messages) for s in samples} == {2} and len(samples) > 50
         tasks = {s.question_type.removeprefix("chat: ") for s in samples}
-        assert {"sums"} <= tasks <= {"sums", *(task.__name__ for tasks in TASKS.values() for task in tasks)}
-        assert all((s.question_type == "chat: sums") == (not s.media) for s in samples)
+        told = {task.__name__ for task in TOLD}
+        assert told <= tasks <= told.union(task.__name__ for tasks in TASKS.values() for task in tasks)
+        assert all((s.question_type.removeprefix("chat: ") in told) == (not s.media) for s in samples)
         assert {(m.kind, len(m.sources) > 1) for s in samples for m in s.media} >= {("image", False)}
         rows = [json.loads(line) for line in (folder / "base_data.jsonl").read_text().splitlines()]
         assert all(set(row) == {"messages", "question_type"} for row in rows)

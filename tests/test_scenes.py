@@ -246,7 +246,7 @@ def test_chains_state_the_scene(made):
             centers = (room.things[k].center for ks in numbers for k in ks)
             assert gap == answer and abs(int(apart) / 10 - math.dist(*centers)) < 0.12
         if row["options"]:
-            assert chain.endswith(f"{chosen(row)}. Option {answer}.")
+            assert chain.endswith(f": {chosen(row)} {answer}.")
         if row["question_type"] == "object size":
             sides = [int(side) for side in re.search(r"(\d+) by (\d+) by (\d+): ", chain).groups()]
             assert sides == [round(100 * side) for side in room.things[numbers[0][0]].dims] and str(max(sides)) == answer
