@@ -265,6 +265,10 @@ def test_chains_state_the_scene(made):
             said = re.search(r"it is (left|right) (\d+) (front|back) (\d+): ", chain).groups()
             assert (a[0] - b[0], a[1] - b[1]) == (int(said[1]) * (-1) ** (said[0] == "left"),
                                                   int(said[3]) * (-1) ** (said[2] == "front"))
+        if row["question_type"] == "relative direction" and row["data_type"] != "single_image":
+            a, b, c = (complex(*room.things[k].center) for (k,) in numbers)
+            side, degrees = re.search(r"turn (left|right) (\d+): ", chain).groups()
+            assert abs(np.angle((c - a) / (b - a), deg=True) - int(degrees) * (-1) ** (side == "right")) <= 0.51
         if row["question_type"] == "object count":
             assert f"it holds {len(clause.findall(chain))}." in chain and str(len(clause.findall(chain))) == answer
         if row["question_type"] == "room size":
