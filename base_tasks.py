@@ -303,23 +303,20 @@ TASKS = {  # what a picture is called -> its tasks and how often each is tried; 
 
 
 def recall(rng, world, ids):
-    """What is told of some words beside them, a letter or a place, said again in another order."""
+    """Words are told by letters, and the letter of each is asked for again, in another order."""
     words = rng.permutation([*FURNITURE, *SIDES]).tolist()[:rng.integers(2, 9)]
-    letters = rng.permutation([*ascii_uppercase]).tolist()[:len(words)]
-    kind = int(rng.integers(4))
-    marks = letters if kind else [at(*spot(rng)) for _ in words[:4]]
-    told = [f"{mark} {word}" if kind > 1 else f"{word} {mark}" for mark, word in zip(marks, words)]
-    order = rng.permutation(len(told))
-    return (f"Told {', '.join(told)}, say {', '.join(words[i] for i in order)}.",
-            f"Told {', '.join(f'{words[i]} {marks[i]}' for i in order)}.")
+    pairs = [*zip(rng.permutation([*ascii_uppercase]).tolist(), words)]
+    told, asked = ", ".join(f"{letter} {word}" for letter, word in pairs), [pairs[i] for i in rng.permutation(len(pairs))]
+    return (f"Told {told}, say {', '.join(word for _, word in asked)}.",
+            f"Told {', '.join(f'{word} {letter}' for letter, word in asked)}.")
 
 
 TOLD = (sums, recall)  # about no picture
 
 
 def level(world, task):
-    """Order of learning: what one picture shows and recall, what follows from that or from what is told, several pictures."""
-    return {"recall": 0, "sums": 1}.get(task, 2 if world.word else int(task in ("compare", "gap", "near")))
+    """Order of learning: recall, what one picture shows, what follows from that or from what is told, several pictures."""
+    return {"recall": 0, "sums": 2}.get(task, 3 if world.word else 1 + (task in ("compare", "gap", "near")))
 
 
 def talk(rng, world, ids):

@@ -6,20 +6,21 @@ Everything that makes the laptop ladder small is a value in the files written he
 """
 
 import argparse
+import re
 from pathlib import Path
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from checkpoint import build_model, parse_config, save_model, write_json
+from checkpoint import build_model, load_model, parse_config, save_model, write_json
 from data import PROMPTS, answer_text, prompt_text, read_samples, style_of
 from model import text_rope
 from rewards import UserError
 from runtime import Parser, main_guard
 
-CONFIG = {  # 2.0 million weights; width, depth and M-RoPE for sequences of about 100 tokens
+CONFIG = {  # 2.3 million weights; width, depth and M-RoPE for sequences of about 100 tokens
     "architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl", "torch_dtype": "float32",
-    "hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 6, "num_attention_heads": 4,
     "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "rope_theta": 100.0, "max_position_embeddings": 4096,
     "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]}, "hidden_act": "silu",
     "tie_word_embeddings": True, "use_sliding_window": False,
@@ -83,19 +84,20 @@ def initialize(model, seed):
 
 
 def look_back(attention, config):
-    """Begin with heads that attend to the token 1, 2, 3, ... places before theirs, by the biases of queries and keys.
+    """Begin with heads that attend to the token before: all that share the first key head, by the biases alone.
 
-    Turned by p f, position times frequency, a key's bias (s, 0) and a query's (s cos d f, -s sin d f) have the product
-    s^2 sum_f cos((query's p - key's p - d) f): largest d places back. To look something up in a text, layers need to know
-    of each word what stands before it, and small models are slow to find that by themselves (README).
+    Turned by p f, position times frequency, a key's bias (s, 0) and a query's (s cos f, -s sin f) have the product
+    s^2 sum_f cos((query's p - key's p - 1) f): largest one token back. To look something up in a text, layers need to know
+    of each word what stands before it, which small models are slow to find by themselves (README).
     """
-    distances = torch.arange(1, config.num_attention_heads + 1)
-    cos, sin = text_rope(distances.expand(3, 1, -1), config, torch.float32)  # (1, 1, H, D/2)
+    cos, sin = text_rope(torch.ones(3, 1, 1), config, torch.float32)  # (1, 1, 1, D/2) of one token
+    half, heads = config.head_dim // 2, config.num_attention_heads // config.num_key_value_heads
+    key, queries = (slice(count * config.head_dim) for count in (1, heads))
     with torch.no_grad():
-        for projection in (attention.q_proj, attention.k_proj):
-            projection.weight *= 0.1
-        attention.q_proj.bias[:] = 4 * torch.cat((cos, -sin), dim=-1).flatten()
-        attention.k_proj.bias.unflatten(0, (-1, 2, config.head_dim // 2))[:, 0] = 4
+        attention.k_proj.weight[key] *= 0.1
+        attention.k_proj.bias[:half] = 4
+        attention.q_proj.weight[queries] *= 0.1
+        attention.q_proj.bias[queries] = 4 * torch.cat((cos, -sin), dim=-1).flatten().repeat(heads)
 
 
 def order_numbers(embedding, tokenizer):
@@ -113,8 +115,42 @@ def order_numbers(embedding, tokenizer):
         embedding[ids] = (embedding[ids] + waves) * 0.5**0.5
 
 
-def write_model(out, source, tokenizer, max_pixels, seed):
-    """Write a model directory of random weights. source: config.json without its token ids. Returns: how many weights."""
+def name_options(embedding, tokenizer):
+    """Begin with an option's letter, the word "\\nC.", as the letter " C", which the base learns to say after what it marks."""
+    words = [[tokenizer.encode(text).ids for text in (f"\n{letter}.", f" {letter}")] for letter in "ABCD"]
+    with torch.no_grad():
+        for option, letter in words:
+            if len(option) == len(letter) == 1:  # not so in the tokenizer of a corpus without options
+                embedding[option] = embedding[letter]
+
+
+def grow(model, tokenizer, smaller):
+    """Carry over the weights of a smaller model's directory, or one as large.
+
+    Its decoder layers become the last ones, above new ones. A word that it knows keeps its embedding, another begins as
+    the mean of the words that it was made of.
+    """
+    old, words = load_model(smaller, torch.float32), Tokenizer.from_file(str(Path(smaller) / "tokenizer.json"))
+    layers, weights = model.model.layers, dict(old.named_parameters())
+    new = len(layers) - len(old.model.layers)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            layer = re.fullmatch(r"model\.layers\.(\d+)\.(.*)", name)
+            if "embed_tokens" in name:
+                for i in range(len(parameter)):
+                    known = words.token_to_id(tokenizer.id_to_token(i))
+                    parts = words.encode(tokenizer.decode([i], skip_special_tokens=False)).ids if known is None else [known]
+                    parameter[i] = weights[name][parts].mean(dim=0)
+            elif not layer:
+                parameter.copy_(weights[name])
+            elif int(layer[1]) >= new:
+                parameter.copy_(weights[f"model.layers.{int(layer[1]) - new}.{layer[2]}"])
+
+
+def write_model(out, source, tokenizer, max_pixels, seed, smaller=None):
+    """Write a model directory of random weights, or grown from a `smaller` one. Returns: how many weights.
+
+    source: config.json without its token ids."""
     out, ids = Path(out), {name: tokenizer.token_to_id(name) for name in SPECIAL}
     source = source | {"image_token_id": ids["<|image_pad|>"], "video_token_id": ids["<|video_pad|>"],
                        "vision_start_token_id": ids["<|vision_start|>"], "vision_end_token_id": ids["<|vision_end|>"],
@@ -123,6 +159,9 @@ def write_model(out, source, tokenizer, max_pixels, seed):
     initialize(model, seed)
     order_numbers(model.model.embed_tokens.weight, tokenizer)
     look_back(model.model.layers[0].self_attn, model.config.text)
+    if smaller:
+        grow(model, tokenizer, smaller)
+    name_options(model.model.embed_tokens.weight, tokenizer)
     out.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(out / "tokenizer.json"))
     write_json(out / "tokenizer_config.json", {
@@ -143,6 +182,7 @@ def main():
     parser.add_argument("--out", required=True, help="model directory to write")
     parser.add_argument("--size", type=int, default=112, help="pictures are shown at most this wide and high")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--grow", metavar="DIR", help="begin with this model's weights, of as many layers or fewer")
     args = parser.parse_args()
     out = Path(args.out)
     if (out / "config.json").is_file():
@@ -157,7 +197,7 @@ def main():
 
     tokenizer = train_tokenizer(corpus(samples))
     words = tokenizer.get_vocab_size()
-    weights = write_model(out, CONFIG | {"vocab_size": words}, tokenizer, args.size**2, args.seed)
+    weights = write_model(out, CONFIG | {"vocab_size": words}, tokenizer, args.size**2, args.seed, args.grow)
     print(f"wrote {out}: {weights:,} weights, {words} words")
 
 
