@@ -118,11 +118,11 @@ def test_weights_times_values_are_what_sdpa_gives(loaded, grey, tmp_path):
     Image.fromarray(noise).save(tmp_path / "noise.png")
     samples = [pair(grey)[0], dataclasses.replace(pair(tmp_path / "noise.png")[0], question="Where?")]
     batch, checked = collate([processor.example(s, "direct") for s in samples], model.config), []
-    cache = Recording(batch.lengths, batch.predict_at, range(4), [0, 1, 2, 3])
+    cache = Recording(batch.lengths, batch.predict_at, range(6), [0, 1, 2, 3])
     with torch.no_grad():
         assert torch.equal(model(batch, cache), model(batch, model_module.KVCache(batch.lengths)))
-    assert len(checked) == 4 and max(checked) < 1e-5
-    assert len(cache.weights) == 4 and torch.allclose(torch.stack(cache.weights).sum(-1), torch.ones(4, len(batch.predict_at)))
+    assert len(checked) == 6 and max(checked) < 1e-5
+    assert len(cache.weights) == 6 and torch.allclose(torch.stack(cache.weights).sum(-1), torch.ones(6, len(batch.predict_at)))
 
 
 class Bright(torch.nn.Module):
@@ -204,10 +204,10 @@ def test_at_least_one_cell_is_attended():
     assert probes.attended_iou(heat, probes.box_mask([{"bbox_2d": [8, 8, 10, 10]}], (28, 28))) == pytest.approx(4 / 49)
 
 
-@pytest.mark.parametrize("flag", ("layers", "heads"))
-def test_layers_and_heads_that_are_not_there(flag, loaded, grey):
-    with pytest.raises(UserError, match=f"--{flag} is 4, expected 0 to 3"):
-        probes.attention_maps(*loaded, [pair(grey)[0]], SimpleNamespace(**ALL | {flag: [1, 4]}), "cpu")
+@pytest.mark.parametrize("flag, last", [("layers", 5), ("heads", 3)])
+def test_layers_and_heads_that_are_not_there(flag, last, loaded, grey):
+    with pytest.raises(UserError, match=f"--{flag} is {last + 1}, expected 0 to {last}"):
+        probes.attention_maps(*loaded, [pair(grey)[0]], SimpleNamespace(**ALL | {flag: [1, last + 1]}), "cpu")
 
 
 # ---------------------------------------------------------------------------------------------- semantic entropy
