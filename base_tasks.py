@@ -4,9 +4,9 @@
     python train_sft.py --stage base
 
 Reading a picture, naming, counting, saying where things are, how large and how far apart, comparing two of them, short
-descriptions of several views and of frames, sums of what is told, and what is told said again. None of it in the ladder's formats: no JSON boxes,
-none of its questions or options, no <think> and <answer>. A row is one question: in a chat of several what is asked later
-can be copied from what was said, and is never looked for.
+descriptions of several views and of frames, sums of what is told, and what is told said again. None of it in the
+ladder's formats: no JSON boxes, none of its questions or options, no <think> and <answer>. A row is one question: in a
+chat of several what is asked later can be copied from what was said, and is never looked for.
 
 Places in a picture are pixels (across, down), those on the floor decimeters right or left and ahead of the first camera,
 or behind it. Half of what can be worked out is said with what it is worked out from, the other half at once.
