@@ -295,13 +295,6 @@ def sums(rng, world, ids):
     return (f"In which order are {pairs}?", f"{', '.join(ordered)}.") if kind == 4 else (f"Least of {pairs}?", f"{ordered[0]}.")
 
 
-TASKS = {  # what a picture is called -> its tasks and how often each is tried; pairs are found in few pictures
-    "": {read: 1, look: 1, count: 1, reach: 2, show: 2, place: 1, measure: 1, compare: 9, gap: 9, near: 6},
-    "view": {describe: 1, enter: 2, total: 3, show: 4, place: 1, measure: 1, compare: 4, gap: 4, near: 3, turn: 4, pace: 1},
-    "frame": {describe: 1, enter: 5, total: 2, show: 4, place: 1, measure: 2, gap: 3, near: 3, turn: 3, pace: 1},
-}
-
-
 def recall(rng, world, ids):
     """Words are told by letters, and the letter of each is asked for again, in another order."""
     words = rng.permutation([*FURNITURE, *SIDES]).tolist()[:rng.integers(2, 9)]
@@ -311,7 +304,12 @@ def recall(rng, world, ids):
             f"Told {', '.join(f'{word} {letter}' for letter, word in asked)}.")
 
 
-TOLD = (sums, recall)  # about no picture
+TASKS = {  # what a picture is called -> its tasks and how often each is tried; pairs are found in few pictures
+    "": {read: 1, look: 1, count: 1, reach: 2, show: 2, place: 1, measure: 1, compare: 9, gap: 9, near: 6},
+    "view": {describe: 1, enter: 2, total: 3, show: 4, place: 1, measure: 1, compare: 4, gap: 4, near: 3, turn: 4, pace: 1},
+    "frame": {describe: 1, enter: 5, total: 2, show: 4, place: 1, measure: 2, gap: 3, near: 3, turn: 3, pace: 1},
+}
+TOLD = (sums, recall)  # about no picture, once with each part of a room
 
 
 def level(world, task):

@@ -33,7 +33,7 @@ from tiny import CONFIG, initialize, train_tokenizer, write_model
 TEXT = "How many chairs stand in the room that the picture shows? Think of each of them before you answer."
 PICTURE = (280, 364)  # height, width
 SMALL = CONFIG | {  # 44 million weights, 39 of them the words
-    "vocab_size": 151936, "hidden_size": 256, "intermediate_size": 704, "rope_theta": 1e6,
+    "vocab_size": 151936, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "rope_theta": 1e6,
     "rope_scaling": {"type": "mrope", "mrope_section": [8, 12, 12]},
     "vision_config": CONFIG["vision_config"] | {"hidden_size": 160, "intermediate_size": 440, "out_hidden_size": 256}}
 LARGE = SMALL | {  # 580 million weights, 1.2 GB in bf16: far more than any cache holds

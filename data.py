@@ -422,6 +422,15 @@ class Example:
     boxes: tuple = ()  # a localization sample's boxes in pixels as the model sees them
 
 
+def load_tokenizer(directory):
+    """A model directory's tokenizer. UserError where its file is missing or broken."""
+    path = Path(directory) / "tokenizer.json"
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises plain Exception for a missing file as for a broken one
+        raise UserError(f"{path}: not a readable tokenizer ({error})") from None
+
+
 class Processor:
     """Everything between a Sample and an Example: tokenizer, picture limits, prompts. One per model directory."""
 
@@ -430,10 +439,7 @@ class Processor:
         num_frames, fps: sampling of video files. video_seconds: "grid" takes one second per temporal patch of a
         video, as the authors' runs had it; "real" takes the true times where they are known. prompts: file or None."""
         directory = Path(directory)
-        try:
-            self.tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
-        except Exception as error:  # tokenizers raises plain Exception for a missing file as for a broken one
-            raise UserError(f"{directory / 'tokenizer.json'}: not a readable tokenizer ({error})") from None
+        self.tokenizer = load_tokenizer(directory)
         self.tokenizer.encode_special_tokens = True  # "<|image_pad|>" in a question is text
         self.config, self.prompts = config, read_prompts(args.prompts) if args.prompts else PROMPTS
         self.special = {}

@@ -60,16 +60,17 @@ def make_world(room, sights, word, camera):
 
 # Each function takes the things in the order of the question's text. It returns None where they make no unambiguous
 # question, else the answer in words or as a number, the end of the chain, the options. Chains are in the words of
-# base_tasks.py: what is new to the base are the questions, the order of the steps and how they end in an answer.
+# base_tasks.py: what is new to the base are the questions, the order of the steps and how they end in an answer, without a
+# unit or a full stop: what is to be said again then stands right before </think>.
 def object_size(world, a):
     w, d, h = (round(100 * v) for v in world.room.things[a].dims.tolist())
-    return str(max(w, d, h)), f"{w} by {d} by {h}: {max(w, d, h)} at the most.", ()
+    return str(max(w, d, h)), f"{w} by {d} by {h}: {max(w, d, h)}", ()
 
 
 def absolute_distance(world, a, b):
     if world.room.gaps[a, b] >= MIN_DISTANCE:
         answer = f"{world.room.gaps[a, b]:.1f}"
-        return answer, f"{round(math.dist(world.places[a], world.places[b]))} apart: {answer} meters.", ()
+        return answer, f"{round(math.dist(world.places[a], world.places[b]))} apart: {answer}", ()
 
 
 def relative_distance(world, *things):
@@ -79,7 +80,7 @@ def relative_distance(world, *things):
     if least >= MIN_DISTANCE and second - least >= NEAREST_MARGIN:
         answer = others[gaps.index(least)]
         past = ", ".join(f"{other} {round(10 * gap)}" for gap, other in sorted(zip(gaps, others)))
-        return answer, f"Past {past}: {answer}.", others
+        return answer, f"Past {past}: {answer}", others
 
 
 def camera_direction(world, a, b):
@@ -88,7 +89,7 @@ def camera_direction(world, a, b):
     columns = (xa / ya - xb / yb) / (2 * math.tan(FIELD_OF_VIEW / 2))
     if min(abs(xa - xb), abs(ya - yb)) >= SIDE_MARGIN and columns * math.copysign(1, xa - xb) >= COLUMN_MARGIN:
         side, order = "left" if xa < xb else "right", "front" if ya < yb else "back"
-        return f"{side}-{order}", f"it is {differ(*world.places[[a, b]].tolist())}: {side}-{order}.", SIDES[4:]
+        return f"{side}-{order}", f"it is {differ(*world.places[[a, b]].tolist())}: {side}-{order}", SIDES[4:]
 
 
 def relative_direction(world, a, b, c):
@@ -98,16 +99,16 @@ def relative_direction(world, a, b, c):
     if near >= 2 * SIDE_MARGIN and min(abs(abs(turn) - edge) for edge in (0, 135)) >= ANGLE_MARGIN:
         side = "left" if turn > 0 else "right"
         answer = "back" if abs(turn) > 135 else side
-        return answer, f"turn {turned(*centers)}: {answer}.", ("left", "right", "back")
+        return answer, f"turn {turned(*centers)}: {answer}", ("left", "right", "back")
 
 
 def object_count(world, *things):
-    return str(len(things)), f"it holds {len(things)}.", ()
+    return str(len(things)), f"it holds {len(things)}", ()
 
 
 def room_size(world):
     w, d = (round(10 * v) for v in world.room.sides)
-    return area(w, d), f"{w} by {d}: {area(w, d)} in all.", ()
+    return area(w, d), f"{w} by {d}: {area(w, d)}", ()
 
 
 def appearance_order(world, *things):
@@ -117,7 +118,7 @@ def appearance_order(world, *things):
     if all(seen[a] < seen[b] for seen in (world.first, anywhere) for a, b in itertools.pairwise(order)):
         answer, *wrong = (", ".join(names(world, some)) for some in itertools.permutations(order))
         firsts = ". ".join(f"{name(world, k)}{where(world, k)}" for k in order)
-        return answer, f"{firsts}: {answer}.", (answer, *wrong)
+        return answer, f"{firsts}: {answer}", (answer, *wrong)
 
 
 # type: its function, and texts to try in turn, with one slot for each thing that may be named
@@ -232,7 +233,7 @@ def ladder_rows(rng, parts, ids, easy):
                 locate(world, row, things)
             if options:
                 answer = next(option[0] for option in options if option[3:] == answer)
-                chain = f"{chain.removesuffix('.')} {answer}."
+                chain = f"{chain} {answer}"
             if question_type != "object size" or rng.random() < SIZE_SHARE:
                 row |= {"options": options, "answer": answer, "question_type": question_type}
                 rows["spatial"].append(row)
@@ -258,9 +259,9 @@ def save_room(job):
 
 def write_rooms(out, scenes, seed, test_scenes=640, size=SIZE, cast=CAST, processes=None, tasks="ladder", **difficulty):
     """Write out/{train,val,test}/spld_{grounding,spatial,coldstart}_data.jsonl (cold start: train only), or with tasks
-    "base" base_data.jsonl, and images/roomNNNNN/{view0..3.jpg, frame0..7.jpg, video.avi}, out/meta.json: `scenes` training rooms, `test_scenes` test rooms, half as many for validation. Built beside
-    and renamed; does nothing where out holds this very request. `difficulty` are pairs in place of those of DIFFICULTY.
-    UserError for what cannot be made or written.
+    "base" base_data.jsonl, and images/roomNNNNN/{view0..3.jpg, frame0..7.jpg, video.avi}, out/meta.json: `scenes` training
+    rooms, `test_scenes` test rooms, half as many for validation. Built beside and renamed; does nothing where out holds
+    this very request. `difficulty` are pairs in place of those of DIFFICULTY. UserError for what cannot be made or written.
     """
     difficulty = {name: [*difficulty.get(name, pair)] for name, pair in DIFFICULTY.items()}
     out, request = Path(out), dict(difficulty, scenes=scenes, test_scenes=test_scenes, seed=seed, size=size, cast=cast,

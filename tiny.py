@@ -1,19 +1,21 @@
 """A tiny model directory: Qwen2.5-VL's architecture with a few million random weights and a tokenizer of its own.
 
     python tiny.py --data runs/base/rooms/train runs/tiny/rooms/train --out runs/base/start
+    python tiny.py --data runs/base/rooms/train runs/tiny/rooms/train --out runs/base/start --grow base   # not random
 
 Everything that makes the laptop ladder small is a value in the files written here; no other code knows of it.
 """
 
 import argparse
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from checkpoint import build_model, load_model, parse_config, save_model, write_json
-from data import PROMPTS, answer_text, prompt_text, read_samples, style_of
+from data import PROMPTS, answer_text, load_tokenizer, prompt_text, read_samples, style_of
 from model import text_rope
 from rewards import UserError
 from runtime import Parser, main_guard
@@ -84,11 +86,12 @@ def initialize(model, seed):
 
 
 def look_back(attention, config):
-    """Begin with heads that attend to the token before: all that share the first key head, by the biases alone.
+    """Begin with heads that attend to the token before: all that share the first key head, nearly by their biases alone.
 
-    Turned by p f, position times frequency, a key's bias (s, 0) and a query's (s cos f, -s sin f) have the product
-    s^2 sum_f cos((query's p - key's p - 1) f): largest one token back. To look something up in a text, layers need to know
-    of each word what stands before it, which small models are slow to find by themselves (README).
+    Rotated by p f, position times frequency, a key's bias (s, 0) and a query's (s cos f, -s sin f) have the product
+    s^2 sum_f cos((query's p - key's p - 1) f): largest one token back. An induction head (Olsson et al. 2022), which looks
+    up a word in the text, needs such a head below it, and small models are slow to find both at once (README). Other key
+    heads stay random: where all looked back, none looked anything up.
     """
     cos, sin = text_rope(torch.ones(3, 1, 1), config, torch.float32)  # (1, 1, 1, D/2) of one token
     half, heads = config.head_dim // 2, config.num_attention_heads // config.num_key_value_heads
@@ -116,7 +119,10 @@ def order_numbers(embedding, tokenizer):
 
 
 def name_options(embedding, tokenizer):
-    """Begin with an option's letter, the word "\\nC.", as the letter " C", which the base learns to say after what it marks."""
+    """Begin with an option's letter, the word "\\nC.", as the letter " C", which the base learns to say after what it marks.
+
+    The base never reads the former; what it knows of the latter then holds for options. embedding (V, W), changed in place.
+    """
     words = [[tokenizer.encode(text).ids for text in (f"\n{letter}.", f" {letter}")] for letter in "ABCD"]
     with torch.no_grad():
         for option, letter in words:
@@ -128,11 +134,13 @@ def grow(model, tokenizer, smaller):
     """Carry over the weights of a smaller model's directory, or one as large.
 
     Its decoder layers become the last ones, above new ones. A word that it knows keeps its embedding, another begins as
-    the mean of the words that it was made of.
+    the mean of the words that it was made of. UserError if more than layers and words differ, or layers are fewer here.
     """
-    old, words = load_model(smaller, torch.float32), Tokenizer.from_file(str(Path(smaller) / "tokenizer.json"))
-    layers, weights = model.model.layers, dict(old.named_parameters())
-    new = len(layers) - len(old.model.layers)
+    old, words = load_model(smaller, torch.float32), load_tokenizer(smaller)
+    weights, new = dict(old.named_parameters()), len(model.model.layers) - len(old.model.layers)
+    shapes = [(replace(config.text, vocab_size=0, num_hidden_layers=0), config.vision) for config in (old.config, model.config)]
+    if new < 0 or shapes[0] != shapes[1]:
+        raise UserError(f"--grow {smaller}: expected tiny.CONFIG's shape, with at most {len(model.model.layers)} decoder layers")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             layer = re.fullmatch(r"model\.layers\.(\d+)\.(.*)", name)

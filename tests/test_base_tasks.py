@@ -211,6 +211,9 @@ def test_nothing_is_said_in_the_ladders_words(said):
             assert parse_boxes(answer) is None and "<" not in answer and not re.search(r"\b[A-D]\. ", question + answer)
             assert not any(re.search(pattern, question) for pattern in ladder) and "Where in the picture" not in question
     assert done == {(word, task.__name__) for word, tasks in TASKS.items() for task in tasks}
+    rng = np.random.default_rng(0)
+    for text in (part for _ in range(200) for task in TOLD for part in task(rng, None, None)):
+        assert not re.search(r"\b[A-D]\. |\n|[<{]", text) and not any(re.search(pattern, text) for pattern in ladder)
 
 
 def test_the_bases_rooms_are_not_the_ladders():
@@ -235,7 +238,8 @@ def test_rows_are_one_question_each(tmp_path):
         assert {(m.kind, len(m.sources) > 1) for s in samples for m in s.media} >= {("image", False)}
         rows = [json.loads(line) for line in (folder / "base_data.jsonl").read_text().splitlines()]
         assert all(set(row) == {"messages", "question_type"} for row in rows)
-        levels = [3 if len(s.media) > 1 or any(media.kind == "video" for media in s.media) else 0 if s.question_type == "chat: recall"
+        levels = [3 if len(s.media) > 1 or any(media.kind == "video" for media in s.media)
+                  else 0 if s.question_type == "chat: recall"
                   else 1 + (s.question_type.removeprefix("chat: ") in ("compare", "gap", "near", "sums")) for s in samples]
         assert levels == sorted(levels) and set(levels) == {0, 1, 2, 3}
         counts = [row["messages"][1]["content"].count(",") for row in rows if row["question_type"] == "count"]

@@ -148,6 +148,7 @@ COMMANDS = (
     ("ask.py {model} Where? {void}", "void.jsonl: not a readable picture"),
     ("ask.py {model}", "the following arguments are required: question"),
     ("tiny.py --data {rooms} --out {out}", "no *_data.jsonl in it"),
+    ("tiny.py --data {rooms}/train --out {out} --grow {rooms}/none", "none: not a model directory"),
     ("tiny.py --out {out}", "the following arguments are required: --data"),
     ("scenes.py", "the following arguments are required: --out"),
     ("scenes.py --out {out} --scenes -1", "--scenes is -1, expected"),

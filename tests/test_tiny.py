@@ -1,9 +1,11 @@
 """What the random start of the tiny model holds."""
+import pytest
 import torch
 from tokenizers import Tokenizer
 
 from checkpoint import load_model
 from model import Causal, rotate, text_rope
+from rewards import UserError
 from tiny import CONFIG, train_tokenizer, write_model
 
 
@@ -27,13 +29,15 @@ def test_first_heads_look_back(tiny_model):
 
 def test_words_that_are_one_token(tiny_model):
     """Numbers, sides with a hyphen, an option's letter; but not what a user or the model begins to say."""
-    def tokens(text):
+    def tokens(tokenizer, text):
         return [tokenizer.decode([i]) for i in tokenizer.encode(text, add_special_tokens=False).ids]
 
     tokenizer = Tokenizer.from_file(str(tiny_model / "tokenizer.json"))
-    assert tokens("\nA. left-front\nB. back 312") == ["\nA.", " left-front", "\nB.", " back", " ", "312"]
-    assert "\n" in tokens("user\nSeen from the camera.") and "\n" in tokens("assistant\nThe lamp.")
-    assert "\n" not in tokens("\nReply with a single number only.")
+    assert tokens(tokenizer, "\nA. left-front\nB. back 312") == ["\nA.", " left-front", "\nB.", " back", " ", "312"]
+    assert "\n" not in tokens(tokenizer, "\nReply with a single number only.")
+    tokenizer = train_tokenizer(["user\nIs it left?\nSay yes or no.assistant\nIt is. "] * 9)
+    assert tokens(tokenizer, "\nSay yes or no.") == ["\nSay yes or no."]
+    assert tokens(tokenizer, "assistant\nIt is.") == ["assistant", "\n", "It", " is", "."]
 
 
 def test_options_are_named_by_letters(tiny_model):
@@ -43,6 +47,17 @@ def test_options_are_named_by_letters(tiny_model):
     pairs = [[tokenizer.encode(text).ids for text in (f"\n{letter}.", f" {letter}")] for letter in "ABC"]
     assert all(len(option) == len(letter) == 1 and option != letter for option, letter in pairs)
     assert all(torch.equal(embedding[option], embedding[letter]) for option, letter in pairs)
+
+
+@pytest.mark.parametrize("change", ({"num_hidden_layers": 8}, {"hidden_size": 64, "num_attention_heads": 2}))
+def test_a_model_of_another_shape_does_not_grow(change, tmp_path):
+    words = train_tokenizer(["left lamp"] * 9)
+    config = CONFIG | {"vocab_size": words.get_vocab_size()}
+    other = config | change | {"vision_config": CONFIG["vision_config"] | {"out_hidden_size": change.get("hidden_size", 128)}}
+    write_model(tmp_path / "other", other, words, 112**2, 0)
+    with pytest.raises(UserError, match="--grow .*other: expected tiny.CONFIG's shape, with at most 6 decoder layers"):
+        write_model(tmp_path / "grown", config, words, 112**2, 0, tmp_path / "other")
+    assert not (tmp_path / "grown").exists()
 
 
 def test_a_grown_model_says_what_it_said(tmp_path):
