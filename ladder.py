@@ -110,16 +110,16 @@ PAPER_SFT = dict(PAPER, replay=None, replay_ratio=0.0, curriculum=1.0, batch_siz
 
 RECIPES = {
     "tiny": {
-        # The last of the trainings that made base/ in the repository, which the ladder starts from (README, "The base").
+        # The longest of the trainings that made base/ in the repository, which the ladder starts from (README, "The base").
         "base": dict(TINY_SFT, model="runs/base/start", data=["runs/base/rooms/train/base_data.jsonl"], out="runs/base/model",
                      curriculum=0.5, max_steps=5500, learning_rate=6e-4, batch_size=16, micro_batch=16, save_every=500,
                      keep_last=1),
         "1": dict(TINY_SFT, model=BASE, data=[ROOMS + GROUNDING], out="runs/tiny/stage1",
-                  max_steps=700, learning_rate=4e-4),
+                  max_steps=600, learning_rate=4e-4),
         "2": dict(TINY_SFT, model="runs/tiny/stage1", data=[ROOMS + SPATIAL], out="runs/tiny/stage2",
-                  replay=[ROOMS + GROUNDING], replay_ratio=0.2, max_steps=1300, learning_rate=4e-4),
+                  replay=[ROOMS + GROUNDING], replay_ratio=0.2, max_steps=1200, learning_rate=4e-4),
         "cold": dict(TINY_SFT, model="runs/tiny/stage2", data=[ROOMS + COLDSTART], out="runs/tiny/cold",
-                     replay=[ROOMS + GROUNDING], replay_ratio=0.2, max_steps=400, learning_rate=6e-4),
+                     replay=[ROOMS + GROUNDING], replay_ratio=0.2, max_steps=550, learning_rate=6e-4),
         "grpo": dict(TINY, model="runs/tiny/cold", data=[ROOMS + SPATIAL], out="runs/tiny/grpo", epochs=1.0,
                      max_steps=40, learning_rate=4e-5, prompt_style="thinking", prompts_per_step=8, num_generations=8,
                      max_completion_length=128, temperature=1.0, beta=0.01, epsilon=0.2, epsilon_high=None,
