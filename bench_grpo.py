@@ -36,7 +36,7 @@ SMALL = CONFIG | {  # 44 million weights, 39 of them the words
     "vocab_size": 151936, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "rope_theta": 1e6,
     "rope_scaling": {"type": "mrope", "mrope_section": [8, 12, 12]},
     "vision_config": CONFIG["vision_config"] | {"hidden_size": 160, "intermediate_size": 440, "out_hidden_size": 256}}
-LARGE = SMALL | {  # 580 million weights, 1.2 GB in bf16: far more than any cache holds
+LARGE = SMALL | {  # 611 million weights, 1.2 GB in bf16: far more than any cache holds
     "torch_dtype": "bfloat16", "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 8,
     "num_attention_heads": 12, "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
     "image_token_id": 151655, "video_token_id": 151656,

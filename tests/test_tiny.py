@@ -3,7 +3,8 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from checkpoint import load_model
+from bench_grpo import LARGE, SMALL
+from checkpoint import build_model, load_model, parse_config
 from model import Causal, rotate, text_rope
 from rewards import UserError
 from tiny import CONFIG, train_tokenizer, write_model
@@ -34,6 +35,7 @@ def test_words_that_are_one_token(tiny_model):
 
     tokenizer = Tokenizer.from_file(str(tiny_model / "tokenizer.json"))
     assert tokens(tokenizer, "\nA. left-front\nB. back 312") == ["\nA.", " left-front", "\nB.", " back", " ", "312"]
+    assert "\n" in tokens(tokenizer, "user\nSeen from the camera.") and "\n" in tokens(tokenizer, "assistant\nThe lamp.")
     assert "\n" not in tokens(tokenizer, "\nReply with a single number only.")
     tokenizer = train_tokenizer(["user\nIs it left?\nSay yes or no.assistant\nIt is. "] * 9)
     assert tokens(tokenizer, "\nSay yes or no.") == ["\nSay yes or no."]
@@ -58,6 +60,12 @@ def test_a_model_of_another_shape_does_not_grow(change, tmp_path):
     with pytest.raises(UserError, match="--grow .*other: expected tiny.CONFIG's shape, with at most 6 decoder layers"):
         write_model(tmp_path / "grown", config, words, 112**2, 0, tmp_path / "other")
     assert not (tmp_path / "grown").exists()
+
+
+def test_the_models_of_the_speed_tables_have_the_sizes_they_are_said_to_have():
+    """They are tiny.CONFIG's but for a few values: a change of its depth once passed to them unseen."""
+    sizes = [sum(p.numel() for p in build_model(parse_config(config)).parameters()) for config in (SMALL, LARGE)]
+    assert [round(size / 1e6) for size in sizes] == [44, 611]
 
 
 def test_a_grown_model_says_what_it_said(tmp_path):
