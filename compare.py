@@ -4,12 +4,15 @@
     python compare.py runs/seeds/0 runs/seeds/1 runs/seeds/2     # the tables alone, in Markdown
     python ladder.py --without stage1 stage2 --mixed --seeds 3 --out runs/ways      # and of other ways up
     python ladder.py --data-scale 1 2 --seeds 3 --out runs/rooms                    # and of more rooms
+    for run in runs/seeds/*; do python probes.py all $run; done      # then the tables end with what was probed
 
 A gain is (score - blind) / (1 - blind): 0 is what the best answer per question text earns without the picture, 1 is all
-right. Intervals are bootstraps over questions within their types; differences are paired by question.
+right. Intervals are bootstraps over questions within their types; differences are paired by question. No interval says how far
+other seeds would lie, only how far other questions would.
 """
 import argparse
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +20,7 @@ import numpy as np
 from benchmarks import bootstrap_interval
 from checkpoint import read_json
 from ladder import EVERY_RUNG, RUNGS
+from probes import PANELS, table
 from rewards import CHOICE_TYPES, NUMBER_TYPES, UserError
 from runtime import Parser, main_guard
 
@@ -135,6 +139,37 @@ def ways(runs, others):
     return "\n".join(heads + lines if lines else [])
 
 
+def pooled(figures):
+    """A figure of several ladders as one. Their questions are independent, so squares of half an interval's width add up.
+
+    >>> pooled([{"value": 0.0, "low": -3.0, "high": 3.0}, {"value": 1.0, "low": -3.0, "high": 5.0}])
+    {'value': 0.5, 'low': -2.0, 'high': 3.0}
+    """
+    value = float(np.mean([figure["value"] for figure in figures]))
+    half = math.hypot(*((figure["high"] - figure["low"]) / 2 for figure in figures)) / len(figures)
+    return {"value": value, "low": value - half, "high": value + half}
+
+
+def probed(runs):
+    """The tables of probes.py, of all ladders as one, for every probe that all of them have."""
+    found = []
+    for what in PANELS:
+        paths = [Path(run) / "probes" / f"{what}.json" for run in runs]
+        if all(path.is_file() for path in paths):
+            results = [read_json(path) for path in paths]
+            asked = [{key: value for key, value in one["settings"].items() if key not in ("data", "seed")} for one in results]
+            for path, settings in zip(paths, asked):
+                if settings != asked[0]:
+                    raise UserError(f"{path}: probed with {settings}, expected {asked[0]} as in {paths[0]}")
+            ladders = [{row["name"]: row | row.get("types", {}) for row in one["rows"]} for one in results]
+            rows = [{"name": name} | {key: pooled([ladder[name][key] for ladder in ladders])
+                                      for key, figure in row.items() if isinstance(figure, dict) and "value" in figure}
+                    for name, row in ladders[0].items() if all(name in ladder for ladder in ladders)]
+            found.append(f"\n\n{what}: {asked[0]['questions']} questions of each of {len(runs)} ladders\n"
+                          + table({"rows": rows, "paper": results[0]["paper"]}))
+    return "".join(found)
+
+
 def main():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", help="directories of finished ladders")
@@ -143,7 +178,7 @@ def main():
         scales.setdefault(setting(run, "data_scale", [1])[0], []).append(run)
     usual = min(scales, key=lambda scale: (scale != 1, scale))
     ladders = scales.pop(usual)
-    print(f"Ladders with rooms x{usual:g}:\n\n{tables(ladders)}\n\n{ways(ladders, scales)}")
+    print(f"Ladders with rooms x{usual:g}:\n\n{tables(ladders)}\n\n{ways(ladders, scales)}{probed(ladders)}")
 
 
 if __name__ == "__main__":

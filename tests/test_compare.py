@@ -81,3 +81,24 @@ def test_other_ways_stand_beside_the_ladder(runs, tmp_path):
     (Path(runs[0]) / "ladder.json").write_text('{"seed": 7}')
     with pytest.raises(UserError, match="give ladders of the same seeds"):
         compare.ways(runs[:1], {2: [str(tmp_path / "a")]})
+
+
+def test_probes_of_all_ladders_as_one(runs):
+    """By hand: 0.2 and 0.4 with half widths 0.03 and 0.04: 0.3 +- 0.05 / 2. Rungs and probes that one ladder lacks stay out."""
+    def probe(run, what, names, value, half, **settings):
+        figure = {"value": value, "low": value - half, "high": value + half}
+        rows = [{"name": name, "style": "direct", "entropy": figure, "types": {"object count": figure}} for name in names]
+        (Path(run) / "probes").mkdir(exist_ok=True)
+        (Path(run) / "probes" / f"{what}.json").write_text(json.dumps(
+            {"settings": {"data": run, "seed": 0, "questions": 40} | settings, "rows": rows, "paper": {"X": {"entropy": 1.24}}}))
+
+    probe(runs[0], "entropy", ["base", "stage2"], 0.2, 0.03)
+    assert compare.probed(runs) == ""
+    probe(runs[1], "entropy", ["stage2"], 0.4, 0.04, seed=1)
+    probe(runs[1], "hints", ["stage2"], 0.4, 0.04)
+    assert [line.split() for line in compare.probed(runs).splitlines()[2:]] == [
+        "entropy: 40 questions of each of 2 ladders".split(), "stage2 paper: X".split(),
+        "entropy 0.300 [0.275, 0.325] 1.240".split(), "object count 0.300 [0.275, 0.325]".split()]
+    probe(runs[1], "entropy", ["stage2"], 0.4, 0.04, temperature=2)
+    with pytest.raises(UserError, match="1/probes/entropy.json: probed with .*'temperature': 2.*, expected .* as in .*0/probes"):
+        compare.probed(runs)
