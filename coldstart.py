@@ -158,7 +158,7 @@ def main():
         write_json(folder / "report.json", counts)
         print(table(counts))
         if not chosen:
-            raise UserError(f"{args.model}: none of its chains was kept; of those sampled are shown above")
+            raise UserError(f"{args.model}: none of its chains was kept; the table above says where they fell out")
         write_rows(out, chosen, samples, processor.prompts)
         images = args.images or Path(args.data[0]).parent / "images"
         print(f"wrote {len(chosen)} chains to {out}; train on them with: python train_sft.py --stage cold --data {out} "

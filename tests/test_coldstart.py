@@ -178,7 +178,7 @@ def test_other_sampling_settings_do_not_mix(sample):
 def test_nothing_kept_is_an_error(sample, tmp_path, monkeypatch, capsys):
     """After the table that shows why, and without an empty file that training would stumble over."""
     monkeypatch.setattr(coldstart, "format_reward", lambda texts: [0.0] * len(texts))
-    with pytest.raises(UserError, match="none of its chains was kept"):
+    with pytest.raises(UserError, match="none of its chains was kept; the table above says where"):
         sample()
     assert "well formed" in capsys.readouterr().out and not (tmp_path / "one" / "cold.jsonl").exists()
 
