@@ -20,7 +20,7 @@ import numpy as np
 from benchmarks import bootstrap_interval
 from checkpoint import read_json
 from ladder import EVERY_RUNG, RUNGS
-from probes import PANELS, table
+from probes import PANELS, figures_of, table
 from rewards import CHOICE_TYPES, NUMBER_TYPES, UserError
 from runtime import Parser, main_guard
 
@@ -161,9 +161,9 @@ def probed(runs):
             for path, settings in zip(paths, asked):
                 if settings != asked[0]:
                     raise UserError(f"{path}: probed with {settings}, expected {asked[0]} as in {paths[0]}")
-            ladders = [{row["name"]: row | row.get("types", {}) for row in one["rows"]} for one in results]
+            ladders = [{row["name"]: figures_of(row) for row in one["rows"]} for one in results]
             rows = [{"name": name} | {key: pooled([ladder[name][key] for ladder in ladders])
-                                      for key, figure in row.items() if isinstance(figure, dict) and "value" in figure}
+                                      for key in row if all(key in ladder[name] for ladder in ladders)}
                     for name, row in ladders[0].items() if all(name in ladder for ladder in ladders)]
             found.append(f"\n\n{what}: {asked[0]['questions']} questions of each of {len(runs)} ladders\n"
                           + table({"rows": rows, "paper": results[0]["paper"]}))

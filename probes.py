@@ -361,12 +361,17 @@ def probe_entropy(model, processor, samples, args, device):
 # ---------------------------------------------------------------------------------------------- results
 
 
+def figures_of(row):
+    """{name: {"value", "low", "high"}} of one model, those of question types last."""
+    return {name: figure for name, figure in (row | row.get("types", {})).items()
+            if isinstance(figure, dict) and "value" in figure}
+
+
 def table(result):
     """A line per figure, a column per model with intervals, then the paper's."""
-    models = [row | row.get("types", {}) for row in result["rows"]]
-    names = [name for name, figure in models[0].items() if isinstance(figure, dict) and "value" in figure]
-    lines = [["", *(row["name"] for row in models), *(f"paper: {group}" for group in result["paper"])]]
-    for name in names:
+    models = [figures_of(row) for row in result["rows"]]
+    lines = [["", *(row["name"] for row in result["rows"]), *(f"paper: {group}" for group in result["paper"])]]
+    for name in models[0]:
         lines.append([name, *("{value:.3f} [{low:.3f}, {high:.3f}]".format(**row[name]) for row in models),
                       *(f"{figures[name]:.3f}" if name in figures else "" for figures in result["paper"].values())])
     widths = [max(map(len, column)) for column in zip(*lines)]

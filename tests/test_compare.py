@@ -84,15 +84,16 @@ def test_other_ways_stand_beside_the_ladder(runs, tmp_path):
 
 
 def test_probes_of_all_ladders_as_one(runs):
-    """By hand: 0.2 and 0.4 with half widths 0.03 and 0.04: 0.3 +- 0.05 / 2. Rungs and probes that one ladder lacks stay out."""
-    def probe(run, what, names, value, half, **settings):
+    """By hand: 0.2 and 0.4 with half widths 0.03 and 0.04: 0.3 +- 0.05 / 2. Rungs, types and probes that one ladder lacks
+    stay out."""
+    def probe(run, what, names, value, half, kinds=("object count",), **settings):
         figure = {"value": value, "low": value - half, "high": value + half}
-        rows = [{"name": name, "style": "direct", "entropy": figure, "types": {"object count": figure}} for name in names]
+        rows = [{"name": name, "style": "direct", "entropy": figure, "types": dict.fromkeys(kinds, figure)} for name in names]
         (Path(run) / "probes").mkdir(exist_ok=True)
         (Path(run) / "probes" / f"{what}.json").write_text(json.dumps(
             {"settings": {"data": run, "seed": 0, "questions": 40} | settings, "rows": rows, "paper": {"X": {"entropy": 1.24}}}))
 
-    probe(runs[0], "entropy", ["base", "stage2"], 0.2, 0.03)
+    probe(runs[0], "entropy", ["base", "stage2"], 0.2, 0.03, kinds=("room size", "object count"))
     assert compare.probed(runs) == ""
     probe(runs[1], "entropy", ["stage2"], 0.4, 0.04, seed=1)
     probe(runs[1], "hints", ["stage2"], 0.4, 0.04)
