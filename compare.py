@@ -5,6 +5,7 @@
     python ladder.py --without stage1 stage2 --mixed --seeds 3 --out runs/ways      # and of other ways up
     python ladder.py --data-scale 1 2 --seeds 3 --out runs/rooms                    # and of more rooms
     for run in runs/seeds/*; do python probes.py all $run; done      # then the tables end with what was probed
+    python compare.py runs/seeds/* --figures figures             # and as pictures: ladder.svg, ways.svg, a chart a probe
 
 A gain is (score - blind) / (1 - blind): 0 is what the best answer per question text earns without the picture, 1 is all
 right. Intervals are bootstraps over questions within their types; differences are paired by question. No interval says how far
@@ -18,15 +19,22 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import bootstrap_interval
+from charts import bars, differences, save_chart
 from checkpoint import read_json
 from ladder import EVERY_RUNG, RUNGS
 from probes import PANELS, figures_of, table
 from rewards import CHOICE_TYPES, NUMBER_TYPES, UserError
-from runtime import Parser, main_guard
+from runtime import Parser, main_guard, writing
 
 PAPER_POINTS = {  # what the paper loses beside its whole ladder. After stages 1 and 2 it scores 43.9%, after stage 2 alone
     # 42.7%, after both shuffled together 40.7%.
     "cold": -2.1, "stage2-no1": -1.2, "grpo-no1": -1.8, "grpo-no2": -9.4, "grpo-films": -16.4, "stage2-mixed": -3.2}
+
+
+STEPS = [("questions: mean over the types, and what a blind guess earns", ("score",), ("blind",)),  # panels of charts.bars
+         ("boxes: mean IoU of the objects asked about", ("boxes",), ("one box for all",))]
+WAYS_TITLE = "other ways up, points beside the ladder's rung of the same stage"
+POINTS = "{:+.1f} [{:+.1f}, {:+.1f}]"
 
 
 def setting(run, name, usual):
@@ -75,13 +83,12 @@ def gains(found, types):
 
 
 def change(after, before, types):
-    """A cell: the mean over types of the paired differences in points, with its interval."""
-    differences = {kind: values for kind, values in paired(scores_of(after), scores_of(before)).items() if kind in types}
-    if not all(map(len, differences.values())):
+    """The mean over types of the paired differences in points: (value, low, high)."""
+    changes = {kind: values for kind, values in paired(scores_of(after), scores_of(before)).items() if kind in types}
+    if not all(map(len, changes.values())):
         raise UserError("nothing to compare: the ladders have no question of some type in common; give ladders of the same seeds")
-    low, high = bootstrap_interval(differences)
-    mean = np.mean([values.mean() for values in differences.values()])
-    return f"{100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+    low, high = bootstrap_interval(changes)
+    return tuple(100 * float(number) for number in (np.mean([values.mean() for values in changes.values()]), low, high))
 
 
 def mean_score(found, types):
@@ -107,9 +114,10 @@ def tables(runs):
         boxes = np.mean([score for score, _ in found[name]["localization"].values()])
         valid, formed = (np.mean([get(one) for one in scores[name]]) for get in (
             lambda one: one["localization"]["valid_json"], lambda one: one["well_formed"]))
-        before = change(found[name], found[starts[name]], types) if starts[name] in found else ""
-        lines.append(f"| {name} | {boxes:.3f} | {valid:.1%} | {sum(low > 0 for _, low, _ in gain.values())} of {len(types)} | "
-                     f"{np.mean([g for g, _, _ in gain.values()]):+.3f} | {mean_score(found[name], types):.3f} | {formed:.1%} | {before} |")
+        before = POINTS.format(*change(found[name], found[starts[name]], types)) if starts[name] in found else ""
+        above, mean = sum(low > 0 for _, low, _ in gain.values()), np.mean([g for g, _, _ in gain.values()])
+        lines.append(f"| {name} | {boxes:.3f} | {valid:.1%} | {above} of {len(types)} | {mean:+.3f} | "
+                     f"{mean_score(found[name], types):.3f} | {formed:.1%} | {before} |")
     answering = [name for name in names if name not in ("base", "stage1")]  # who know no question
     lines += ["", f"| gain of | blind | {' | '.join(answering)} |", "|---|---|" + "---|" * len(answering)]
     for kind in types:
@@ -120,23 +128,46 @@ def tables(runs):
     return "\n".join([*lines, "", f"Ladders: {len(runs)}; questions of a type in all: {asked}."])
 
 
-def ways(runs, others):
-    """Markdown: rungs of other ways up, and the last rung of ladders with more or fewer rooms, beside the ladder's own of the
-    same stage and seeds. others: {data scale: ladders}. Without any, nothing."""
+def other_ways(runs, others):
+    """Rungs of other ways up, and the last rung of ladders with more or fewer rooms, beside the ladder's own of the same stage
+    and seeds. others: {data scale: ladders}. -> [{"name", "score", "beside", points: "value", "low", "high", "paper"}]"""
     ladder = evaluated(runs, RUNGS)
-    rows = [(name, name, name.split("-")[0], runs) for name in evaluated(runs, EVERY_RUNG) if "-" in name]
-    rows += [("cold (no GRPO)", "cold", "grpo", runs)] if "cold" in ladder else []
-    rows += [(f"{name}, rooms x{scale:g}", name, name, others[scale])
-             for scale in others for name in evaluated(others[scale], RUNGS)[-1:]]
-    lines = []
-    for label, name, partner, where in rows:
+    rungs = [(name, name, name.split("-")[0], runs) for name in evaluated(runs, EVERY_RUNG) if "-" in name]
+    rungs += [("cold (no GRPO)", "cold", "grpo", runs)] if "cold" in ladder else []
+    rungs += [(f"{name}, rooms x{scale:g}", name, name, others[scale])
+              for scale in others for name in evaluated(others[scale], RUNGS)[-1:]]
+    rows = []
+    for label, name, partner, where in rungs:
         if partner in ladder:
             found, whole = read_rung(where, name), read_rung(runs, partner)
             types = [kind for kind in (*NUMBER_TYPES, *CHOICE_TYPES) if kind in found]
-            paper = f"{PAPER_POINTS[name]:+.1f}" if where is runs and name in PAPER_POINTS else ""
-            lines.append(f"| {label} | {mean_score(found, types):.3f} | {partner} | {change(found, whole, types)} | {paper} |")
+            rows.append({"name": label, "score": mean_score(found, types), "beside": partner,
+                         "paper": PAPER_POINTS.get(name) if where is runs else None}
+                        | dict(zip(("value", "low", "high"), change(found, whole, types))))
+    return rows
+
+
+def ways(rows):
+    """Markdown of other_ways; without any, nothing."""
+    lines = ["| {name} | {score:.3f} | {beside} | ".format(**row) + POINTS.format(row["value"], row["low"], row["high"])
+             + (" |  |" if row["paper"] is None else f" | {row['paper']:+.1f} |") for row in rows]
     heads = ["| another way up | score | beside | points | the paper's |", "|---|---|---|---|---|"]
     return "\n".join(heads + lines if lines else [])
+
+
+def steps(rungs):
+    """What STEPS draws of [{"name", "scores"}], the rungs of a results.json."""
+    def figure(numbers, name):
+        interval = {key: numbers[key] for key in ("low", "high") if "high" in numbers}
+        return {"value": numbers[name]} | interval if numbers.get(name) is not None else None
+
+    rows = []
+    for rung in rungs:
+        scores, boxes = rung["scores"], rung["scores"].get("localization", {})
+        figures = {"score": figure(scores, "overall"), "blind": figure(scores, "blind"),
+                   "boxes": figure(boxes, "mean_iou"), "one box for all": figure(boxes, "mean_box_iou")}
+        rows.append({"name": rung["name"]} | {name: found for name, found in figures.items() if found})
+    return rows
 
 
 def pooled(figures):
@@ -146,13 +177,23 @@ def pooled(figures):
     {'value': 0.5, 'low': -2.0, 'high': 3.0}
     """
     value = float(np.mean([figure["value"] for figure in figures]))
+    if any("low" not in figure for figure in figures):
+        return {"value": value}
     half = math.hypot(*((figure["high"] - figure["low"]) / 2 for figure in figures)) / len(figures)
     return {"value": value, "low": value - half, "high": value + half}
 
 
+def together(ladders):
+    """Rows of figures of several ladders as one: those that all of them have."""
+    ladders = [{row["name"]: figures_of(row) for row in rows} for rows in ladders]
+    return [{"name": name} | {key: pooled([ladder[name][key] for ladder in ladders])
+                              for key in row if all(key in ladder[name] for ladder in ladders)}
+            for name, row in ladders[0].items() if all(name in ladder for ladder in ladders)]
+
+
 def probed(runs):
-    """The tables of probes.py, of all ladders as one, for every probe that all of them have."""
-    found = []
+    """{probe: (questions of a ladder, result as probes.table takes it)}: of all ladders as one, every probe that all have."""
+    found = {}
     for what in PANELS:
         paths = [Path(run) / "probes" / f"{what}.json" for run in runs]
         if all(path.is_file() for path in paths):
@@ -161,24 +202,41 @@ def probed(runs):
             for path, settings in zip(paths, asked):
                 if settings != asked[0]:
                     raise UserError(f"{path}: probed with {settings}, expected {asked[0]} as in {paths[0]}")
-            ladders = [{row["name"]: figures_of(row) for row in one["rows"]} for one in results]
-            rows = [{"name": name} | {key: pooled([ladder[name][key] for ladder in ladders])
-                                      for key in row if all(key in ladder[name] for ladder in ladders)}
-                    for name, row in ladders[0].items() if all(name in ladder for ladder in ladders)]
-            found.append(f"\n\n{what}: {asked[0]['questions']} questions of each of {len(runs)} ladders\n"
-                          + table({"rows": rows, "paper": results[0]["paper"]}))
-    return "".join(found)
+            found[what] = asked[0]["questions"], {"rows": together([one["rows"] for one in results]), "paper": results[0]["paper"]}
+    return found
+
+
+def drawn(runs, rows, probes):
+    """{name: SVG} of the ladder, of other_ways and of what probed found."""
+    rungs = [[{"name": name, "scores": read_json(Path(run) / "eval" / name / "scores.json")} for name in evaluated(runs, RUNGS)]
+             for run in runs]
+    made = {"ladder": bars(together([steps(ladder) for ladder in rungs]), {}, STEPS)}
+    made |= {"ways": differences(rows, WAYS_TITLE)} if rows else {}
+    return made | {what: bars(result["rows"], result["paper"], PANELS[what]) for what, (_, result) in probes.items()}
 
 
 def main():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", help="directories of finished ladders")
-    scales = {}
-    for run in parser.parse_args().runs:
-        scales.setdefault(setting(run, "data_scale", [1])[0], []).append(run)
+    parser.add_argument("--figures", type=Path, help="folder to write charts to")
+    args, scales = parser.parse_args(), {}  # {data scale: {seed: directory}}
+    for run in args.runs:
+        seeds, seed = scales.setdefault(setting(run, "data_scale", [1])[0], {}), setting(run, "seed", run)
+        if seed in seeds:
+            raise UserError(f"{run}: a ladder of the seed of {seeds[seed]}, expected one of each seed")
+        seeds[seed] = run
+    scales = {scale: [*seeds.values()] for scale, seeds in scales.items()}
     usual = min(scales, key=lambda scale: (scale != 1, scale))
     ladders = scales.pop(usual)
-    print(f"Ladders with rooms x{usual:g}:\n\n{tables(ladders)}\n\n{ways(ladders, scales)}{probed(ladders)}")
+    rungs, rows, probes = tables(ladders), other_ways(ladders, scales), probed(ladders)
+    print(f"Ladders with rooms x{usual:g}:", rungs, ways(rows), *(
+        f"{what}: {questions} questions of each of {len(ladders)} ladders\n{table(result)}"
+        for what, (questions, result) in probes.items()), sep="\n\n")
+    if args.figures:
+        with writing(args.figures, "charts"):
+            args.figures.mkdir(parents=True, exist_ok=True)
+            for name, svg in drawn(ladders, rows, probes).items():
+                save_chart(svg, args.figures / f"{name}.svg")
 
 
 if __name__ == "__main__":

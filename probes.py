@@ -40,7 +40,7 @@ from PIL import Image, ImageDraw
 
 from ask import draw_boxes
 from benchmarks import bootstrap_interval
-from charts import bars
+from charts import bars, save_chart
 from checkpoint import load_model, read_json, write_json
 from data import Media, Processor, check_media, collate, cost, open_picture, read_all, style_of
 from eval import SEEN, answer_rows, model_hash, subset
@@ -431,8 +431,7 @@ def probe(what, models, questions, args, device):
     write_json(out / f"{what}.json", result)
     for condition in CONDITIONS if what == "hints" else ():
         save_png(open_picture(hinted(*questions[0], condition).media[0].source), args.pictures / f"{condition}.png")
-    (out / f"{what}.svg.tmp").write_text(bars(result["rows"], result["paper"], PANELS[what]), "utf-8")
-    os.replace(out / f"{what}.svg.tmp", out / f"{what}.svg")
+    save_chart(bars(result["rows"], result["paper"], PANELS[what]), out / f"{what}.svg")
     print(f"\n{what}: {len(questions)} questions\n{table(result)}", flush=True)
 
 

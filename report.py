@@ -19,9 +19,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from charts import bars, ticks
+from charts import bars, differences, ticks
 from checkpoint import load_config
-from compare import ways
+from compare import STEPS, WAYS_TITLE, other_ways, steps, ways
 from data import MEAN, STD, Processor, parse_line, parse_row, read_lines, style_of
 from rewards import UserError
 from runtime import Parser, add_flags, refuse_bad_values
@@ -302,23 +302,6 @@ def rollouts(groups):
 
 
 PROBES = {"hints": "Do hints help?", "attention": "Where does it look?", "entropy": "How sure is it?"}
-STEPS = [("questions: mean over the types, and what a blind guess earns", ("score",), ("blind",)),
-         ("boxes: mean IoU of the objects asked about", ("boxes",), ("one box for all",))]
-
-
-def staircase(rungs):
-    """The ladder as a picture: each rung's scores with their intervals; nothing before the first rung is done."""
-    def figure(numbers, name):
-        interval = {key: numbers[key] for key in ("low", "high") if "high" in numbers}
-        return {"value": numbers[name]} | interval if numbers.get(name) is not None else None
-
-    rows = []
-    for rung in rungs:
-        scores, boxes = rung["scores"], rung["scores"].get("localization", {})
-        figures = {"score": figure(scores, "overall"), "blind": figure(scores, "blind"),
-                   "boxes": figure(boxes, "mean_iou"), "one box for all": figure(boxes, "mean_box_iou")}
-        rows.append({"name": rung["name"]} | {name: found for name, found in figures.items() if found})
-    return chart(bars(rows, {}, STEPS)) if rows else ""
 
 
 def probed(folder):
@@ -374,13 +357,15 @@ def report(run):
     boxes, missing = types.pop("localization", []), absent("Not tested yet", [n for n in RUNGS if not answers[n]])
     keys = "step question_type prompt answer images completions rewards advantages"
     groups = {name: read_rows(run / name / "rollouts.jsonl", keys) for name in ("grpo", "grpo-self")}
+    climbed, others = steps(rung for rung in found["rungs"] if rung["name"] in RUNGS), other_ways([run], {})
     html = page("SpatialLadder", ", ".join(f"{key} {found[key]}" for key in ("preset", "seed") if key in found), {
-        "The ladder": staircase(found["rungs"]) + ladder(found["rungs"]) + acceptance(
+        "The ladder": (chart(bars(climbed, {}, STEPS)) if climbed else "") + ladder(found["rungs"]) + acceptance(
             run / "self_coldstart.samples" / "report.json"),
         "Signs of trouble": "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in verdicts(run)) + "</ul>",
         "Curves": curves(run), "What the rungs change": probed(run / "probes"),
-        "Other ways up": markdown_table(ways([run], {})) + '<p class="soft">More of them: python ladder.py --without stage1 '
-        "stage2 --mixed. Intervals are of one ladder's questions, paired.</p>",
+        "Other ways up": (chart(differences(others, WAYS_TITLE)) if others else "") + markdown_table(ways(others))
+        + '<p class="soft">More of them: python ladder.py --without stage1 stage2 --mixed. Intervals are of one ladder\'s '
+        "questions, paired.</p>",
         "Boxes through the rungs": (gallery(boxes) if boxes else "") + missing,
         "Answers through the rungs": (questions(types) if types else "") + missing,
         "Sampled groups": "".join(f"<h3>{RUNGS[name]}</h3>{rollouts(rows)}" for name, rows in groups.items() if rows)

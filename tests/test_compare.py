@@ -1,11 +1,14 @@
 """compare.py: the tables of several ladders hold what their predictions hold."""
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 
 import compare
+from charts import differences
+from probes import table
 from rewards import UserError
 
 
@@ -72,15 +75,15 @@ def test_other_ways_stand_beside_the_ladder(runs, tmp_path):
         text = (folder / "predictions.jsonl").read_text()
         (folder / "predictions.jsonl").write_text(text.replace('"score": 1, "blind": 0.5', '"score": 0, "blind": 0.5'))
     lines = [[cell.strip() for cell in line.strip("|").split("|")]
-             for line in compare.ways(runs, {2: [str(tmp_path / "a"), str(tmp_path / "b")]}).splitlines()]
+             for line in compare.ways(compare.other_ways(runs, {2: [str(tmp_path / "a"), str(tmp_path / "b")]})).splitlines()]
     assert lines[2] == ["stage2-no1", "0.125", "stage2", "-50.0 [-50.0, -50.0]", "-1.2"]
     assert lines[3:] == [["stage2, rooms x2", "0.625", "stage2", "+0.0 [+0.0, +0.0]", ""]]
-    assert compare.ways([str(tmp_path / "a")], {}) == ""
+    assert compare.ways(compare.other_ways([str(tmp_path / "a")], {})) == ""
     (Path(runs[1]) / "eval" / "stage2-no1" / "predictions.jsonl").unlink()  # not done in one of the ladders: not compared
-    assert compare.ways(runs, {}) == ""
+    assert compare.other_ways(runs, {}) == []
     (Path(runs[0]) / "ladder.json").write_text('{"seed": 7}')
     with pytest.raises(UserError, match="give ladders of the same seeds"):
-        compare.ways(runs[:1], {2: [str(tmp_path / "a")]})
+        compare.other_ways(runs[:1], {2: [str(tmp_path / "a")]})
 
 
 def test_probes_of_all_ladders_as_one(runs):
@@ -94,12 +97,47 @@ def test_probes_of_all_ladders_as_one(runs):
             {"settings": {"data": run, "seed": 0, "questions": 40} | settings, "rows": rows, "paper": {"X": {"entropy": 1.24}}}))
 
     probe(runs[0], "entropy", ["base", "stage2"], 0.2, 0.03, kinds=("room size", "object count"))
-    assert compare.probed(runs) == ""
+    assert compare.probed(runs) == {}
     probe(runs[1], "entropy", ["stage2"], 0.4, 0.04, seed=1)
     probe(runs[1], "hints", ["stage2"], 0.4, 0.04)
-    assert [line.split() for line in compare.probed(runs).splitlines()[2:]] == [
-        "entropy: 40 questions of each of 2 ladders".split(), "stage2 paper: X".split(),
-        "entropy 0.300 [0.275, 0.325] 1.240".split(), "object count 0.300 [0.275, 0.325]".split()]
+    found = compare.probed(runs)
+    assert {what: questions for what, (questions, _) in found.items()} == {"entropy": 40}
+    assert [line.split() for line in table(found["entropy"][1]).splitlines()] == [
+        "stage2 paper: X".split(), "entropy 0.300 [0.275, 0.325] 1.240".split(), "object count 0.300 [0.275, 0.325]".split()]
     probe(runs[1], "entropy", ["stage2"], 0.4, 0.04, temperature=2)
     with pytest.raises(UserError, match="1/probes/entropy.json: probed with .*'temperature': 2.*, expected .* as in .*0/probes"):
         compare.probed(runs)
+
+
+def test_differences_are_drawn_to_scale():
+    """By hand: of -10 to 10 points a dot at 5 lies as far right of zero as a ring at -5 left of it; a row without the paper's
+    figure has no ring."""
+    svg = differences([{"name": "a<b", "value": 5.0, "low": -10.0, "high": 10.0, "paper": -5.0},
+                       {"name": "c", "value": 0.0, "low": -1.0, "high": 1.0, "paper": None}], "points")
+    zero, = (float(x) for x in re.findall(r'class="level" x1="([0-9.]+)"', svg))
+    (dot, ring, other), (low, high) = ([float(x) for x in found] for found in (
+        re.findall('<circle class="[a-z]*" cx="([0-9.]+)"', svg)[2:],  # after the two of the legend
+        re.search(r'class="whisker" x1="([0-9.]+)" x2="([0-9.]+)"', svg).groups()))
+    assert dot - zero == pytest.approx(zero - ring, abs=0.2) and other == zero
+    assert high - zero == pytest.approx(2 * (dot - zero), abs=0.2) == pytest.approx(zero - low, abs=0.2)
+    assert "a&lt;b" in svg and svg.count('class="ring"') == 2
+
+
+def test_figures_of_the_tables(runs, tmp_path, call, capsys):
+    """A chart of the ladder, one of each probe that all ladders have, one of other ways where there are any: here none. Bars by
+    hand: the means over both ladders' scores.json."""
+    for run, score in zip(runs, (0.25, 0.75)):
+        for rung in ("stage1", "stage2"):
+            path = Path(run) / "eval" / rung / "scores.json"
+            path.write_text(json.dumps({"localization": {"valid_json": 1, "mean_iou": 0.5, "mean_box_iou": 0.1}, "well_formed": 0.5,
+                                        "overall": score * (rung == "stage2"), "blind": 0.25, "low": 0.1, "high": 0.9}))
+    call(compare, *runs, "--figures", tmp_path / "figures")
+    assert "| stage2 | 1.000 |" in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "figures").iterdir()] == ["ladder.svg"]
+    svg = (tmp_path / "figures" / "ladder.svg").read_text()
+    heights = [float(h) for h in re.findall(r'<rect class="c[^>]*height="([0-9.]+)"', svg)]
+    (base, score), (_, boxes) = heights[:2], heights[2:]
+    ends = re.findall(r'class="whisker" [^>]* y1="([0-9.]+)" y2="([0-9.]+)"', svg)
+    level = float(re.search('class="level" [^>]* y1="([0-9.]+)"', svg)[1])
+    assert base == 0 and boxes > 0 and 204 - level == pytest.approx(score / 2, abs=0.1)
+    assert float(ends[1][0]) - float(ends[1][1]) == pytest.approx(score / 0.5 * 0.8 / 2 ** 0.5, abs=0.2)

@@ -168,6 +168,7 @@ COMMANDS = (
     ("ladder.py --preset huge", "argument --preset: invalid choice: 'huge'"),
     ("ladder.py --out {rooms}", "holds something else"),
     ("ladder.py --out {void}", "void.jsonl"),
+    ("compare.py {rooms} {model} {rooms}", "a ladder of the seed of"),
     ("compare.py {rooms}/none", "no such file; climb it with: python ladder.py"),
     ("probes.py look {rooms}", "argument what: invalid choice: 'look'"),
     ("probes.py hints", "expected either the directory of a ladder or --model"),

@@ -3,8 +3,10 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
+from PIL import Image
 
 REPOSITORY = Path(__file__).parent.parent
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
@@ -39,12 +41,23 @@ def test_steps_name_functions_that_exist():
             assert re.search(rf"^\s*(def|class) {name}\b|^{name} = ", text, re.MULTILINE), f"{file}.{name}"
 
 
+def test_pictures_are_shown_and_whole():
+    """Each file of figures/ is shown, nothing else is, and each can be read: a chart as XML, a map as a picture."""
+    shown = re.findall(r'(?:]\(|src=")(figures/[^)"]*)', README)
+    assert sorted(shown) == sorted(str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "figures").iterdir())
+    for name in shown:
+        if name.endswith(".svg"):
+            assert ElementTree.parse(REPOSITORY / name).getroot().tag.endswith("svg")
+        else:
+            Image.open(REPOSITORY / name).load()
+
+
 def test_nothing_is_left_to_fill_in():
     assert "@@" not in README
 
 
 @pytest.mark.parametrize("script", ("train_sft.py", "grpo.py", "eval.py", "scenes.py", "tiny.py", "report.py", "data.py",
-                                    "ladder.py", "bench.py", "bench_grpo.py"))
+                                    "ladder.py", "bench.py", "bench_grpo.py", "compare.py", "probes.py"))
 def test_scripts_know_the_flags_they_are_shown_with(script):
     """Every --flag that a command line of the README gives a script stands in that script's --help."""
     commands = re.findall(rf"^(?:python|torchrun --nproc-per-node \d+) {script} ([^#\n`]*(?:\\\n[^#\n`]*)*)", README, re.MULTILINE)
