@@ -28,9 +28,8 @@ from runtime import Parser, main_guard, writing
 
 PAPER_POINTS = {  # what the paper loses beside its whole ladder. After stages 1 and 2 it scores 43.9%, after stage 2 alone
     # 42.7%, after both shuffled together 40.7%.
-    "cold": -2.1, "stage2-no1": -1.2, "grpo-no1": -1.8, "grpo-no2": -9.4, "grpo-films": -16.4, "stage2-mixed": -3.2}
-
-
+    "cold": -2.1, "stage2-no1": -1.2, "grpo-no1": -1.8, "grpo-no2": -9.4, "grpo-films": -16.4, "stage2-mixed": -3.2,
+    "grpo-bare": -0.8}
 STEPS = [("questions: mean over the types, and what a blind guess earns", ("score",), ("blind",)),  # panels of charts.bars
          ("boxes: mean IoU of the objects asked about", ("boxes",), ("one box for all",))]
 WAYS_TITLE = "other ways up, points beside the ladder's rung of the same stage"
