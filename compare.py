@@ -147,11 +147,11 @@ def other_ways(runs, others):
 
 
 def ways(rows):
-    """Markdown of other_ways; without any, nothing."""
+    """Markdown of other_ways."""
     lines = ["| {name} | {score:.3f} | {beside} | ".format(**row) + POINTS.format(row["value"], row["low"], row["high"])
              + (" |  |" if row["paper"] is None else f" | {row['paper']:+.1f} |") for row in rows]
     heads = ["| another way up | score | beside | points | the paper's |", "|---|---|---|---|---|"]
-    return "\n".join(heads + lines if lines else [])
+    return "\n".join(heads + lines)
 
 
 def steps(rungs):
@@ -228,7 +228,7 @@ def main():
     usual = min(scales, key=lambda scale: (scale != 1, scale))
     ladders = scales.pop(usual)
     rungs, rows, probes = tables(ladders), other_ways(ladders, scales), probed(ladders)
-    print(f"Ladders with rooms x{usual:g}:", rungs, ways(rows), *(
+    print(f"Ladders with rooms x{usual:g}:", rungs, *([ways(rows)] if rows else []), *(
         f"{what}: {questions} questions of each of {len(ladders)} ladders\n{table(result)}"
         for what, (questions, result) in probes.items()), sep="\n\n")
     if args.figures:

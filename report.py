@@ -316,10 +316,10 @@ def probed(folder):
 
 
 def markdown_table(text):
-    """A Markdown table as HTML; nothing for none."""
+    """A Markdown table as HTML."""
     rows = [line.strip("|").split("|") for line in text.splitlines() if not line.startswith("|--")]
     cells = "".join(f"<tr>{''.join(f'<td>{escape(cell.strip())}</td>' for cell in row)}</tr>" for row in rows)
-    return f'<div class="across"><table>{cells}</table></div>' if rows else ""
+    return f'<div class="across"><table>{cells}</table></div>'
 
 
 def acceptance(path):
@@ -363,7 +363,7 @@ def report(run):
             run / "self_coldstart.samples" / "report.json"),
         "Signs of trouble": "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in verdicts(run)) + "</ul>",
         "Curves": curves(run), "What the rungs change": probed(run / "probes"),
-        "Other ways up": (chart(differences(others, WAYS_TITLE)) if others else "") + markdown_table(ways(others))
+        "Other ways up": (chart(differences(others, WAYS_TITLE)) + markdown_table(ways(others)) if others else "")
         + '<p class="soft">More of them: python ladder.py --without stage1 stage2 --mixed. Intervals are of one ladder\'s '
         "questions, paired.</p>",
         "Boxes through the rungs": (gallery(boxes) if boxes else "") + missing,

@@ -78,7 +78,7 @@ def test_other_ways_stand_beside_the_ladder(runs, tmp_path):
              for line in compare.ways(compare.other_ways(runs, {2: [str(tmp_path / "a"), str(tmp_path / "b")]})).splitlines()]
     assert lines[2] == ["stage2-no1", "0.125", "stage2", "-50.0 [-50.0, -50.0]", "-1.2"]
     assert lines[3:] == [["stage2, rooms x2", "0.625", "stage2", "+0.0 [+0.0, +0.0]", ""]]
-    assert compare.ways(compare.other_ways([str(tmp_path / "a")], {})) == ""
+    assert compare.other_ways([str(tmp_path / "a")], {}) == []
     (Path(runs[1]) / "eval" / "stage2-no1" / "predictions.jsonl").unlink()  # not done in one of the ladders: not compared
     assert compare.other_ways(runs, {}) == []
     (Path(runs[0]) / "ladder.json").write_text('{"seed": 7}')
