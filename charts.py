@@ -43,7 +43,8 @@ def bars(rows, paper, panels):
     """
     groups = [(row["name"], row, "") for row in rows] + [
         (group, {name: {"value": value} for name, value in figures.items()}, "paper") for group, figures in paper.items()]
-    step, left, height, svg = 124, 44, 250, []
+    left, height, svg = 44, 250, []
+    step = max(124, *(7 * len(label) for label, _, _ in groups))
     for number, (title, figures, levels) in enumerate(panels):
         shown = [(label, row, kind) for label, row, kind in groups if any(bar in row for bar in figures)]
         dashed = {level: rows[0][level]["value"] for level in levels if level in rows[0]}
@@ -70,7 +71,7 @@ def bars(rows, paper, panels):
                     svg.append(line("whisker", x + wide / 2, x + wide / 2, up(figure["low"]), up(figure["high"])))
         for level, value in dashed.items():
             svg += [line("level", left, right, up(value), up(value)), text(level, right + 6, up(value) + 4)]
-    return drawing(left + step * len(groups) + 96, height * len(panels), svg)
+    return drawing(left + max(step * len(groups) + 96, *(8 * len(title) for title, _, _ in panels)), height * len(panels), svg)
 
 
 def differences(rows, title):
@@ -80,7 +81,7 @@ def differences(rows, title):
     """
     left, right, top, step = 150, 620, 62, 24
     ends = [0.0, *(row[key] for row in rows for key in ("low", "high", "paper") if row[key] is not None)]
-    margin, bottom = 0.04 * (max(ends) - min(ends)), top + step * len(rows)
+    margin, bottom = 0.04 * (max(ends) - min(ends)) or 1.0, top + step * len(rows)
 
     def across(value):
         return float(np.interp(value, (min(ends) - margin, max(ends) + margin), (left, right)))

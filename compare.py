@@ -12,7 +12,6 @@ right. Intervals are bootstraps over questions within their types; differences a
 other seeds would lie, only how far other questions would.
 """
 import argparse
-import json
 import math
 from pathlib import Path
 
@@ -21,6 +20,7 @@ import numpy as np
 from benchmarks import bootstrap_interval
 from charts import bars, differences, save_chart
 from checkpoint import read_json
+from data import parse_line, read_lines
 from ladder import EVERY_RUNG, RUNGS
 from probes import PANELS, figures_of, table
 from rewards import CHOICE_TYPES, NUMBER_TYPES, UserError
@@ -48,9 +48,8 @@ def read_rung(runs, rung, with_blind=False):
     for run in runs:
         path, seed = Path(run) / "eval" / rung / "predictions.jsonl", setting(run, "seed", run)
         if not path.is_file():
-            raise UserError(f"{path}: no such file; climb it with: python ladder.py --out {run}")
-        for line in path.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
+            raise UserError(f"{path}: no such file; climb it with: python ladder.py --out {run} and the flags it was begun with")
+        for row in (parse_line(line, where) for where, line in read_lines(path)):
             if with_blind and row["blind"] is None:
                 raise UserError(f"{path}: no blind baseline in it; evaluate with --blind-from")
             found.setdefault(row["question_type"], {})[seed, row["id"]] = row["score"], row["blind"]
@@ -77,7 +76,8 @@ def gains(found, types):
     for kind in types:
         score, blind = np.array([*found[kind].values()]).T
         low, high = bootstrap_interval(score - blind)
-        made[kind] = tuple(float(number / (1 - blind.mean())) for number in ((score - blind).mean(), low, high))
+        left = 1 - blind.mean() or math.nan  # where a blind guess is all right, there is nothing to gain
+        made[kind] = tuple(float(number / left) for number in ((score - blind).mean(), low, high))
     return made
 
 
@@ -156,16 +156,14 @@ def ways(rows):
 
 def steps(rungs):
     """What STEPS draws of [{"name", "scores"}], the rungs of a results.json."""
-    def figure(numbers, name):
-        interval = {key: numbers[key] for key in ("low", "high") if "high" in numbers}
-        return {"value": numbers[name]} | interval if numbers.get(name) is not None else None
-
     rows = []
     for rung in rungs:
         scores, boxes = rung["scores"], rung["scores"].get("localization", {})
-        figures = {"score": figure(scores, "overall"), "blind": figure(scores, "blind"),
-                   "boxes": figure(boxes, "mean_iou"), "one box for all": figure(boxes, "mean_box_iou")}
-        rows.append({"name": rung["name"]} | {name: found for name, found in figures.items() if found})
+        figures = {"score": (scores, "overall", "low", "high"), "blind": (scores, "blind"),
+                   "boxes": (boxes, "mean_iou", "low", "high"), "one box for all": (boxes, "mean_box_iou")}
+        rows.append({"name": rung["name"]} | {
+            name: {"value": where[value]} | {end: where[end] for end in ends if end in where}
+            for name, (where, value, *ends) in figures.items() if where.get(value) is not None})
     return rows
 
 
@@ -191,17 +189,19 @@ def together(ladders):
 
 
 def probed(runs):
-    """{probe: (questions of a ladder, result as probes.table takes it)}: of all ladders as one, every probe that all have."""
+    """{probe: (questions, result as probes.table takes it)}: of all ladders as one, every probe that all have."""
     found = {}
     for what in PANELS:
         paths = [Path(run) / "probes" / f"{what}.json" for run in runs]
         if all(path.is_file() for path in paths):
             results = [read_json(path) for path in paths]
-            asked = [{key: value for key, value in one["settings"].items() if key not in ("data", "seed")} for one in results]
+            asked = [{key: value for key, value in one["settings"].items() if key not in ("data", "seed", "questions")}
+                     for one in results]
             for path, settings in zip(paths, asked):
                 if settings != asked[0]:
                     raise UserError(f"{path}: probed with {settings}, expected {asked[0]} as in {paths[0]}")
-            found[what] = asked[0]["questions"], {"rows": together([one["rows"] for one in results]), "paper": results[0]["paper"]}
+            questions = sum(one["settings"]["questions"] for one in results)
+            found[what] = questions, {"rows": together([one["rows"] for one in results]), "paper": results[0]["paper"]}
     return found
 
 
@@ -229,7 +229,7 @@ def main():
     ladders = scales.pop(usual)
     rungs, rows, probes = tables(ladders), other_ways(ladders, scales), probed(ladders)
     print(f"Ladders with rooms x{usual:g}:", rungs, *([ways(rows)] if rows else []), *(
-        f"{what}: {questions} questions of each of {len(ladders)} ladders\n{table(result)}"
+        f"{what}: {questions} questions of {len(ladders)} ladders\n{table(result)}"
         for what, (questions, result) in probes.items()), sep="\n\n")
     if args.figures:
         with writing(args.figures, "charts"):

@@ -218,7 +218,8 @@ def climb(args):
 def commands(args):
     """(rung, what it is for, command) in order; a rung is None where nothing of the ladder is trained or scored."""
     out = Path(args.out)
-    launch = (["torchrun", "--standalone", f"--nproc-per-node={args.nproc_per_node}"] if args.nproc_per_node > 1
+    launch = (["torchrun", "--standalone", f"--nproc-per-node={args.nproc_per_node}",
+               "--shutdown-timeout=600"] if args.nproc_per_node > 1
               else ["python"])
     if args.preset == "tiny":
         rooms, data = out / "rooms", out / "rooms" / "train"
@@ -367,6 +368,8 @@ def main():
         parser.error("--preset paper needs --model and --data")
     if args.smoke and args.cold_start == "self":
         parser.error("--smoke trains too little for chains of its own; --cold-start self needs the whole run")
+    if several and args.preset == "paper" and not args.test:
+        parser.error("--seeds compares what --test measures; give --test")
     out = Path(args.out)
     if several:
         if (out / "ladder.json").is_file():

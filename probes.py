@@ -6,8 +6,8 @@
     python probes.py all runs/tiny              # the three
     python probes.py hints --model DIR DIR --data SpatialLadder-26k --out DIR      # any checkpoints, data in that format
 
-Each writes its table as NAME.json, a chart NAME.svg and pictures NAME/*.png to RUN/probes, or to --out. A model whose
-weights and settings have not changed is not probed again. Intervals are 95% bootstraps over questions.
+Each writes its table as NAME.json and a chart NAME.svg, the first two pictures NAME/*.png besides, to RUN/probes or --out.
+A model whose weights and settings have not changed is not probed again. Intervals are 95% bootstraps over questions.
 The paper gives numbers (PAPER) without code, and of the last two no definitions. These are ours:
 
 hints      Questions of relative direction over one picture whose objects' boxes a localization row of the same picture

@@ -361,11 +361,12 @@ def report(run):
     html = page("SpatialLadder", ", ".join(f"{key} {found[key]}" for key in ("preset", "seed") if key in found), {
         "The ladder": (chart(bars(climbed, {}, STEPS)) if climbed else "") + ladder(found["rungs"]) + acceptance(
             run / "self_coldstart.samples" / "report.json"),
-        "Signs of trouble": "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in verdicts(run)) + "</ul>",
+        "Signs of trouble": "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in verdicts(run) or [
+            "Nothing yet that could show trouble."]) + "</ul>",
         "Curves": curves(run), "What the rungs change": probed(run / "probes"),
-        "Other ways up": (chart(differences(others, WAYS_TITLE)) + markdown_table(ways(others)) if others else "")
-        + '<p class="soft">More of them: python ladder.py --without stage1 stage2 --mixed. Intervals are of one ladder\'s '
-        "questions, paired.</p>",
+        "Other ways up": (chart(differences(others, WAYS_TITLE)) + markdown_table(ways(others)) +
+                          '<p class="soft">Intervals are of one ladder\'s questions, paired.</p>' if others else "")
+        + '<p class="soft">Climb more of them: python ladder.py --without stage1 stage2 --mixed.</p>',
         "Boxes through the rungs": (gallery(boxes) if boxes else "") + missing,
         "Answers through the rungs": (questions(types) if types else "") + missing,
         "Sampled groups": "".join(f"<h3>{RUNGS[name]}</h3>{rollouts(rows)}" for name, rows in groups.items() if rows)

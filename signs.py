@@ -12,7 +12,7 @@ import numpy as np
 
 from checkpoint import read_json
 from data import parse_line, read_lines
-from ladder import EVERY_RUNG, RUNGS
+from ladder import EVERY_RUNG, GROUNDING, RUNGS
 from rewards import UserError
 from runtime import Parser, main_guard
 
@@ -84,12 +84,20 @@ def attention_sign(before, after):
         f"entropy of the attention map {before['entropy']['value']:.3f} -> {after['entropy']['value']:.3f}")
 
 
+def taught_boxes(run, name):
+    """Whether a rung, or one below it, was trained on rows of boxes."""
+    path, start = run / name / "config_run.json", {rung.name: rung.start for rung in EVERY_RUNG}[name]
+    config = read_json(path) if path.is_file() else {"data": []}
+    files = config["data"] + (config["replay"] or [] if config.get("replay_ratio") else [])
+    return any(Path(file).name == GROUNDING for file in files) or start is not None and taught_boxes(run, start)
+
+
 def signs(run):
     """(rung, is it trouble, a sentence) of all that a run has so far; None: there is too little to say."""
     for rung in EVERY_RUNG[1:]:
         answers, log = run / "eval" / rung.name / "predictions.jsonl", run / rung.name / "log.jsonl"
         located = [row for row in rows_of(answers) if row["question_type"] == "localization"] if answers.is_file() else []
-        if located:
+        if located and taught_boxes(run, rung.name):
             yield rung.name, *boxes_sign(located)
         train, held_out = (run / folder / rung.name / "scores.json" for folder in ("eval-train", "eval"))
         if train.is_file() and held_out.is_file():

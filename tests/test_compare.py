@@ -1,5 +1,6 @@
 """compare.py: the tables of several ladders hold what their predictions hold."""
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -51,6 +52,19 @@ def test_a_ladder_that_is_not_there(runs, tmp_path):
             compare.tables(asked)
 
 
+def test_an_answer_may_hold_any_character(runs):
+    """Lines of a jsonl file end in a line feed: not in a line separator, which eval.py writes as it is."""
+    path = Path(runs[0]) / "eval" / "stage2" / "predictions.jsonl"
+    before = compare.tables(runs)
+    path.write_text(path.read_text().replace('"id": "0"', '"completion": "a\u2028b", "id": "0"'))
+    assert compare.tables(runs) == before
+
+
+def test_beside_a_blind_guess_that_is_always_right_there_is_no_gain(recwarn):
+    found = {"object count": {1: (1.0, 1.0), 2: (0.0, 1.0)}}
+    assert all(math.isnan(number) for number in compare.gains(found, ["object count"])["object count"]) and not recwarn.list
+
+
 def test_scores_without_a_blind_baseline_are_named(runs):
     path = Path(runs[0]) / "eval" / "stage2" / "predictions.jsonl"
     path.write_text(path.read_text().replace("0.25}", "null}"))
@@ -94,14 +108,14 @@ def test_probes_of_all_ladders_as_one(runs):
         rows = [{"name": name, "style": "direct", "entropy": figure, "types": dict.fromkeys(kinds, figure)} for name in names]
         (Path(run) / "probes").mkdir(exist_ok=True)
         (Path(run) / "probes" / f"{what}.json").write_text(json.dumps(
-            {"settings": {"data": run, "seed": 0, "questions": 40} | settings, "rows": rows, "paper": {"X": {"entropy": 1.24}}}))
+            {"settings": {"data": run, "seed": 0, "questions": 20} | settings, "rows": rows, "paper": {"X": {"entropy": 1.24}}}))
 
     probe(runs[0], "entropy", ["base", "stage2"], 0.2, 0.03, kinds=("room size", "object count"))
     assert compare.probed(runs) == {}
-    probe(runs[1], "entropy", ["stage2"], 0.4, 0.04, seed=1)
+    probe(runs[1], "entropy", ["stage2"], 0.4, 0.04, seed=1, questions=18)  # its rooms have no more
     probe(runs[1], "hints", ["stage2"], 0.4, 0.04)
     found = compare.probed(runs)
-    assert {what: questions for what, (questions, _) in found.items()} == {"entropy": 40}
+    assert {what: questions for what, (questions, _) in found.items()} == {"entropy": 38}
     assert [line.split() for line in table(found["entropy"][1]).splitlines()] == [
         "stage2 paper: X".split(), "entropy 0.300 [0.275, 0.325] 1.240".split(), "object count 0.300 [0.275, 0.325]".split()]
     probe(runs[1], "entropy", ["stage2"], 0.4, 0.04, temperature=2)
@@ -121,6 +135,9 @@ def test_differences_are_drawn_to_scale():
     assert dot - zero == pytest.approx(zero - ring, abs=0.2) and other == zero
     assert high - zero == pytest.approx(2 * (dot - zero), abs=0.2) == pytest.approx(zero - low, abs=0.2)
     assert "a&lt;b" in svg and svg.count('class="ring"') == 2
+    still = differences([{"name": "a", "value": 0.0, "low": 0.0, "high": 0.0, "paper": None}], "points")
+    level, dot = re.search('class="level" x1="([0-9.]+)"', still)[1], re.findall('class="c" cx="([0-9.]+)"', still)[1]
+    assert level == dot
 
 
 def test_figures_of_the_tables(runs, tmp_path, call, capsys):

@@ -86,7 +86,7 @@ def test_commands_are_accepted_as_typed(name):
         launcher, flags = words[:words.index(script)], words[words.index(script) + 1:]
         assert (REPOSITORY / script).is_file()
         alone = ["python"] if args.nproc_per_node == 1 or purpose == "rooms" else \
-            ["torchrun", "--standalone", f"--nproc-per-node={args.nproc_per_node}"]
+            ["torchrun", "--standalone", f"--nproc-per-node={args.nproc_per_node}", "--shutdown-timeout=600"]
         assert launcher == alone
         if purpose == "train":
             settings = vars(recipe_settings("", flags, "grpo" if script == "grpo.py" else None))
@@ -263,6 +263,7 @@ def test_table_and_lesson_say_what_the_scores_say():
 
 @pytest.mark.parametrize("flags, expected", (
     (["--preset", "paper"], "--preset paper needs --model and --data"),
+    (["--preset", "paper", "--model", "m", "--data", "d", "--seeds", "2"], "--seeds compares what --test measures; give --test"),
     (["--preset", "huge"], "invalid choice: 'huge'"),
     (["--out", "TAKEN"], "holds something else; give another --out"),
     (["--out", "BEGUN"], "holds a ladder with other settings"),

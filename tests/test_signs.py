@@ -28,9 +28,17 @@ def reward_log(first, last, held_out):
     ([{"bbox_2d": [0, 0, 84, 112], "label": "bed"}], True, "100.0% of their boxes"),
     (None, True, "0.0% of its localization answers are valid JSON")))
 def test_boxes(tmp_path, prediction, trouble, said):
-    write(tmp_path / "eval" / "stage1" / "predictions.jsonl", located(prediction), {"question_type": "room size"})
-    (name, found, sentence), = signs.signs(tmp_path)
-    assert (name, found) == ("stage1", trouble) and said in sentence
+    """Also of a rung above the one that learned boxes, and where boxes are only replayed; not of one that was never taught them."""
+    for name, files in (("stage1", {"data": ["rooms/spld_grounding_data.jsonl"]}), ("grpo-no2", {"data": ["rooms/x.jsonl"]}),
+                        ("cold-no2", {"data": ["x.jsonl"], "replay": ["spld_grounding_data.jsonl"], "replay_ratio": 0.0}),
+                        ("stage2-no1", {"data": ["x.jsonl"], "replay": ["spld_grounding_data.jsonl"], "replay_ratio": 0.0}),
+                        ("stage2-long", {"data": ["x.jsonl"], "replay": ["spld_grounding_data.jsonl"], "replay_ratio": 0.2})):
+        write(tmp_path / "eval" / name / "predictions.jsonl", located(prediction), {"question_type": "room size"})
+        write(tmp_path / name / "config_run.json", files)
+    found = list(signs.signs(tmp_path))
+    assert [(name, verdict) for name, verdict, _ in found] == [
+        (name, trouble) for name in ("stage1", "stage2-long", "cold-no2", "grpo-no2")]
+    assert all(said in sentence for _, _, sentence in found)
 
 
 @pytest.mark.parametrize("train, held_out, low, trouble", (
@@ -76,6 +84,7 @@ def test_a_run_is_asked_for():
 
 def test_every_line_begins_with_a_verdict(tmp_path):
     write(tmp_path / "eval" / "stage1" / "predictions.jsonl", located(None))
+    write(tmp_path / "stage1" / "config_run.json", {"data": ["spld_grounding_data.jsonl"]})
     write(tmp_path / "grpo" / "log.jsonl", *reward_log(1.0, 1.0, (0.4, 0.4)))
     write(tmp_path / "grpo-no1" / "log.jsonl", *reward_log(1.0, 1.0, ()))
     assert [line[:8] for line in signs.verdicts(tmp_path)] == ["TROUBLE ", "ok      ", "unknown "]
