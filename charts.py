@@ -75,29 +75,33 @@ def bars(rows, paper, panels):
 
 
 def differences(rows, title):
-    """SVG: a line for each row, on it a dot with its interval, left or right of zero, and a ring where the paper's lies.
+    """SVG: a line for each row, on it a dot with its interval and a paler one for each seed, left or right of zero, and a ring
+    where the paper's lies.
 
-    Args:    rows: [{"name", "value", "low", "high", "paper": number or None}].
+    Args:    rows: [{"name", "value", "low", "high", "seeds": numbers, "paper": number or None}].
     """
     left, right, top, step = 150, 620, 62, 24
-    ends = [0.0, *(row[key] for row in rows for key in ("low", "high", "paper") if row[key] is not None)]
+    ends = [0.0, *(number for row in rows for number in (row["low"], row["high"], *row["seeds"], row["paper"])
+                   if number is not None)]
     margin, bottom = 0.04 * (max(ends) - min(ends)) or 1.0, top + step * len(rows)
 
     def across(value):
         return float(np.interp(value, (min(ends) - margin, max(ends) + margin), (left, right)))
 
-    def circle(kind, value, y):
-        return f'<circle class="{kind}" cx="{across(value):.1f}" cy="{y:.1f}" r="4.5"/>'
+    def circle(kind, x, y):
+        return f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="4.5"/>'
 
-    svg = [text(title, 12, 20, kind="title"), f'<circle class="c" cx="17" cy="38" r="4.5"/>', text("here", 28, 42),
-           f'<circle class="ring" cx="87" cy="38" r="4.5"/>', text("the paper", 98, 42)]
+    svg = [text(title, 12, 20, kind="title")]
+    for x, kind, words in ((17, "c", "all"), (77, "a", "each seed"), (177, "ring", "the paper")):
+        svg += [circle(kind, x, 38), text(words, x + 11, 42)]
     for tick in ticks(min(ends) - margin, max(ends) + margin, 6):
         svg += [line("tick" if tick else "level", across(tick), across(tick), top, bottom),
                 text(f"{tick:+.4g}" if tick else "0", across(tick), bottom + 18, "middle")]
     for number, row in enumerate(rows):
         y = top + step * (number + 0.5)
         svg += [text(row["name"], left - 12, y + 4, "end"), line("whisker", across(row["low"]), across(row["high"]), y, y),
-                circle("c", row["value"], y), *([circle("ring", row["paper"], y)] if row["paper"] is not None else [])]
+                *(circle("a", across(seed), y) for seed in row["seeds"]), circle("c", across(row["value"]), y),
+                *([circle("ring", across(row["paper"]), y)] if row["paper"] is not None else [])]
     return drawing(right + 24, bottom + 30, svg)
 
 

@@ -9,7 +9,7 @@
 
 A gain is (score - blind) / (1 - blind): 0 is what the best answer per question text earns without the picture, 1 is all
 right. Intervals are bootstraps over questions within their types; differences are paired by question. No interval says how far
-other seeds would lie, only how far other questions would.
+other seeds would lie, only how far other questions would; for that each seed's own difference stands beside it.
 """
 import argparse
 import math
@@ -33,7 +33,6 @@ PAPER_POINTS = {  # what the paper loses beside its whole ladder. After stages 1
 STEPS = [("questions: mean over the types, and what a blind guess earns", ("score",), ("blind",)),  # panels of charts.bars
          ("boxes: mean IoU of the objects asked about", ("boxes",), ("one box for all",))]
 WAYS_TITLE = "other ways up, points beside the ladder's rung of the same stage"
-POINTS = "{:+.1f} [{:+.1f}, {:+.1f}]"
 
 
 def setting(run, name, usual):
@@ -81,13 +80,33 @@ def gains(found, types):
     return made
 
 
-def change(after, before, types):
-    """The mean over types of the paired differences in points: (value, low, high)."""
-    changes = {kind: values for kind, values in paired(scores_of(after), scores_of(before)).items() if kind in types}
-    if not all(map(len, changes.values())):
+def changes(after, before, types):
+    """{type: paired differences in points}"""
+    found = {kind: 100 * values for kind, values in paired(scores_of(after), scores_of(before)).items() if kind in types}
+    if not all(map(len, found.values())):
         raise UserError("nothing to compare: the ladders have no question of some type in common; give ladders of the same seeds")
-    low, high = bootstrap_interval(changes)
-    return tuple(100 * float(number) for number in (np.mean([values.mean() for values in changes.values()]), low, high))
+    return found
+
+
+def change(after, before, types):
+    """The mean over types of the differences, its interval, and the mean of each seed: {"value", "low", "high", "seeds"}."""
+    def mean(found):
+        return float(np.mean([values.mean() for values in found.values()]))
+
+    def of_seed(seed):
+        return {kind: {key: row for key, row in rows.items() if key[0] == seed} for kind, rows in after.items()}
+
+    found = changes(after, before, types)
+    low, high = bootstrap_interval(found)
+    seeds, known = dict.fromkeys(seed for seed, _ in after[types[0]]), {seed for seed, _ in before[types[0]]}
+    return {"value": mean(found), "low": low, "high": high,
+            "seeds": [mean(changes(of_seed(seed), before, types)) for seed in seeds if seed in known]}
+
+
+def points(difference):
+    """Two cells of `change`."""
+    return ("{value:+.1f} [{low:+.1f}, {high:+.1f}] | ".format(**difference)
+            + ", ".join(f"{seed:+.1f}" for seed in difference["seeds"]))
 
 
 def mean_score(found, types):
@@ -106,14 +125,14 @@ def tables(runs):
     scores = {name: [read_json(Path(run) / "eval" / name / "scores.json") for run in runs] for name in names}
     types = [kind for kind in (*NUMBER_TYPES, *CHOICE_TYPES) if kind in found[names[0]]]
     starts = {rung.name: rung.start for rung in RUNGS}
-    lines = ["| rung | box IoU | valid JSON | types above blind | mean gain | score | well formed | score beside the rung before |",
-             "|---|---|---|---|---|---|---|---|"]
+    lines = ["| rung | box IoU | valid JSON | types above blind | mean gain | score | well formed | beside the rung before | "
+             "each seed |", "|---|---|---|---|---|---|---|---|---|"]
     for name in names:
         gain = gains(found[name], types)
         boxes = np.mean([score for score, _ in found[name]["localization"].values()])
         valid, formed = (np.mean([get(one) for one in scores[name]]) for get in (
             lambda one: one["localization"]["valid_json"], lambda one: one["well_formed"]))
-        before = POINTS.format(*change(found[name], found[starts[name]], types)) if starts[name] in found else ""
+        before = points(change(found[name], found[starts[name]], types)) if starts[name] in found else " | "
         above, mean = sum(low > 0 for _, low, _ in gain.values()), np.mean([g for g, _, _ in gain.values()])
         lines.append(f"| {name} | {boxes:.3f} | {valid:.1%} | {above} of {len(types)} | {mean:+.3f} | "
                      f"{mean_score(found[name], types):.3f} | {formed:.1%} | {before} |")
@@ -129,7 +148,7 @@ def tables(runs):
 
 def other_ways(runs, others):
     """Rungs of other ways up, and the last rung of ladders with more or fewer rooms, beside the ladder's own of the same stage
-    and seeds. others: {data scale: ladders}. -> [{"name", "score", "beside", points: "value", "low", "high", "paper"}]"""
+    and seeds. others: {data scale: ladders}. -> [{"name", "score", "beside", "paper"} and what change returns]"""
     ladder = evaluated(runs, RUNGS)
     rungs = [(name, name, name.split("-")[0], runs) for name in evaluated(runs, EVERY_RUNG) if "-" in name]
     rungs += [("cold (no GRPO)", "cold", "grpo", runs)] if "cold" in ladder else []
@@ -142,15 +161,15 @@ def other_ways(runs, others):
             types = [kind for kind in (*NUMBER_TYPES, *CHOICE_TYPES) if kind in found]
             rows.append({"name": label, "score": mean_score(found, types), "beside": partner,
                          "paper": PAPER_POINTS.get(name) if where is runs else None}
-                        | dict(zip(("value", "low", "high"), change(found, whole, types))))
+                        | change(found, whole, types))
     return rows
 
 
 def ways(rows):
     """Markdown of other_ways."""
-    lines = ["| {name} | {score:.3f} | {beside} | ".format(**row) + POINTS.format(row["value"], row["low"], row["high"])
-             + (" |  |" if row["paper"] is None else f" | {row['paper']:+.1f} |") for row in rows]
-    heads = ["| another way up | score | beside | points | the paper's |", "|---|---|---|---|---|"]
+    lines = [f"| {row['name']} | {row['score']:.3f} | {row['beside']} | {points(row)} | "
+             + ("|" if row["paper"] is None else f"{row['paper']:+.1f} |") for row in rows]
+    heads = ["| another way up | score | beside | points | each seed | the paper's |", "|---|---|---|---|---|---|"]
     return "\n".join(heads + lines)
 
 

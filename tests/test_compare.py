@@ -34,7 +34,7 @@ def test_tables_by_hand(runs):
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in compare.tables(runs).splitlines()]
     assert lines[2][:4] == ["stage1", "1.000", "50.0%", "0 of 2"] and lines[2][4:7] == ["+0.000", "0.375", "50.0%"]
     assert lines[3][:4] == ["stage2", "1.000", "50.0%", "1 of 2"] and lines[3][4:6] == ["+0.500", "0.625"]
-    assert lines[3][7].startswith("+25.0 [") and lines[2][7] == ""
+    assert lines[3][7].startswith("+25.0 [") and lines[3][8] == "+25.0, +25.0" and lines[2][7:9] == ["", ""]
     assert lines[7] == ["object size", "0.25", "+0.00 [+0.00, +0.00]"]
     assert lines[8] == ["object count", "0.50", "+1.00 [+1.00, +1.00]"]
     assert lines[-1] == ["Ladders: 2; questions of a type in all: 4."]
@@ -90,8 +90,12 @@ def test_other_ways_stand_beside_the_ladder(runs, tmp_path):
         (folder / "predictions.jsonl").write_text(text.replace('"score": 1, "blind": 0.5', '"score": 0, "blind": 0.5'))
     lines = [[cell.strip() for cell in line.strip("|").split("|")]
              for line in compare.ways(compare.other_ways(runs, {2: [str(tmp_path / "a"), str(tmp_path / "b")]})).splitlines()]
-    assert lines[2] == ["stage2-no1", "0.125", "stage2", "-50.0 [-50.0, -50.0]", "-1.2"]
-    assert lines[3:] == [["stage2, rooms x2", "0.625", "stage2", "+0.0 [+0.0, +0.0]", ""]]
+    assert lines[2] == ["stage2-no1", "0.125", "stage2", "-50.0 [-50.0, -50.0]", "-50.0, -50.0", "-1.2"]
+    assert lines[3:] == [["stage2, rooms x2", "0.625", "stage2", "+0.0 [+0.0, +0.0]", "+0.0, +0.0", ""]]
+    path = tmp_path / "b" / "eval" / "stage2" / "predictions.jsonl"  # the second seed counts nothing with twice the rooms
+    path.write_text(path.read_text().replace('"score": 1, "blind": 0.5', '"score": 0, "blind": 0.5'))
+    row = compare.other_ways(runs, {2: [str(tmp_path / "a"), str(tmp_path / "b")]})[1]
+    assert row["value"] == -25 and row["seeds"] == [0, -50]
     assert compare.other_ways([str(tmp_path / "a")], {}) == []
     (Path(runs[1]) / "eval" / "stage2-no1" / "predictions.jsonl").unlink()  # not done in one of the ladders: not compared
     assert compare.other_ways(runs, {}) == []
@@ -126,16 +130,18 @@ def test_probes_of_all_ladders_as_one(runs):
 def test_differences_are_drawn_to_scale():
     """By hand: of -10 to 10 points a dot at 5 lies as far right of zero as a ring at -5 left of it; a row without the paper's
     figure has no ring."""
-    svg = differences([{"name": "a<b", "value": 5.0, "low": -10.0, "high": 10.0, "paper": -5.0},
-                       {"name": "c", "value": 0.0, "low": -1.0, "high": 1.0, "paper": None}], "points")
+    svg = differences([{"name": "a<b", "value": 5.0, "low": -10.0, "high": 10.0, "paper": -5.0,
+                         "seeds": [10.0, 0.0]},
+                       {"name": "c", "value": 0.0, "low": -1.0, "high": 1.0, "paper": None, "seeds": []}], "points")
     zero, = (float(x) for x in re.findall(r'class="level" x1="([0-9.]+)"', svg))
-    (dot, ring, other), (low, high) = ([float(x) for x in found] for found in (
-        re.findall('<circle class="[a-z]*" cx="([0-9.]+)"', svg)[2:],  # after the two of the legend
+    (first, second, dot, ring, other), (low, high) = ([float(x) for x in found] for found in (
+        re.findall('<circle class="[a-z]*" cx="([0-9.]+)"', svg)[3:],  # after the three of the legend
         re.search(r'class="whisker" x1="([0-9.]+)" x2="([0-9.]+)"', svg).groups()))
-    assert dot - zero == pytest.approx(zero - ring, abs=0.2) and other == zero
+    assert dot - zero == pytest.approx(zero - ring, abs=0.2) and other == zero == second
+    assert first == high
     assert high - zero == pytest.approx(2 * (dot - zero), abs=0.2) == pytest.approx(zero - low, abs=0.2)
     assert "a&lt;b" in svg and svg.count('class="ring"') == 2
-    still = differences([{"name": "a", "value": 0.0, "low": 0.0, "high": 0.0, "paper": None}], "points")
+    still = differences([{"name": "a", "value": 0.0, "low": 0.0, "high": 0.0, "paper": None, "seeds": []}], "points")
     level, dot = re.search('class="level" x1="([0-9.]+)"', still)[1], re.findall('class="c" cx="([0-9.]+)"', still)[1]
     assert level == dot
 

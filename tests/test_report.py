@@ -336,4 +336,4 @@ def test_probes_signs_and_other_ways_have_their_sections(run):
             "answer": "1", "score": score, "blind": None, "images": []})
     text = page(run)
     assert "Do hints help?" in text and "<small>full</small>" in text and "Not probed yet" not in text
-    assert ["cold (no GRPO)", "0.250", "grpo", "-50.0 [-50.0, -50.0]", "-2.1"] in Page(text).rows
+    assert ["cold (no GRPO)", "0.250", "grpo", "-50.0 [-50.0, -50.0]", "-50.0", "-2.1"] in Page(text).rows
