@@ -351,6 +351,16 @@ def test_difficulty_is_what_is_asked_for():
             assert (factors > 0.2 * 0.85).all() and (factors < 0.4 * 1.18).all()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name, pair, expected", (("view_sides", (1.0, 1.0), "do not fit between walls"),
+                                                  ("video_categories", (2, 2), "no video with an order of appearance")))
+def test_rooms_that_cannot_be_are_given_up(tmp_path, name, pair, expected):
+    """After many tries one line, and no folder."""
+    with pytest.raises(UserError, match=expected):
+        scenes.write_rooms(tmp_path / "new", 4, 0, test_scenes=0, size=28, processes=1, **{name: pair})
+    assert not list(tmp_path.iterdir())
+
+
 def test_folder_mistakes(tmp_path, capsys, monkeypatch):
     """A folder of other data is never touched; the same request is not made twice; each mistake is one line."""
     out = tmp_path / "rooms"
@@ -363,9 +373,7 @@ def test_folder_mistakes(tmp_path, capsys, monkeypatch):
     with pytest.raises(UserError, match="multiple of 28"):
         scenes.write_rooms(tmp_path / "new", 1, 0, size=30)
     for name, pair, expected in (("scale", (2, 1), "--scale 2 1: expected the least and the most, above 0"),
-                                 ("view_categories", (3, 9), "above 0, at most 8"),
-                                 ("view_sides", (1.0, 1.0), "do not fit between walls"),
-                                 ("video_categories", (2, 2), "no video with an order of appearance")):
+                                 ("view_categories", (3, 9), "above 0, at most 8")):
         with pytest.raises(UserError, match=expected):
             scenes.write_rooms(tmp_path / "new", 4, 0, test_scenes=0, size=28, processes=1, **{name: pair})
     (tmp_path / "file").write_text("")
