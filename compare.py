@@ -187,16 +187,17 @@ def steps(rungs):
 
 
 def pooled(figures):
-    """A figure of several ladders as one. Their questions are independent, so squares of half an interval's width add up.
+    """A figure of several ladders as one. Their questions are independent, so the squares of how far an interval reaches
+    below and above add up.
 
-    >>> pooled([{"value": 0.0, "low": -3.0, "high": 3.0}, {"value": 1.0, "low": -3.0, "high": 5.0}])
-    {'value': 0.5, 'low': -2.0, 'high': 3.0}
+    >>> pooled([{"value": 0.0, "low": -3.0, "high": 6.0}, {"value": 1.0, "low": -3.0, "high": 9.0}])
+    {'value': 0.5, 'low': -2.0, 'high': 5.5}
     """
     value = float(np.mean([figure["value"] for figure in figures]))
     if any("low" not in figure for figure in figures):
         return {"value": value}
-    half = math.hypot(*((figure["high"] - figure["low"]) / 2 for figure in figures)) / len(figures)
-    return {"value": value, "low": value - half, "high": value + half}
+    below, above = (math.hypot(*(figure[end] - figure["value"] for figure in figures)) / len(figures) for end in ("low", "high"))
+    return {"value": value, "low": value - below, "high": value + above}
 
 
 def together(ladders):

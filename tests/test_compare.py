@@ -163,4 +163,5 @@ def test_figures_of_the_tables(runs, tmp_path, call, capsys):
     ends = re.findall(r'class="whisker" [^>]* y1="([0-9.]+)" y2="([0-9.]+)"', svg)
     level = float(re.search('class="level" [^>]* y1="([0-9.]+)"', svg)[1])
     assert base == 0 and boxes > 0 and 204 - level == pytest.approx(score / 2, abs=0.1)
-    assert float(ends[1][0]) - float(ends[1][1]) == pytest.approx(score / 0.5 * 0.8 / 2 ** 0.5, abs=0.2)
+    assert float(ends[1][0]) - float(ends[1][1]) == pytest.approx(score / 0.5 * math.hypot(0.15, 0.65), abs=0.2)
+    assert compare.pooled([{"value": 0.5, "low": 0.4, "high": 0.9}]) == {"value": 0.5, "low": 0.4, "high": 0.9}  # one as it is
