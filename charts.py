@@ -39,12 +39,13 @@ def bars(rows, paper, panels):
 
     Args:    rows: [{"name": ..., figure: {"value", and where known "low" and "high"}}]. paper: {group: {figure: value}}.
              panels: [(title, figures drawn as bars, figures of the first row drawn as dashed lines)]; a row without a
-             figure has no bar there.
+             figure has no bar there, a panel without a bar is left out.
     """
     groups = [(row["name"], row, "") for row in rows] + [
         (group, {name: {"value": value} for name, value in figures.items()}, "paper") for group, figures in paper.items()]
     left, height, svg = 44, 250, []
-    step = max(124, *(7 * len(label) for label, _, _ in groups))
+    step = max([124, *(7 * len(label) for label, _, _ in groups)])
+    panels = [panel for panel in panels if any(bar in row for _, row, _ in groups for bar in panel[1])]
     for number, (title, figures, levels) in enumerate(panels):
         shown = [(label, row, kind) for label, row, kind in groups if any(bar in row for bar in figures)]
         dashed = {level: rows[0][level]["value"] for level in levels if level in rows[0]}
@@ -71,7 +72,7 @@ def bars(rows, paper, panels):
                     svg.append(line("whisker", x + wide / 2, x + wide / 2, up(figure["low"]), up(figure["high"])))
         for level, value in dashed.items():
             svg += [line("level", left, right, up(value), up(value)), text(level, right + 6, up(value) + 4)]
-    return drawing(left + max(step * len(groups) + 96, *(8 * len(title) for title, _, _ in panels)), height * len(panels), svg)
+    return drawing(left + max([step * len(groups) + 96, *(8 * len(title) for title, _, _ in panels)]), height * len(panels), svg)
 
 
 def differences(rows, title):

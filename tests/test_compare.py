@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import compare
-from charts import differences
+from charts import bars, differences
 from probes import table
 from rewards import UserError
 
@@ -92,10 +92,20 @@ def test_other_ways_stand_beside_the_ladder(runs, tmp_path):
              for line in compare.ways(compare.other_ways(runs, {2: [str(tmp_path / "a"), str(tmp_path / "b")]})).splitlines()]
     assert lines[2] == ["stage2-no1", "0.125", "stage2", "-50.0 [-50.0, -50.0]", "-50.0, -50.0", "-1.2"]
     assert lines[3:] == [["stage2, rooms x2", "0.625", "stage2", "+0.0 [+0.0, +0.0]", "+0.0, +0.0", ""]]
+    for folder in (*map(Path, runs), tmp_path / "a", tmp_path / "b"):
+        shutil.copytree(folder / "eval" / "stage2", folder / "eval" / "cold")
+    (tmp_path / "b" / "ladder.json").write_text(json.dumps({"seed": 5, "data_scale": [2]}))  # of a seed that runs lack
+    rows = compare.other_ways(runs, {2: [str(tmp_path / "a"), str(tmp_path / "b")]})
+    assert [(row["name"], row["seeds"], row["paper"]) for row in rows[1:]] == [("cold, rooms x2", [0], None)]
+    for folder in (*map(Path, runs), tmp_path / "a", tmp_path / "b"):
+        shutil.rmtree(folder / "eval" / "cold")
+    (tmp_path / "b" / "ladder.json").write_text(json.dumps({"seed": 1, "data_scale": [2]}))
     path = tmp_path / "b" / "eval" / "stage2" / "predictions.jsonl"  # the second seed counts nothing with twice the rooms
     path.write_text(path.read_text().replace('"score": 1, "blind": 0.5', '"score": 0, "blind": 0.5'))
     row = compare.other_ways(runs, {2: [str(tmp_path / "a"), str(tmp_path / "b")]})[1]
     assert row["value"] == -25 and row["seeds"] == [0, -50]
+    made = compare.drawn(runs, [row], {})
+    assert set(made) == {"ladder", "ways"} and "stage2, rooms x2" in made["ways"] and "stage2, rooms x2" not in made["ladder"]
     assert compare.other_ways([str(tmp_path / "a")], {}) == []
     (Path(runs[1]) / "eval" / "stage2-no1" / "predictions.jsonl").unlink()  # not done in one of the ladders: not compared
     assert compare.other_ways(runs, {}) == []
@@ -122,6 +132,8 @@ def test_probes_of_all_ladders_as_one(runs):
     assert {what: questions for what, (questions, _) in found.items()} == {"entropy": 38}
     assert [line.split() for line in table(found["entropy"][1]).splitlines()] == [
         "stage2 paper: X".split(), "entropy 0.300 [0.275, 0.325] 1.240".split(), "object count 0.300 [0.275, 0.325]".split()]
+    ours, paper = (float(h) for h in re.findall(r'<rect [^>]*height="([0-9.]+)"', compare.drawn(runs, [], found)["entropy"])[:2])
+    assert ours / paper == pytest.approx(0.3 / 1.24, rel=0.01)
     probe(runs[1], "entropy", ["stage2"], 0.4, 0.04, temperature=2)
     with pytest.raises(UserError, match="1/probes/entropy.json: probed with .*'temperature': 2.*, expected .* as in .*0/probes"):
         compare.probed(runs)
@@ -131,19 +143,36 @@ def test_differences_are_drawn_to_scale():
     """By hand: of -10 to 10 points a dot at 5 lies as far right of zero as a ring at -5 left of it; a row without the paper's
     figure has no ring."""
     svg = differences([{"name": "a<b", "value": 5.0, "low": -10.0, "high": 10.0, "paper": -5.0,
-                         "seeds": [10.0, 0.0]},
+                         "seeds": [20.0, 0.0]},
                        {"name": "c", "value": 0.0, "low": -1.0, "high": 1.0, "paper": None, "seeds": []}], "points")
     zero, = (float(x) for x in re.findall(r'class="level" x1="([0-9.]+)"', svg))
     (first, second, dot, ring, other), (low, high) = ([float(x) for x in found] for found in (
         re.findall('<circle class="[a-z]*" cx="([0-9.]+)"', svg)[3:],  # after the three of the legend
         re.search(r'class="whisker" x1="([0-9.]+)" x2="([0-9.]+)"', svg).groups()))
     assert dot - zero == pytest.approx(zero - ring, abs=0.2) and other == zero == second
-    assert first == high
+    assert first - zero == pytest.approx(2 * (high - zero), abs=0.2)  # beyond the interval, yet within the picture
     assert high - zero == pytest.approx(2 * (dot - zero), abs=0.2) == pytest.approx(zero - low, abs=0.2)
     assert "a&lt;b" in svg and svg.count('class="ring"') == 2
     still = differences([{"name": "a", "value": 0.0, "low": 0.0, "high": 0.0, "paper": None, "seeds": []}], "points")
     level, dot = re.search('class="level" x1="([0-9.]+)"', still)[1], re.findall('class="c" cx="([0-9.]+)"', still)[1]
     assert level == dot
+
+
+def test_a_chart_of_one_model_holds_its_words():
+    """Columns as wide as the longest name needs, the whole as wide as its title, at the least the widths measured in a browser."""
+    one = bars([{"name": "m", "iou": {"value": 0.5}}], {}, [("t" * 100, ("iou",), ())])
+    two = bars([{"name": "x" * 30, "iou": {"value": 0.5}}, {"name": "y" * 30, "iou": {"value": 0.5}}], {}, [("t", ("iou",), ())])
+    assert int(re.search('width="([0-9]+)"', one)[1]) >= 44 + 720
+    first, second = (float(re.search(f'x="([0-9.]+)"[^>]*>{word}', two)[1]) for word in ("x", "y"))
+    assert second - first >= 30 * 6.1
+    bare = bars([{"name": "m", "iou": {"value": 0.5}}], {}, [("boxes", ("boxes",), ()), ("map", ("iou",), ())])
+    assert ">map<" in bare and "boxes" not in bare and 'height="250"' in bare  # a panel that nothing stands in is left out
+
+
+def test_only_scores_have_the_interval_of_scores():
+    """By hand: blind and the one box for all stand without, and what a rung lacks is not there."""
+    rungs = [{"name": "stage2", "scores": {"overall": 0.5, "low": 0.4, "high": 0.6, "blind": 0.3}}]
+    assert compare.steps(rungs) == [{"name": "stage2", "score": {"value": 0.5, "low": 0.4, "high": 0.6}, "blind": {"value": 0.3}}]
 
 
 def test_figures_of_the_tables(runs, tmp_path, call, capsys):

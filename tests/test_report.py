@@ -238,7 +238,8 @@ def test_an_empty_run_says_what_is_missing(tmp_path):
     """The page can be made at any time: each section of a run that has not begun is a sentence."""
     text = page(tmp_path)
     Page(text)
-    for sentence in ("Not run yet: base,", "No log yet: stage 1,", "Not tested yet: base,", "No rollouts yet: + GRPO."):
+    for sentence in ("Not run yet: base,", "No log yet: stage 1,", "Not tested yet: base,", "No rollouts yet: + GRPO.",
+                     "Nothing yet that could show trouble.", "Not probed yet", "Climb more of them: python ladder.py --without"):
         assert sentence in text
     assert "<table" not in text and "<svg" not in text
 
