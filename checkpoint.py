@@ -7,7 +7,6 @@ A directory is a model once config.json is in it: saving removes that file first
 """
 
 import dataclasses
-import json
 import math
 import os
 import shutil
@@ -17,13 +16,24 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from files import UserError, read_json, write_json
 from model import Config, QwenVL, TextConfig, VisionConfig
-from rewards import UserError
 
 SHARD_BYTES = 5 * 10**9  # a saved file holds at most this much, as on the hub
-SIDE_FILES = ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "generation_config.json",
-              "chat_template.json", "chat_template.jinja", "vocab.json", "merges.txt", "special_tokens_map.json",
-              "added_tokens.json", "video_preprocessor_config.json", "processor_config.json")
+SIDE_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "preprocessor_config.json",
+    "generation_config.json",
+    "chat_template.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "video_preprocessor_config.json",
+    "processor_config.json",
+)
 
 
 # ---------------------------------------------------------------------------------------------- configuration
@@ -41,20 +51,29 @@ def parse_config(source, where="config.json"):
     if not isinstance(source, dict):
         raise UserError(f"{where}: expected a JSON object, found {type(source).__name__}")
     if source.get("model_type") != "qwen2_5_vl":
-        raise UserError(f"{where}: model_type is {source.get('model_type')!r}, expected 'qwen2_5_vl'")
+        raise UserError(
+            f"{where}: model_type is {source.get('model_type')!r}, expected 'qwen2_5_vl'"
+        )
     text = _section(source, "text_config", where) or source
     rope = _section(text, "rope_parameters", where) or _section(text, "rope_scaling", where)
-    values = dict(text, rope_theta=rope.get("rope_theta", text.get("rope_theta", TextConfig.rope_theta)),
-                  mrope_section=rope.get("mrope_section", TextConfig.mrope_section))
+    values = dict(
+        text,
+        rope_theta=rope.get("rope_theta", text.get("rope_theta", TextConfig.rope_theta)),
+        mrope_section=rope.get("mrope_section", TextConfig.mrope_section),
+    )
     vision = dict(_section(source, "vision_config", where))
-    vision["in_channels"] = vision.get("in_channels", vision.get("in_chans", VisionConfig.in_channels))
+    vision["in_channels"] = vision.get(
+        "in_channels", vision.get("in_chans", VisionConfig.in_channels)
+    )
     dtype = source.get("torch_dtype") or source.get("dtype") or "bfloat16"
     if dtype not in ("float32", "bfloat16", "float16"):
         raise UserError(f"{where}: torch_dtype is {dtype!r}, expected float32, bfloat16 or float16")
     config = Config(
         text=_from_fields(TextConfig, values, where),
         vision=_from_fields(VisionConfig, vision, where),
-        tie_word_embeddings=bool(source.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
+        tie_word_embeddings=bool(
+            source.get("tie_word_embeddings") or text.get("tie_word_embeddings")
+        ),
         image_token_id=source.get("image_token_id", 151655),
         video_token_id=source.get("video_token_id", 151656),
         dtype=getattr(torch, dtype),
@@ -62,7 +81,9 @@ def parse_config(source, where="config.json"):
     )
     rope_type = rope.get("rope_type") or rope.get("type") or "default"
     if rope_type not in ("default", "mrope"):
-        raise UserError(f"{where}: rope type {rope_type!r} is not supported, expected 'default' or 'mrope'")
+        raise UserError(
+            f"{where}: rope type {rope_type!r} is not supported, expected 'default' or 'mrope'"
+        )
     if text.get("use_sliding_window"):
         raise UserError(f"{where}: use_sliding_window is true; sliding windows are not supported")
     for part in (config.text, config.vision):
@@ -71,20 +92,30 @@ def parse_config(source, where="config.json"):
     t, v = config.text, config.vision
     for name in ("image_token_id", "video_token_id"):
         if type(getattr(config, name)) is not int or not 0 <= getattr(config, name) < t.vocab_size:
-            raise UserError(f"{where}: {name} is {getattr(config, name)!r}, expected a token id below {t.vocab_size}")
+            raise UserError(
+                f"{where}: {name} is {getattr(config, name)!r}, expected a token id below {t.vocab_size}"
+            )
     if t.hidden_size % t.num_attention_heads or t.num_attention_heads % t.num_key_value_heads:
-        raise UserError(f"{where}: {t.num_attention_heads} heads do not divide width {t.hidden_size}, "
-                        f"or {t.num_key_value_heads} key-value heads do not divide them")
+        raise UserError(
+            f"{where}: {t.num_attention_heads} heads do not divide width {t.hidden_size}, "
+            f"or {t.num_key_value_heads} key-value heads do not divide them"
+        )
     if len(t.mrope_section) != 3 or 2 * sum(t.mrope_section) != t.head_dim:
-        raise UserError(f"{where}: mrope_section {list(t.mrope_section)} must be three numbers that add up to half the "
-                        f"head dimension, {t.head_dim / 2:g}")
+        raise UserError(
+            f"{where}: mrope_section {list(t.mrope_section)} must be three numbers that add up to half the "
+            f"head dimension, {t.head_dim / 2:g}"
+        )
     if v.out_hidden_size != t.hidden_size or v.hidden_size % (4 * v.num_heads):
-        raise UserError(f"{where}: vision_config out_hidden_size {v.out_hidden_size} must equal the text's "
-                        f"hidden_size {t.hidden_size}, and 4 * num_heads divide hidden_size {v.hidden_size}")
+        raise UserError(
+            f"{where}: vision_config out_hidden_size {v.out_hidden_size} must equal the text's "
+            f"hidden_size {t.hidden_size}, and 4 * num_heads divide hidden_size {v.hidden_size}"
+        )
     patch = (v.in_channels, v.temporal_patch_size, v.patch_size, v.spatial_merge_size)
     if patch != (3, 2, 14, 2) or v.window_size < 28:
-        raise UserError(f"{where}: vision_config has in_channels, temporal_patch_size, patch_size, spatial_merge_size "
-                        f"{patch} and window_size {v.window_size}, expected (3, 2, 14, 2) and at least 28")
+        raise UserError(
+            f"{where}: vision_config has in_channels, temporal_patch_size, patch_size, spatial_merge_size "
+            f"{patch} and window_size {v.window_size}, expected (3, 2, 14, 2) and at least 28"
+        )
     return config
 
 
@@ -103,21 +134,15 @@ def _from_fields(cls, values, where):
         value = tuple(value) if isinstance(value, list) else value
         kind = (int, float) if isinstance(field.default, float) else type(field.default)
         positive = not isinstance(value, (int, float)) or 0 < value < math.inf
-        whole = not isinstance(value, tuple) or all(type(item) is int and item >= 0 for item in value)
+        whole = not isinstance(value, tuple) or all(
+            type(item) is int and item >= 0 for item in value
+        )
         if not isinstance(value, kind) or isinstance(value, bool) or not positive or not whole:
-            raise UserError(f"{where}: {field.name} is {value!r:.80}, expected something like {field.default!r}")
+            raise UserError(
+                f"{where}: {field.name} is {value!r:.80}, expected something like {field.default!r}"
+            )
         chosen[field.name] = value
     return cls(**chosen)
-
-
-def read_json(path):
-    """One JSON file; a missing or broken one is one line that names it."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not readable as JSON ({error})") from None
 
 
 def load_config(directory):
@@ -143,19 +168,30 @@ def checkpoint_tensors(directory):
     if index.is_file():
         weight_map = read_json(index)
         weight_map = weight_map.get("weight_map") if isinstance(weight_map, dict) else None
-        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-            raise UserError(f"{index}: expected an object with a 'weight_map' from tensor names to files")
+        if not isinstance(weight_map, dict) or not all(
+            isinstance(file, str) for file in weight_map.values()
+        ):
+            raise UserError(
+                f"{index}: expected an object with a 'weight_map' from tensor names to files"
+            )
     elif (directory / "model.safetensors").is_file():
         with open_safetensors(directory / "model.safetensors") as file:
-            weight_map = {name: "model.safetensors" for name in file.keys()}
+            weight_map = dict.fromkeys(file.keys(), "model.safetensors")
     else:
-        raise UserError(f"{directory}: no model.safetensors and no model.safetensors.index.json in it")
+        raise UserError(
+            f"{directory}: no model.safetensors and no model.safetensors.index.json in it"
+        )
     missing = sorted({file for file in weight_map.values() if not (directory / file).is_file()})
     if missing:
         raise UserError(f"{index}: names files that do not exist: {', '.join(missing)}")
     found = {}
-    for name, file in weight_map.items():  # releases of transformers in between wrote the longer prefixes
-        ours = name.replace("model.language_model.", "model.", 1).replace("model.visual.", "visual.", 1)
+    for (
+        name,
+        file,
+    ) in weight_map.items():  # releases of transformers in between wrote the longer prefixes
+        ours = name.replace("model.language_model.", "model.", 1).replace(
+            "model.visual.", "visual.", 1
+        )
         found[ours] = (directory / file, name)
     return found
 
@@ -192,9 +228,13 @@ def load_weights(model, directory, local=lambda parameter: (parameter, 0)):
                     continue
                 stored, wanted_shape = file.get_slice(key), list(wanted[name].shape)
                 if stored.get_shape() != wanted_shape:
-                    problems.append(f"{name} has shape {stored.get_shape()}, expected {wanted_shape}")
+                    problems.append(
+                        f"{name} has shape {stored.get_shape()}, expected {wanted_shape}"
+                    )
                 if stored.get_dtype() not in ("F32", "BF16", "F16"):
-                    problems.append(f"{name} is stored as {stored.get_dtype()}, expected F32, BF16 or F16")
+                    problems.append(
+                        f"{name} is stored as {stored.get_dtype()}, expected F32, BF16 or F16"
+                    )
     if problems:
         raise UserError(f"{directory}: weights do not fit config.json: " + "; ".join(problems))
     with torch.no_grad():
@@ -203,7 +243,7 @@ def load_weights(model, directory, local=lambda parameter: (parameter, 0)):
                 for name, key in names:
                     tensor, first = local(wanted[name])
                     if len(tensor):
-                        tensor.copy_(file.get_slice(key)[first:first + len(tensor)])
+                        tensor.copy_(file.get_slice(key)[first : first + len(tensor)])
 
 
 def load_model(directory, dtype=None, device="cpu"):
@@ -248,16 +288,25 @@ def save_model(directory, tensors, config, side_files=None, pixel_limits=None):
         shard[name] = tensor
         size, total = size + bytes_here, total + bytes_here
     flush()
-    for old in [*directory.glob("model*.safetensors"), *directory.glob("model*.safetensors.index.json")]:
+    for old in [
+        *directory.glob("model*.safetensors"),
+        *directory.glob("model*.safetensors.index.json"),
+    ]:
         old.unlink()
     weight_map = {}
     for i, (path, names) in enumerate(shards):
-        name = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        name = (
+            "model.safetensors"
+            if len(shards) == 1
+            else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        )
         os.replace(path, directory / name)
         weight_map.update((tensor, name) for tensor in names)
     if len(shards) > 1:
-        write_json(directory / "model.safetensors.index.json",
-                   {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_json(
+            directory / "model.safetensors.index.json",
+            {"metadata": {"total_size": total}, "weight_map": weight_map},
+        )
     if side_files is not None and Path(side_files).resolve() != directory.resolve():
         for name in SIDE_FILES:
             if (Path(side_files) / name).is_file():
@@ -265,13 +314,9 @@ def save_model(directory, tensors, config, side_files=None, pixel_limits=None):
     if pixel_limits is not None:
         preprocessor = read_json(directory / "preprocessor_config.json")
         if "size" in preprocessor:
-            preprocessor["size"] = {"shortest_edge": pixel_limits["min_pixels"], "longest_edge": pixel_limits["max_pixels"]}
+            preprocessor["size"] = {
+                "shortest_edge": pixel_limits["min_pixels"],
+                "longest_edge": pixel_limits["max_pixels"],
+            }
         write_json(directory / "preprocessor_config.json", preprocessor | pixel_limits)
     write_json(directory / "config.json", config.source)
-
-
-def write_json(path, value):
-    """Write beside and rename into place: a reader sees the old file or the new one, never half of one."""
-    beside = Path(f"{path}.tmp")
-    beside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(beside, path)

@@ -25,13 +25,16 @@ from PIL import ExifTags, Image, ImageOps
 from tokenizers import Tokenizer
 from torch.nn.utils.rnn import pad_sequence
 
-from checkpoint import read_json
-from model import Batch, mrope_positions
-from rewards import CHOICE_TYPES, NUMBER_TYPES, UserError, parse_choice, parse_number
+from files import UserError, parse_line, read_json, read_lines
+from model import Batch
+from rewards import CHOICE_TYPES, NUMBER_TYPES, parse_choice, parse_number
 
 IGNORE = -100  # label of a token that is not trained
 DATA_TYPES = ("single_image", "multi_view", "video")
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of CLIP's pictures, RGB
+MEAN, STD = (
+    (0.48145466, 0.4578275, 0.40821073),
+    (0.26862954, 0.26130258, 0.27577711),
+)  # of CLIP's pictures, RGB
 
 PROMPTS = {  # {question} and {options} are the slots; --prompts FILE replaces any of these texts
     "system": "You are a helpful assistant.",
@@ -40,11 +43,11 @@ PROMPTS = {  # {question} and {options} are the slots; --prompts FILE replaces a
     "direct number": "{question}\nReply with a single number only.",
     "direct text": "{question}\nReply with the answer only.",
     "thinking choice": "{question}\nOptions:\n{options}\nReason step by step between <think> and </think>, then write "
-                       "the letter of the correct option between <answer> and </answer>.",
+    "the letter of the correct option between <answer> and </answer>.",
     "thinking number": "{question}\nReason step by step between <think> and </think>, then write a single number "
-                       "between <answer> and </answer>.",
+    "between <answer> and </answer>.",
     "thinking text": "{question}\nReason step by step between <think> and </think>, then write the answer between "
-                     "<answer> and </answer>.",
+    "<answer> and </answer>.",
 }
 
 
@@ -56,8 +59,12 @@ class Media:
     """One picture or one video of a prompt."""
 
     kind: str  # "image" | "video"
-    source: object  # path or bytes of a picture; path of a video file, or a tuple of its frames' paths
-    seconds_per_frame: float | None = None  # true time between the frames of a list, where the row gives it
+    source: (
+        object  # path or bytes of a picture; path of a video file, or a tuple of its frames' paths
+    )
+    seconds_per_frame: float | None = (
+        None  # true time between the frames of a list, where the row gives it
+    )
 
     @property
     def sources(self):
@@ -71,7 +78,9 @@ class Sample:
     where: str  # "file.jsonl:17", how errors and logs name the row
     id: str
     question: str
-    question_type: str  # "localization", one of the seven types, a benchmark's own, "chat" or "chat: ..."
+    question_type: (
+        str  # "localization", one of the seven types, a benchmark's own, "chat" or "chat: ..."
+    )
     answer: object  # text, or a tuple of boxes {"bbox_2d": pixels of the original file, "label"}
     options: tuple = ()  # "A. left", "B. right", ...
     media: tuple = ()
@@ -79,27 +88,6 @@ class Sample:
     prompt: str | None = None  # complete user text that replaces the template
     solution: str | None = None  # the chain of thought that a cold start imitates
     messages: tuple | None = None  # ((role, (text or Media, ...)), ...)
-
-
-def read_lines(path):
-    """(place, line) of every line of a jsonl file that is not blank; place is "file:line", for parse_line."""
-    try:
-        with open(path, "rb") as file:
-            yield from ((f"{path}:{number}", line) for number, line in enumerate(file, 1) if line.strip())
-    except OSError as error:
-        raise UserError(f"{path}: not readable ({error})") from None
-
-
-def parse_line(line, where):
-    """The JSON object that a line is."""
-    try:
-        row = json.loads(line.decode())
-        json.dumps(row, ensure_ascii=False).encode() if b"\\u" in line else None  # half a surrogate pair is no text
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not JSON ({error})") from None
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: expected an object, found {type(row).__name__}")
-    return row
 
 
 def read_samples(path, images, wrong=None):
@@ -124,12 +112,21 @@ def read_all(paths, images, tell=None, data_types=None):
     of that name beside each file. With `tell`, such as print, rows that are not valid are dropped, and it is told how many.
     """
     wrong = [] if tell else None
-    samples = [s for path in paths for s in read_samples(path, images or Path(path).parent / "images", wrong)]
+    samples = [
+        s
+        for path in paths
+        for s in read_samples(path, images or Path(path).parent / "images", wrong)
+    ]
     if wrong:
         tell(f"dropped {len(wrong)} of {len(wrong) + len(samples)} rows, the first: {wrong[0]}")
-    unknown, kinds = set(data_types or ()) - set(DATA_TYPES), f" of data_type {' or '.join(data_types)}" if data_types else ""
+    unknown, kinds = (
+        set(data_types or ()) - set(DATA_TYPES),
+        f" of data_type {' or '.join(data_types)}" if data_types else "",
+    )
     if unknown:
-        raise UserError(f"--data-types: there is no {unknown.pop()!r}, expected of {', '.join(DATA_TYPES)}")
+        raise UserError(
+            f"--data-types: there is no {unknown.pop()!r}, expected of {', '.join(DATA_TYPES)}"
+        )
     samples = [s for s in samples if not data_types or s.data_type in data_types]
     if not samples:
         raise UserError(f"{', '.join(map(str, paths))}: no rows{kinds} in it")
@@ -138,10 +135,13 @@ def read_all(paths, images, tell=None, data_types=None):
 
 def parse_row(row, where, images):
     """One row: localization if its answer is a list of boxes, cold start if it has a solution, chat if messages."""
+
     def need(key, kind, default=None):
         value = row.get(key, default)
         if not isinstance(value, kind):
-            names = " or ".join(k.__name__ for k in kind) if isinstance(kind, tuple) else kind.__name__
+            names = (
+                " or ".join(k.__name__ for k in kind) if isinstance(kind, tuple) else kind.__name__
+            )
             found = json.dumps(value)[:80] if key in row else "missing"
             raise UserError(f"{where}: {key} is {found}, expected {names}")
         return value
@@ -155,11 +155,18 @@ def parse_row(row, where, images):
 
     paths, data_type = need("image", list), need("data_type", str)
     if data_type not in DATA_TYPES:
-        raise UserError(f"{where}: data_type is {data_type!r}, expected single_image, multi_view or video")
+        raise UserError(
+            f"{where}: data_type is {data_type!r}, expected single_image, multi_view or video"
+        )
     if not paths or not all(isinstance(p, str) for p in paths):
         raise UserError(f"{where}: image is {json.dumps(paths)[:80]}, expected a list of paths")
     if data_type == "video":
-        is_file = len(paths) == 1 and Path(paths[0]).suffix.lower() not in (".jpg", ".jpeg", ".png", ".webp")
+        is_file = len(paths) == 1 and Path(paths[0]).suffix.lower() not in (
+            ".jpg",
+            ".jpeg",
+            ".png",
+            ".webp",
+        )
         source = str(images / paths[0]) if is_file else tuple(str(images / p) for p in paths)
         seconds = need("seconds_per_frame", (int, float)) if "seconds_per_frame" in row else 1.0
         if not 0 < seconds < math.inf:
@@ -170,7 +177,7 @@ def parse_row(row, where, images):
 
     prompt, solution = row.get("prompt"), row.get("solution")
     for key in ("prompt", "solution"):
-        if row.get(key) is not None or key == "solution" and "question" not in row:
+        if row.get(key) is not None or (key == "solution" and "question" not in row):
             need(key, str)
     question = need("question", str, "" if prompt else None).replace("<image>", "").strip()
     answer, options = row.get("answer", ""), row.get("options") or []
@@ -178,28 +185,61 @@ def parse_row(row, where, images):
         raise UserError(f"{where}: options is {json.dumps(options)[:80]}, expected a list of texts")
     if isinstance(answer, list):
         if len(media) != 1 or data_type != "single_image" or not answer:
-            raise UserError(f"{where}: {len(answer)} boxes in {len(paths)} pictures ({data_type}), expected some in one")
-        return Sample(where, row_id, question, "localization", tuple(parse_box(b, where) for b in answer), (), media,
-                      data_type, prompt, solution)
+            raise UserError(
+                f"{where}: {len(answer)} boxes in {len(paths)} pictures ({data_type}), expected some in one"
+            )
+        return Sample(
+            where,
+            row_id,
+            question,
+            "localization",
+            tuple(parse_box(b, where) for b in answer),
+            (),
+            media,
+            data_type,
+            prompt,
+            solution,
+        )
     question_type = need("question_type", str, "" if solution is not None else None)
     if question_type not in CHOICE_TYPES + NUMBER_TYPES + (("",) if solution is not None else ()):
-        raise UserError(f"{where}: question_type is {question_type!r}, expected one of "
-                        f"{', '.join(CHOICE_TYPES + NUMBER_TYPES)}")
+        raise UserError(
+            f"{where}: question_type is {question_type!r}, expected one of "
+            f"{', '.join(CHOICE_TYPES + NUMBER_TYPES)}"
+        )
     answer = str(need("answer", (str, int, float), ""))
     if question_type in CHOICE_TYPES:
         if parse_choice(answer) not in [option[:1] for option in options]:
-            raise UserError(f"{where}: answer is {answer!r}, expected the letter of one of the options {options}")
+            raise UserError(
+                f"{where}: answer is {answer!r}, expected the letter of one of the options {options}"
+            )
     elif question_type in NUMBER_TYPES and parse_number(answer) is None:
         raise UserError(f"{where}: answer is {answer!r}, expected a number for {question_type}")
-    return Sample(where, row_id, question, question_type, answer, tuple(options), media, data_type, prompt, solution)
+    return Sample(
+        where,
+        row_id,
+        question,
+        question_type,
+        answer,
+        tuple(options),
+        media,
+        data_type,
+        prompt,
+        solution,
+    )
 
 
 def parse_box(box, where):
     """{"bbox_2d": [x1, y1, x2, y2], "label": text} with x1 < x2 and y1 < y2, in pixels of the original file."""
     corners = box.get("bbox_2d") if isinstance(box, dict) else None
-    if not (isinstance(corners, list) and len(corners) == 4 and isinstance(box.get("label"), str)
-            and all(type(c) in (int, float) and -math.inf < c < math.inf for c in corners)):
-        raise UserError(f"{where}: box is {json.dumps(box)[:80]}, expected bbox_2d with 4 numbers and a label")
+    if not (
+        isinstance(corners, list)
+        and len(corners) == 4
+        and isinstance(box.get("label"), str)
+        and all(type(c) in (int, float) and -math.inf < c < math.inf for c in corners)
+    ):
+        raise UserError(
+            f"{where}: box is {json.dumps(box)[:80]}, expected bbox_2d with 4 numbers and a label"
+        )
     x1, y1, x2, y2 = corners
     if not (0 <= x1 < x2 and 0 <= y1 < y2):
         raise UserError(f"{where}: bbox_2d is {corners}, expected 0 <= x1 < x2 and 0 <= y1 < y2")
@@ -210,7 +250,11 @@ def parse_messages(messages, where, images):
     """Chat turns; content is text or a list of parts {"type": "text"|"image"|"video", "text"|"image"|"video": ...}."""
     turns = []
     for message in messages:
-        role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
+        role, content = (
+            (message.get("role"), message.get("content"))
+            if isinstance(message, dict)
+            else (None, None)
+        )
         if role not in ("system", "user", "assistant"):
             raise UserError(f"{where}: role is {role!r}, expected system, user or assistant")
         content = [{"type": "text", "text": content}] if isinstance(content, str) else content
@@ -218,13 +262,20 @@ def parse_messages(messages, where, images):
         for part in content if isinstance(content, list) else [content]:
             kind = part.get("type") if isinstance(part, dict) else None
             value = part.get(kind) if kind in ("text", "image", "video") else None
-            if kind == "video" and isinstance(value, list) and value and all(isinstance(p, str) for p in value):
+            if (
+                kind == "video"
+                and isinstance(value, list)
+                and value
+                and all(isinstance(p, str) for p in value)
+            ):
                 parts.append(Media("video", tuple(str(images / p) for p in value)))
             elif isinstance(value, str) and (kind == "text" or role == "user"):
                 parts.append(value if kind == "text" else Media(kind, str(images / value)))
             else:
-                raise UserError(f"{where}: content part {json.dumps(part)[:80]}, expected text, or in a user's turn "
-                                f"an image or a video")
+                raise UserError(
+                    f"{where}: content part {json.dumps(part)[:80]}, expected text, or in a user's turn "
+                    f"an image or a video"
+                )
         turns.append((role, tuple(parts)))
     if not turns or turns[-1][0] != "assistant":
         raise UserError(f"{where}: messages must end with the assistant's turn")
@@ -245,7 +296,9 @@ def smart_resize(height, width, min_pixels, max_pixels, factor=28):
     h, w = round(height / factor) * factor, round(width / factor) * factor
     if h * w > max_pixels:
         shrink = math.sqrt(height * width / max_pixels)
-        h, w = (max(factor, math.floor(side / shrink / factor) * factor) for side in (height, width))
+        h, w = (
+            max(factor, math.floor(side / shrink / factor) * factor) for side in (height, width)
+        )
     elif h * w < min_pixels:
         grow = math.sqrt(min_pixels / (height * width))
         h, w = (math.ceil(side * grow / factor) * factor for side in (height, width))
@@ -258,16 +311,30 @@ def open_picture(source, pixels=True):
     name = "picture given as bytes" if isinstance(source, bytes) else source
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            size = image.size[::-1] if image.getexif().get(ExifTags.Base.Orientation, 1) > 4 else image.size
+            size = (
+                image.size[::-1]
+                if image.getexif().get(ExifTags.Base.Orientation, 1) > 4
+                else image.size
+            )
             if pixels:
                 image = ImageOps.exif_transpose(image)
                 if image.has_transparency_data:
-                    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+                    image = Image.alpha_composite(
+                        Image.new("RGBA", image.size, "white"), image.convert("RGBA")
+                    )
             image = image.convert("RGB") if pixels else SimpleNamespace(size=size)
-    except (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError) as error:  # AVIF: RuntimeError
+    except (
+        OSError,
+        ValueError,
+        SyntaxError,
+        RuntimeError,
+        Image.DecompressionBombError,
+    ) as error:  # AVIF: RuntimeError
         raise UserError(f"{name}: not a readable picture ({str(error).split(' <')[0]})") from None
     if min(image.size) < 28:
-        raise UserError(f"{name}: {image.size[0]}x{image.size[1]} pixels, expected at least 28 on each side")
+        raise UserError(
+            f"{name}: {image.size[0]}x{image.size[1]} pixels, expected at least 28 on each side"
+        )
     return image
 
 
@@ -279,8 +346,10 @@ def read_video(path, num_frames, fps):
     try:
         import decord
     except ImportError:
-        raise UserError(f"{path}: reading video files needs decord (pip install decord; it has no build for ARM), "
-                        f"or give the frames as a list of pictures") from None
+        raise UserError(
+            f"{path}: reading video files needs decord (pip install decord; it has no build for ARM), "
+            f"or give the frames as a list of pictures"
+        ) from None
     try:
         reader = decord.VideoReader(str(path), num_threads=1)
         total, rate = len(reader), float(reader.get_avg_fps())
@@ -289,13 +358,17 @@ def read_video(path, num_frames, fps):
         frames = reader.get_batch(index).asnumpy()
         del reader  # decord keeps its decoder's memory as long as the reader lives
     except (decord.DECORDError, OSError, RuntimeError, ValueError, ZeroDivisionError) as error:
-        raise UserError(f"{path}: not a readable video ({str(error).strip().splitlines()[0][:100]})") from None
+        raise UserError(
+            f"{path}: not a readable video ({str(error).strip().splitlines()[0][:100]})"
+        ) from None
     if len(index) == 0:
         raise UserError(f"{path}: the video has no frames")
     return [Image.fromarray(frame) for frame in frames], total / rate / len(index)
 
 
-open_header = cache(partial(open_picture, pixels=False))  # a data set shows one picture in many rows
+open_header = cache(
+    partial(open_picture, pixels=False)
+)  # a data set shows one picture in many rows
 
 
 @cache
@@ -323,7 +396,9 @@ def check_media(sample):
             smart_resize(height, width, 0, math.inf)  # refuses what is too thin
             for box in sample.answer if sample.question_type == "localization" else ():
                 if box["bbox_2d"][2] > width or box["bbox_2d"][3] > height:
-                    raise UserError(f"bbox_2d is {box['bbox_2d']}, outside the picture of {width}x{height} pixels")
+                    raise UserError(
+                        f"bbox_2d is {box['bbox_2d']}, outside the picture of {width}x{height} pixels"
+                    )
     except UserError as error:
         raise UserError(f"{sample.where}: {error}") from None
     return sample
@@ -340,8 +415,12 @@ def to_patches(pictures, size):
     """
     height, width = size
     table = (np.arange(256) * (1 / 255)).astype(np.float32)[:, None]
-    table = (table - np.array(MEAN, np.float32)) / np.array(STD, np.float32)  # (256, 3): every value a pixel can have
-    pixels = np.stack([np.asarray(p.resize((width, height), Image.BICUBIC)) for p in pictures])  # (T, H, W, 3) uint8
+    table = (table - np.array(MEAN, np.float32)) / np.array(
+        STD, np.float32
+    )  # (256, 3): every value a pixel can have
+    pixels = np.stack(
+        [np.asarray(p.resize((width, height), Image.BICUBIC)) for p in pictures]
+    )  # (T, H, W, 3) uint8
     if len(pixels) % 2:
         pixels = np.concatenate((pixels, pixels[-1:]))
     values = np.stack([table[pixels[..., c], c] for c in range(3)], axis=1)  # (T, 3, H, W)
@@ -362,10 +441,18 @@ def prompt_text(sample, style, prompts=PROMPTS):
     """
     if sample.prompt is not None:
         return sample.prompt
-    kind = "choice" if sample.options else "number" if parse_number(str(sample.answer)) is not None else "text"
+    kind = (
+        "choice"
+        if sample.options
+        else "number"
+        if parse_number(str(sample.answer)) is not None
+        else "text"
+    )
     text = prompts[style if style == "localize" else f"{style} {kind}"]
     slots = {"{question}": sample.question, "{options}": "\n".join(sample.options)}
-    return re.sub("{question}|{options}", lambda slot: slots[slot[0]], text)  # at once: a question may hold {options}
+    return re.sub(
+        "{question}|{options}", lambda slot: slots[slot[0]], text
+    )  # at once: a question may hold {options}
 
 
 def read_prompts(path):
@@ -375,7 +462,9 @@ def read_prompts(path):
         raise UserError(f"{path}: expected an object from prompt names to texts")
     for name, text in given.items():
         if name not in PROMPTS:
-            raise UserError(f"{path}: unknown prompt {name!r}, expected one of {', '.join(PROMPTS)}")
+            raise UserError(
+                f"{path}: unknown prompt {name!r}, expected one of {', '.join(PROMPTS)}"
+            )
         for slot in ("{question}", "{options}"):
             if slot in PROMPTS[name] and slot not in text:
                 raise UserError(f"{path}: prompt {name!r} lacks the slot {slot}")
@@ -398,13 +487,20 @@ def answer_text(sample, style, scale):
     if sample.question_type != "localization":
         return sample.answer
     boxes = scale_boxes(sample.answer, scale)
-    return "```json\n[" + ",\n".join(json.dumps(box, ensure_ascii=False) for box in boxes) + "]\n```"
+    return (
+        "```json\n[" + ",\n".join(json.dumps(box, ensure_ascii=False) for box in boxes) + "]\n```"
+    )
 
 
 def scale_boxes(boxes, scale):
     """Boxes with corners multiplied by (x, y) factors and rounded to whole pixels."""
-    return tuple({"bbox_2d": [round(c * scale[i % 2]) for i, c in enumerate(box["bbox_2d"])], "label": box["label"]}
-                 for box in boxes)
+    return tuple(
+        {
+            "bbox_2d": [round(c * scale[i % 2]) for i, c in enumerate(box["bbox_2d"])],
+            "label": box["label"],
+        }
+        for box in boxes
+    )
 
 
 # ---------------------------------------------------------------------------------------------- token ids
@@ -427,8 +523,47 @@ def load_tokenizer(directory):
     path = Path(directory) / "tokenizer.json"
     try:
         return Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises plain Exception for a missing file as for a broken one
+    except (
+        Exception
+    ) as error:  # tokenizers raises plain Exception for a missing file as for a broken one
         raise UserError(f"{path}: not a readable tokenizer ({error})") from None
+
+
+def mrope_positions(ids, grids, seconds_per_grid, config):
+    """The three position axes of one sequence.
+
+    Text advances all axes together. A picture's tokens share the time at which they start and spread over height and
+    width; a video's also move in time, by floor(t * tokens_per_second * seconds_per_grid): multiplied first, then
+    floored. What follows continues at the largest position so far, over all axes, plus one, as the model was trained.
+    (transformers 5 continues after a video at its start + max(h, w) / 2, which differs once the time axis is longest.)
+
+    Args:    ids: (T,) int64. grids: [(t, h, w)] in patches, in order. seconds_per_grid: None for a picture.
+    Returns: (3, T) int64.
+    Raises:  UserError if the placeholders in `ids` are not those of `grids`.
+    """
+    merge = config.vision.spatial_merge_size
+    is_pad = (ids == config.image_token_id) | (ids == config.video_token_id)
+    needed = sum(t * h * w // merge**2 for t, h, w in grids)
+    if int(is_pad.sum()) != needed:
+        raise UserError(
+            f"{int(is_pad.sum())} vision placeholders in the text, {needed} vision tokens in the "
+            f"{len(grids)} pictures"
+        )
+    positions, at, following = [], 0, 0
+    for (t, h, w), seconds in zip(grids, seconds_per_grid):
+        start = at + int(is_pad[at:].nonzero()[0])
+        text = torch.arange(following, following + start - at).expand(3, -1)
+        h, w = h // merge, w // merge
+        step = 0.0 if seconds is None else config.vision.tokens_per_second * seconds
+        times = torch.tensor([math.floor(frame * step) for frame in range(t)])
+        vision = torch.stack(
+            torch.meshgrid(times, torch.arange(h), torch.arange(w), indexing="ij")
+        ).flatten(1)  # (3, t*h*w)
+        vision = vision + following + start - at
+        positions += [text, vision]
+        at, following = start + t * h * w, int(vision.max()) + 1
+    positions.append(torch.arange(following, following + len(ids) - at).expand(3, -1))
+    return torch.cat(positions, dim=1)
 
 
 class Processor:
@@ -443,30 +578,62 @@ class Processor:
         self.tokenizer.encode_special_tokens = True  # "<|image_pad|>" in a question is text
         self.config, self.prompts = config, read_prompts(args.prompts) if args.prompts else PROMPTS
         self.special = {}
-        for name in ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
-                     "<|video_pad|>"):
+        for name in (
+            "<|im_start|>",
+            "<|im_end|>",
+            "<|vision_start|>",
+            "<|vision_end|>",
+            "<|image_pad|>",
+            "<|video_pad|>",
+        ):
             self.special[name] = self.tokenizer.token_to_id(name)
             if self.special[name] is None:
-                raise UserError(f"{directory / 'tokenizer.json'}: no token {name} in it; not Qwen2.5-VL's tokenizer?")
+                raise UserError(
+                    f"{directory / 'tokenizer.json'}: no token {name} in it; not Qwen2.5-VL's tokenizer?"
+                )
         words = self.tokenizer.get_vocab_size()
         if words > config.text.vocab_size or self.special["<|image_pad|>"] != config.image_token_id:
-            raise UserError(f"{directory}: tokenizer and model have other vocabularies: {words} words with <|image_pad|> at "
-                            f"{self.special['<|image_pad|>']}, the model {config.text.vocab_size} and {config.image_token_id}")
+            raise UserError(
+                f"{directory}: tokenizer and model have other vocabularies: {words} words with <|image_pad|> at "
+                f"{self.special['<|image_pad|>']}, the model {config.text.vocab_size} and {config.image_token_id}"
+            )
         limits = read_json(directory / "preprocessor_config.json")
         edges = limits.get("size") or {}
-        self.min_pixels = args.min_pixels or limits.get("min_pixels") or edges.get("shortest_edge") or 56 * 56
-        self.max_pixels = args.max_pixels or limits.get("max_pixels") or edges.get("longest_edge") or 1280 * 28 * 28
+        self.min_pixels = (
+            args.min_pixels or limits.get("min_pixels") or edges.get("shortest_edge") or 56 * 56
+        )
+        self.max_pixels = (
+            args.max_pixels
+            or limits.get("max_pixels")
+            or edges.get("longest_edge")
+            or 1280 * 28 * 28
+        )
         if self.min_pixels > self.max_pixels:
-            raise UserError(f"--min-pixels is {self.min_pixels}, above --max-pixels {self.max_pixels}")
-        self.num_frames, self.fps, self.video_seconds = args.num_frames, args.fps, args.video_seconds
+            raise UserError(
+                f"--min-pixels is {self.min_pixels}, above --max-pixels {self.max_pixels}"
+            )
+        self.num_frames, self.fps, self.video_seconds = (
+            args.num_frames,
+            args.fps,
+            args.video_seconds,
+        )
         generation = read_json(directory / "generation_config.json")
         stops = generation.get("eos_token_id", self.special["<|im_end|>"])
         self.stop_ids = tuple(stops) if isinstance(stops, list) else (stops,)
 
     def banned(self, device):
         """(V,) bool: vision tokens and rows beyond the tokenizer, which sampler, policy and reference never use."""
-        words = torch.arange(self.config.text.vocab_size, device=device) >= self.tokenizer.get_vocab_size()
-        for name in ("<|im_start|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"):
+        words = (
+            torch.arange(self.config.text.vocab_size, device=device)
+            >= self.tokenizer.get_vocab_size()
+        )
+        for name in (
+            "<|im_start|>",
+            "<|vision_start|>",
+            "<|vision_end|>",
+            "<|image_pad|>",
+            "<|video_pad|>",
+        ):
             words[self.special[name]] = True
         return words
 
@@ -491,14 +658,21 @@ class Processor:
         h, w = smart_resize(height, width, self.min_pixels, self.max_pixels)
         grid = -(-len(pictures) // 2), h // 14, w // 14
         known = self.video_seconds == "real" and seconds is not None
-        return to_patches(pictures, (h, w))[0] if pixels else torch.empty(0, 1176), grid, \
-            (2 * seconds if known else 1.0) if media.kind == "video" else None, (w / width, h / height)
+        return (
+            to_patches(pictures, (h, w))[0] if pixels else torch.empty(0, 1176),
+            grid,
+            (2 * seconds if known else 1.0) if media.kind == "video" else None,
+            (w / width, h / height),
+        )
 
     def turns(self, sample, style, scale, answer):
         """The conversation as ((role, (text or Media, ...)), ...)."""
         system = (("system", (self.prompts["system"],)),)  # a chat may bring its own
         if sample.messages is not None:
-            return system * (sample.messages[0][0] != "system") + sample.messages[:None if answer else -1]
+            return (
+                system * (sample.messages[0][0] != "system")
+                + sample.messages[: None if answer else -1]
+            )
         turns = (*system, ("user", (*sample.media, prompt_text(sample, style, self.prompts))))
         return turns + (("assistant", (answer_text(sample, style, scale),)),) if answer else turns
 
@@ -531,14 +705,18 @@ class Processor:
                     add_text("".join(parts), trained=True)
                     add(end, trained=True)
                 else:
-                    text = role + "\n"  # text runs on until a special token, as when the whole chat is tokenized
+                    text = (
+                        role + "\n"
+                    )  # text runs on until a special token, as when the whole chat is tokenized
                     for part in parts:
                         if isinstance(part, Media):
                             add_text(text)
                             t, h, w = next(pictures)[1]
-                            add([self.special["<|vision_start|>"]]
+                            add(
+                                [self.special["<|vision_start|>"]]
                                 + [self.special[f"<|{part.kind}_pad|>"]] * (t * h * w // 4)
-                                + [self.special["<|vision_end|>"]])
+                                + [self.special["<|vision_end|>"]]
+                            )
                             text = ""
                         else:
                             text += part
@@ -564,16 +742,29 @@ def collate(examples, config):
     A batch without pictures gets a dummy picture of 2 x 2 patches whose features go nowhere.
     """
     ids = pad_sequence([e.ids for e in examples], batch_first=True)  # (B, T)
-    labels = pad_sequence([e.labels for e in examples], batch_first=True, padding_value=IGNORE)  # (B, T)
-    positions = pad_sequence([e.positions.T for e in examples], batch_first=True).permute(2, 0, 1)  # (3, B, T)
+    labels = pad_sequence(
+        [e.labels for e in examples], batch_first=True, padding_value=IGNORE
+    )  # (B, T)
+    positions = pad_sequence([e.positions.T for e in examples], batch_first=True).permute(
+        2, 0, 1
+    )  # (3, B, T)
     flat = ids.flatten()
-    following = torch.cat((labels[:, 1:], torch.full_like(labels[:, :1], IGNORE)), dim=1).flatten()  # (B*T,) next token
+    following = torch.cat(
+        (labels[:, 1:], torch.full_like(labels[:, :1], IGNORE)), dim=1
+    ).flatten()  # (B*T,) next token
     predict_at = (following != IGNORE).nonzero()[:, 0]
     grids = [grid for e in examples for grid in e.grids]
     patches = torch.cat([e.patches for e in examples]) if grids else torch.zeros(4, 1176)
-    return Batch(ids, positions, torch.tensor([len(e.ids) for e in examples]), patches, grids or [(1, 2, 2)],
-                 ((flat == config.image_token_id) | (flat == config.video_token_id)).nonzero()[:, 0],
-                 predict_at, following[predict_at])
+    return Batch(
+        ids,
+        positions,
+        torch.tensor([len(e.ids) for e in examples]),
+        patches,
+        grids or [(1, 2, 2)],
+        ((flat == config.image_token_id) | (flat == config.video_token_id)).nonzero()[:, 0],
+        predict_at,
+        following[predict_at],
+    )
 
 
 # ---------------------------------------------------------------------------------------------- kinds of rows
@@ -590,9 +781,12 @@ def cost(sample):
     """About how long a row is, in words and pictures: rows of like cost are padded together."""
     pictures = sum(len(media.sources) for media in sample.media)
     texts = [part for _, parts in sample.messages or () for part in parts if isinstance(part, str)]
-    return 100 * pictures + sum(len(text.split()) for text in (sample.question, sample.solution or "", *texts))
+    return 100 * pictures + sum(
+        len(text.split()) for text in (sample.question, sample.solution or "", *texts)
+    )
 
 
 if __name__ == "__main__":
-    from check import main, main_guard  # beside the reading path
+    from look.check import main, main_guard  # beside the reading path
+
     main_guard(main)

@@ -24,24 +24,13 @@ import torch
 from tqdm import tqdm
 
 from benchmarks import BENCHES, OURS, add_baselines, read_bench, score_rows, summarize, table
-from checkpoint import checkpoint_tensors, load_model, read_json, write_json
-from data import Processor, collate, cost, parse_line, read_all, read_lines, style_of
+from checkpoint import checkpoint_tensors, load_model
+from data import Processor, collate, cost, read_all, style_of
+from files import UserError, parse_line, read_json, read_lines, write_json
 from model import generate
-from rewards import CHOICE_TYPES, NUMBER_TYPES, UserError, parse_boxes
-from runtime import Parser, Ranks, add_flags, main_guard, refuse_bad_values
-
-SEEN = ("min_pixels", "max_pixels", "num_frames", "fps", "video_seconds", "prompts")  # what data.Processor asks for
-
-
-def found_benches(data):
-    """Benchmark -> its folder, for every data set that lies in `data` in a folder with its name on the hub."""
-    folders = {name: Path(data) / bench.hub.split("/")[1] for name, bench in BENCHES.items()}
-    found = {name: folder for name, folder in folders.items()
-             if any(any(folder.glob(depth + BENCHES[name].files[0])) for depth in ("", "*/"))}
-    if not found:
-        raise UserError(f"{data}: no benchmark in it; expected folders "
-                        + ", ".join(sorted({folder.name for folder in folders.values()})))
-    return found
+from rewards import CHOICE_TYPES, NUMBER_TYPES, parse_boxes
+from runtime import Ranks, main_guard
+from settings import Parser, add_flags
 
 
 def read_rows(bench, data, images):
@@ -51,13 +40,22 @@ def read_rows(bench, data, images):
     """
     if bench in BENCHES:
         return read_bench(bench, data)
-    files = [Path(data) / f"spld_{kind}_data.jsonl" for kind in ("grounding", "spatial")] if bench == "rooms" else [bench]
+    files = (
+        [Path(data) / f"spld_{kind}_data.jsonl" for kind in ("grounding", "spatial")]
+        if bench == "rooms"
+        else [bench]
+    )
     for file in files:
         if not Path(file).is_file():
-            raise UserError(f"{file}: no such file; --bench takes {', '.join(BENCHES)}, all, rooms, or a jsonl file")
+            raise UserError(
+                f"{file}: no such file; --bench takes {', '.join(BENCHES)}, all, rooms, or a jsonl file"
+            )
     samples = read_all(files, images)
     for sample in samples:
-        if sample.question_type not in ("localization", *CHOICE_TYPES, *NUMBER_TYPES) and not sample.messages:
+        if (
+            sample.question_type not in ("localization", *CHOICE_TYPES, *NUMBER_TYPES)
+            and not sample.messages
+        ):
             raise UserError(f"{sample.where}: no question_type in it: there is nothing to score by")
     return samples, [{}] * len(samples)
 
@@ -69,25 +67,49 @@ def subset(samples, extras, limit, seed):
     by_type = defaultdict(list)
     for row, sample in enumerate(samples):
         by_type[sample.question_type].append(row)
-    rows = sorted(row for rows in by_type.values() for row in random.Random(seed).sample(rows, min(limit, len(rows))))
+    rows = sorted(
+        row
+        for rows in by_type.values()
+        for row in random.Random(seed).sample(rows, min(limit, len(rows)))
+    )
     return [samples[row] for row in rows], [extras[row] for row in rows]
 
 
 @torch.no_grad()
 def answer_rows(model, processor, samples, rows, args, device):
     """Greedy answers to some rows (numbers into samples), decoded in one batch. Returns: their prediction rows."""
-    examples = [processor.example(samples[row], style_of(samples[row], args.prompt_style), answer=False) for row in rows]
-    rollout = generate(model, collate(examples, processor.config).to(device), args.max_completion_length,
-                       processor.stop_ids, banned=processor.banned(device))
+    examples = [
+        processor.example(samples[row], style_of(samples[row], args.prompt_style), answer=False)
+        for row in rows
+    ]
+    rollout = generate(
+        model,
+        collate(examples, processor.config).to(device),
+        args.max_completion_length,
+        processor.stop_ids,
+        banned=processor.banned(device),
+    )
     answers = []
     for i, (row, example) in enumerate(zip(rows, examples)):
         sample = samples[row]
         prompt, vision_tokens = processor.shown(example)
-        answer = {"index": row, "id": sample.id, "where": sample.where, "question_type": sample.question_type,
-                  "images": [path for media in sample.media for path in media.sources if not isinstance(path, bytes)],
-                  "prompt": prompt, "vision_tokens": vision_tokens,
-                  "completion": processor.decode(rollout.ids[i, :rollout.lengths[i]].tolist()),
-                  "truncated": not rollout.finished[i].item(), "answer": example.boxes or sample.answer}
+        answer = {
+            "index": row,
+            "id": sample.id,
+            "where": sample.where,
+            "question_type": sample.question_type,
+            "images": [
+                path
+                for media in sample.media
+                for path in media.sources
+                if not isinstance(path, bytes)
+            ],
+            "prompt": prompt,
+            "vision_tokens": vision_tokens,
+            "completion": processor.decode(rollout.ids[i, : rollout.lengths[i]].tolist()),
+            "truncated": not rollout.finished[i].item(),
+            "answer": example.boxes or sample.answer,
+        }
         if sample.question_type == "localization":
             t, h, w = example.grids[0]
             answer["size"] = [14 * w, 14 * h]
@@ -112,15 +134,25 @@ def answer_once(samples, size, ranks, out, answer):
              as many objects with "index", the row.
     Returns: on every rank, the answers in row order.
     """
-    order = sorted(range(len(samples)), key=lambda row: (cost(samples[row]), row), reverse=True)  # longest first
-    batches = [order[i:i + size] for i in range(0, len(order), size)]
+    order = sorted(
+        range(len(samples)), key=lambda row: (cost(samples[row]), row), reverse=True
+    )  # longest first
+    batches = [order[i : i + size] for i in range(0, len(order), size)]
     done = finished_rows(out)
-    todo = [batch for batch in batches[ranks.rank::ranks.world] if not all(row in done for row in batch)]
+    todo = [
+        batch
+        for batch in batches[ranks.rank :: ranks.world]
+        if not all(row in done for row in batch)
+    ]
     path = out / f"answers-rank{ranks.rank}.jsonl"
     if path.is_file():
-        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)  # a line cut in the middle is answered again
+        os.truncate(
+            path, path.read_bytes().rfind(b"\n") + 1
+        )  # a line cut in the middle is answered again
     with open(path, "a", encoding="utf-8") as file:
-        for batch in tqdm(todo, desc="answers", disable=ranks.rank != 0, mininterval=2, dynamic_ncols=True):
+        for batch in tqdm(
+            todo, desc="answers", disable=ranks.rank != 0, mininterval=2, dynamic_ncols=True
+        ):
             file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answer(batch)))
             file.flush()
     ranks.gather(None)  # all have written
@@ -130,8 +162,13 @@ def answer_once(samples, size, ranks, out, answer):
 
 def answer_all(model, processor, samples, args, ranks, out):
     """Answer every sample with the model. Returns: answers in row order."""
-    return answer_once(samples, args.batch_size, ranks, out,
-                       lambda rows: answer_rows(model, processor, samples, rows, args, ranks.device))
+    return answer_once(
+        samples,
+        args.batch_size,
+        ranks,
+        out,
+        lambda rows: answer_rows(model, processor, samples, rows, args, ranks.device),
+    )
 
 
 @cache
@@ -157,25 +194,49 @@ def given_answers(path, samples, benchmark):
     """
     given, truths = {}, {(s.id, s.question_type): s.answer for s in benchmark}
     if len(truths) < len(benchmark):
-        raise UserError(f"--predictions {path}: the benchmark has rows of equal id and question_type")
+        raise UserError(
+            f"--predictions {path}: the benchmark has rows of equal id and question_type"
+        )
     for where, line in read_lines(path):
         row = parse_line(line, where)
-        missing = [key for key in ("id", "question_type", "completion") if not isinstance(row.get(key), (str, int))]
+        missing = [
+            key
+            for key in ("id", "question_type", "completion")
+            if not isinstance(row.get(key), (str, int))
+        ]
         if missing:
-            raise UserError(f"{where}: expected id, question_type and completion, found {', '.join(row)}")
+            raise UserError(
+                f"{where}: expected id, question_type and completion, found {', '.join(row)}"
+            )
         name = str(row["id"]), row["question_type"]
         if name not in truths or name in given:
-            raise UserError(f"{where}: id {name[0]} of {name[1]!r} "
-                            + ("stands twice" if name in given else "is not in the benchmark"))
+            raise UserError(
+                f"{where}: id {name[0]} of {name[1]!r} "
+                + ("stands twice" if name in given else "is not in the benchmark")
+            )
         given[name] = {"completion": str(row["completion"])}
         if name[1] == "localization" and "answer" in row:
             given[name]["answer"] = parse_boxes(json.dumps(row["answer"]))
             if not given[name]["answer"]:
-                raise UserError(f"{where}: answer is {json.dumps(row['answer'])[:80]}, expected a list of boxes")
+                raise UserError(
+                    f"{where}: answer is {json.dumps(row['answer'])[:80]}, expected a list of boxes"
+                )
         elif "answer" in row and str(row["answer"]) != truths[name]:
-            raise UserError(f"{where}: answer is {row['answer']!r}, expected {truths[name]!r} as in the benchmark")
-    return [{"id": s.id, "where": s.where, "question_type": s.question_type, "answer": s.answer, "completion": "",
-             "skipped": (s.id, s.question_type) not in given} | given.get((s.id, s.question_type), {}) for s in samples]
+            raise UserError(
+                f"{where}: answer is {row['answer']!r}, expected {truths[name]!r} as in the benchmark"
+            )
+    return [
+        {
+            "id": s.id,
+            "where": s.where,
+            "question_type": s.question_type,
+            "answer": s.answer,
+            "completion": "",
+            "skipped": (s.id, s.question_type) not in given,
+        }
+        | given.get((s.id, s.question_type), {})
+        for s in samples
+    ]
 
 
 def evaluate(args, ranks, model, processor, benchmark, out):
@@ -186,18 +247,38 @@ def evaluate(args, ranks, model, processor, benchmark, out):
     samples, extras = subset(*benchmark, args.limit, args.seed)
     train = []
     if args.blind_from:  # a folder's grounding and spatial rows, or one file
-        train = read_all(sorted(Path(args.blind_from).glob("spld_[gs]*_data.jsonl")) or [args.blind_from], None)
+        train = read_all(
+            sorted(Path(args.blind_from).glob("spld_[gs]*_data.jsonl")) or [args.blind_from], None
+        )
     recipe = {"scorer": args.scorer, "seed": args.seed}
     if args.predictions:
         answers = given_answers(args.predictions, samples, benchmark[0])
         recipe["predictions"] = args.predictions
     else:
-        recipe |= {"model": model_hash(args.model) if ranks.rank == 0 else None, "decoding": "greedy",
-                   "min_pixels": processor.min_pixels, "max_pixels": processor.max_pixels}
-        recipe |= {key: vars(args)[key] for key in ("num_frames", "fps", "video_seconds", "prompt_style",
-                                                    "max_completion_length")}
-    asked = {key: value for key, value in vars(args).items() if key not in ("device", "out", "predictions")}
-    asked["model_hash"] = recipe.get("model")  # another model under the same name is another evaluation
+        recipe |= {
+            "model": model_hash(args.model) if ranks.rank == 0 else None,
+            "decoding": "greedy",
+            "min_pixels": processor.min_pixels,
+            "max_pixels": processor.max_pixels,
+        }
+        recipe |= {
+            key: vars(args)[key]
+            for key in (
+                "num_frames",
+                "fps",
+                "video_seconds",
+                "prompt_style",
+                "max_completion_length",
+            )
+        }
+    asked = {
+        key: value
+        for key, value in vars(args).items()
+        if key not in ("device", "out", "predictions")
+    }
+    asked["model_hash"] = recipe.get(
+        "model"
+    )  # another model under the same name is another evaluation
     problem = ranks.gather(claim(out, asked) if ranks.rank == 0 else None)[0]
     if problem:
         raise UserError(problem)
@@ -212,35 +293,67 @@ def evaluate(args, ranks, model, processor, benchmark, out):
         rows = score_rows(rows, bench, args.scorer, args.prompt_style == "thinking")
         rows = list(add_baselines(rows, samples, bench.scorers[args.scorer][0], train))
         lines = out / "predictions.jsonl.tmp"
-        lines.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        lines.write_text(
+            "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+        )
         os.replace(lines, out / "predictions.jsonl")
         scores = summarize(rows, bench, args.scorer, args.seed)
-        scores |= {"truncated": sum(row.get("truncated", False) for row in rows) / len(rows),
-                   "skipped": sum(row.get("skipped", False) for row in rows),
-                   "recipe": recipe, "seconds": time.time() - began}
+        scores |= {
+            "truncated": sum(row.get("truncated", False) for row in rows) / len(rows),
+            "skipped": sum(row.get("skipped", False) for row in rows),
+            "recipe": recipe,
+            "seconds": time.time() - began,
+        }
         before = read_json(out / "scores.json") if (out / "scores.json").is_file() else scores
-        scores["seconds"] = max(scores["seconds"], before["seconds"])  # not the moment it takes to find all done
+        scores["seconds"] = max(
+            scores["seconds"], before["seconds"]
+        )  # not the moment it takes to find all done
         write_json(out / "scores.json", scores)
         print(table(args.bench, scores, bench, args.scorer))
 
 
 def main():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_flags(parser, ("model", "images", "out", "device", "dtype", *SEEN))
-    parser.add_argument("--bench", required=True, help=f"{', '.join(BENCHES)}, all, rooms, or our kind of jsonl file")
-    parser.add_argument("--data", help="the benchmark's folder; of all, the folder that holds theirs")
-    parser.add_argument("--prompt-style", choices=("direct", "thinking"), default="thinking", help="how questions are asked")
+    add_flags(parser, ("model", "images", "out", "device", "dtype", *PICTURES))
+    parser.add_argument(
+        "--bench",
+        required=True,
+        help=f"{', '.join(BENCHES)}, all, rooms, or our kind of jsonl file",
+    )
+    parser.add_argument(
+        "--data", help="the benchmark's folder; of all, the folder that holds theirs"
+    )
+    parser.add_argument(
+        "--prompt-style",
+        choices=("direct", "thinking"),
+        default="thinking",
+        help="how questions are asked",
+    )
     parser.add_argument("--scorer", choices=("spatialladder", "official"), default="spatialladder")
     parser.add_argument("--max-completion-length", type=int, default=1024)
-    parser.add_argument("--batch-size", type=int, default=32, help="samples decoded at once on one device")
-    parser.add_argument("--limit", type=int, help="at most this many rows of each question type, drawn by --seed")
+    parser.add_argument(
+        "--batch-size", type=int, default=32, help="samples decoded at once on one device"
+    )
+    parser.add_argument(
+        "--limit", type=int, help="at most this many rows of each question type, drawn by --seed"
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--predictions", help="another engine's answers, rows of id, question_type, completion; no model")
-    parser.add_argument("--blind-from", help="folder or jsonl of training rows: what their answers say without a picture")
+    parser.add_argument(
+        "--predictions",
+        help="another engine's answers, rows of id, question_type, completion; no model",
+    )
+    parser.add_argument(
+        "--blind-from",
+        help="folder or jsonl of training rows: what their answers say without a picture",
+    )
     parser.set_defaults(num_frames=32, video_seconds="grid")
     args = parser.parse_args()
     named = args.bench in (*BENCHES, "rooms", "all")
-    for name in ("out", "predictions" if args.predictions else "model", *(("data",) if named else ())):
+    for name in (
+        "out",
+        "predictions" if args.predictions else "model",
+        *(("data",) if named else ()),
+    ):
         if getattr(args, name) is None:
             parser.error(f"--{name} is missing")
     refuse_bad_values(parser, args)
@@ -249,7 +362,9 @@ def main():
     benches = found_benches(args.data) if args.bench == "all" else {args.bench: args.data}
     for name in benches:
         if args.scorer not in BENCHES.get(name, OURS).scorers:
-            parser.error(f"--scorer {args.scorer}: {name} has {', '.join(BENCHES.get(name, OURS).scorers)}")
+            parser.error(
+                f"--scorer {args.scorer}: {name} has {', '.join(BENCHES.get(name, OURS).scorers)}"
+            )
     benchmarks = {name: read_rows(name, data, args.images) for name, data in benches.items()}
     ranks, model, processor = Ranks(args.device), None, None
     if not args.predictions:
@@ -261,23 +376,6 @@ def main():
         one = argparse.Namespace(**vars(args) | {"bench": name, "data": data and str(data)})
         evaluate(one, ranks, model, processor, benchmarks[name], out)
     ranks.close()
-
-
-def claim(out, asked):
-    """Take the output directory: empty, or holding another try at the same. Returns what is wrong."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        if (out / "config_run.json").is_file():
-            before = read_json(out / "config_run.json")
-            changed = [key for key in asked if before.get(key) != asked[key]]
-            if changed:
-                return f"{out}: was begun with another {', '.join(changed)}; give another --out"
-        elif any(path.suffix != ".tmp" for path in out.iterdir()):  # the rest of a try that was killed at once
-            return f"{out}: not empty; give another --out"
-        else:
-            write_json(out / "config_run.json", asked)
-    except OSError as error:
-        return f"{out}: cannot write there ({error.strerror})"
 
 
 if __name__ == "__main__":

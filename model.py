@@ -14,15 +14,12 @@ D head dimension, W width.
 """
 
 import dataclasses
-import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
-
-from rewards import UserError
 
 HEAD_LOGITS = 2**22  # logits held at once where tokens are scored: 16 MB
 
@@ -102,40 +99,9 @@ class Batch:
 
     def to(self, device):
         moved = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return Batch(**{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in moved.items()})
-
-
-def mrope_positions(ids, grids, seconds_per_grid, config):
-    """The three position axes of one sequence.
-
-    Text advances all axes together. A picture's tokens share the time at which they start and spread over height and
-    width; a video's also move in time, by floor(t * tokens_per_second * seconds_per_grid): multiplied first, then
-    floored. What follows continues at the largest position so far, over all axes, plus one, as the model was trained.
-    (transformers 5 continues after a video at its start + max(h, w) / 2, which differs once the time axis is longest.)
-
-    Args:    ids: (T,) int64. grids: [(t, h, w)] in patches, in order. seconds_per_grid: None for a picture.
-    Returns: (3, T) int64.
-    Raises:  UserError if the placeholders in `ids` are not those of `grids`.
-    """
-    merge = config.vision.spatial_merge_size
-    is_pad = (ids == config.image_token_id) | (ids == config.video_token_id)
-    needed = sum(t * h * w // merge**2 for t, h, w in grids)
-    if int(is_pad.sum()) != needed:
-        raise UserError(f"{int(is_pad.sum())} vision placeholders in the text, {needed} vision tokens in the "
-                        f"{len(grids)} pictures")
-    positions, at, following = [], 0, 0
-    for (t, h, w), seconds in zip(grids, seconds_per_grid):
-        start = at + int(is_pad[at:].nonzero()[0])
-        text = torch.arange(following, following + start - at).expand(3, -1)
-        h, w = h // merge, w // merge
-        step = 0.0 if seconds is None else config.vision.tokens_per_second * seconds
-        times = torch.tensor([math.floor(frame * step) for frame in range(t)])
-        vision = torch.stack(torch.meshgrid(times, torch.arange(h), torch.arange(w), indexing="ij")).flatten(1)  # (3, t*h*w)
-        vision = vision + following + start - at
-        positions += [text, vision]
-        at, following = start + t * h * w, int(vision.max()) + 1
-    positions.append(torch.arange(following, following + len(ids) - at).expand(3, -1))
-    return torch.cat(positions, dim=1)
+        return Batch(
+            **{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in moved.items()}
+        )
 
 
 # ---------------------------------------------------------------------------------------------- layers
@@ -146,7 +112,9 @@ def rotate(x, cos, sin):
     [1.0, -4.0, 3.0, 2.0]
     """
     a, b = x.chunk(2, dim=-1)
-    return torch.cat((torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)), dim=-1)
+    return torch.cat(
+        (torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)), dim=-1
+    )
 
 
 class RMSNorm(nn.Module):
@@ -184,7 +152,9 @@ def vision_angles(grids, config):
         rows, columns = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
         place = torch.stack((rows, columns), dim=-1).reshape(h // m, m, w // m, m, 2)
         places.append(place.transpose(1, 2).reshape(h * w, 2).repeat(t, 1))
-    return (torch.cat(places)[:, :, None] * frequencies).flatten(1)  # (N, 2, 1) * (D/4,) -> (N, D/2)
+    return (torch.cat(places)[:, :, None] * frequencies).flatten(
+        1
+    )  # (N, 2, 1) * (D/4,) -> (N, D/2)
 
 
 def window_order(grids, config):
@@ -196,10 +166,15 @@ def window_order(grids, config):
     >>> order.tolist(), sizes
     ([0, 1, 2, 3, 6, 7, 8, 9, 4, 5, 10, 11], [8, 4])
     """
-    side, m = config.window_size // config.patch_size // config.spatial_merge_size, config.spatial_merge_size
+    side, m = (
+        config.window_size // config.patch_size // config.spatial_merge_size,
+        config.spatial_merge_size,
+    )
     windows, first = [], 0
     for t, h, w in grids:
-        frame, row, column = torch.meshgrid(*(torch.arange(n) for n in (t, h // m, w // m)), indexing="ij")
+        frame, row, column = torch.meshgrid(
+            *(torch.arange(n) for n in (t, h // m, w // m)), indexing="ij"
+        )
         down, across = -(-h // m // side), -(-w // m // side)
         windows.append(((frame * down + row // side) * across + column // side).flatten() + first)
         first += t * down * across
@@ -256,7 +231,9 @@ class PatchEmbed(nn.Module):
     def __init__(self, config):
         super().__init__()
         kernel = (config.temporal_patch_size, config.patch_size, config.patch_size)
-        self.proj = nn.Conv3d(config.in_channels, config.hidden_size, kernel, stride=kernel, bias=False)
+        self.proj = nn.Conv3d(
+            config.in_channels, config.hidden_size, kernel, stride=kernel, bias=False
+        )
 
     def forward(self, patches):
         return F.linear(patches.to(self.proj.weight.dtype), self.proj.weight.flatten(1))
@@ -269,7 +246,9 @@ class PatchMerger(nn.Module):
         super().__init__()
         self.wide = wide = config.hidden_size * config.spatial_merge_size**2
         self.ln_q = RMSNorm(config.hidden_size, 1e-6)
-        self.mlp = nn.Sequential(nn.Linear(wide, wide), nn.GELU(), nn.Linear(wide, config.out_hidden_size))
+        self.mlp = nn.Sequential(
+            nn.Linear(wide, wide), nn.GELU(), nn.Linear(wide, config.out_hidden_size)
+        )
 
     def forward(self, x):
         return self.mlp(self.ln_q(x).view(-1, self.wide))
@@ -287,14 +266,20 @@ class VisionEncoder(nn.Module):
         """patches (N, 1176), grids [(t, h, w)] -> (M, W of the decoder), M = N / 4, in the order of the patches."""
         block = self.config.spatial_merge_size**2
         order, sizes = window_order(grids, self.config)
-        by_window = (order[:, None] * block + torch.arange(block)).flatten().to(patches.device)  # (N,)
-        angles = vision_angles(grids, self.config).to(patches.device)[by_window, None]  # (N, 1, D/2)
+        by_window = (
+            (order[:, None] * block + torch.arange(block)).flatten().to(patches.device)
+        )  # (N,)
+        angles = vision_angles(grids, self.config).to(patches.device)[
+            by_window, None
+        ]  # (N, 1, D/2)
         rope = angles.cos(), angles.sin()
         windows = Segments([size * block for size in sizes], patches.device)
         frames = Segments([h * w for t, h, w in grids for _ in range(t)], patches.device)
         x = self.patch_embed(patches)[by_window]
         for index, layer in enumerate(self.blocks):
-            x = run(layer, x, rope, frames if index in self.config.fullatt_block_indexes else windows)
+            x = run(
+                layer, x, rope, frames if index in self.config.fullatt_block_indexes else windows
+            )
         return self.merger(x)[order.argsort().to(x.device)]
 
 
@@ -302,9 +287,15 @@ class VisionEncoder(nn.Module):
 def text_rope(positions, config, dtype):
     """cos and sin of positions (3, B, T), each (B, 1, T, D/2). mrope_section says how many of the frequencies, from the
     fastest on, turn with time, then with height, then with width."""
-    frequencies = config.rope_theta ** (-torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim)
-    axis = torch.arange(3, device=positions.device).repeat_interleave(torch.tensor(config.mrope_section, device=positions.device))
-    angles = (positions[axis].permute(1, 2, 0).float() * frequencies)[:, None]  # (D/2, B, T) -> (B, 1, T, D/2)
+    frequencies = config.rope_theta ** (
+        -torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim
+    )
+    axis = torch.arange(3, device=positions.device).repeat_interleave(
+        torch.tensor(config.mrope_section, device=positions.device)
+    )
+    angles = (positions[axis].permute(1, 2, 0).float() * frequencies)[
+        :, None
+    ]  # (D/2, B, T) -> (B, 1, T, D/2)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
@@ -335,9 +326,11 @@ class SharedPrompt:
         self.mask = torch.cat((own.new_ones(self.C, self.P), own), dim=1)  # (C, P + C)
 
     def attend(self, layer, q, k, v):
-        q_prompt, k_prompt, v_prompt = (x[:, :, :self.P] for x in (q, k, v))
+        q_prompt, k_prompt, v_prompt = (x[:, :, : self.P] for x in (q, k, v))
         prompt = attend_causal(q_prompt, k_prompt, v_prompt)
-        q, k, v = (x[0, :, self.P:].unflatten(1, (self.G, self.C)).transpose(0, 1) for x in (q, k, v))  # (G, H, C, D)
+        q, k, v = (
+            x[0, :, self.P :].unflatten(1, (self.G, self.C)).transpose(0, 1) for x in (q, k, v)
+        )  # (G, H, C, D)
         k = torch.cat((k_prompt.expand(self.G, -1, -1, -1), k), dim=2)  # (G, K, P + C, D)
         v = torch.cat((v_prompt.expand(self.G, -1, -1, -1), v), dim=2)
         completions = attend_causal(q, k, v, self.mask)
@@ -378,7 +371,9 @@ class KVCache:
         self.keys[layer][rows, :, self.lengths - 1] = k[:, :, 0]
         self.values[layer][rows, :, self.lengths - 1] = v[:, :, 0]
         k, v = self.keys[layer][:, :, :used], self.values[layer][:, :, :used]
-        grouped = q.unflatten(1, (k.shape[1], -1))[:, :, :, 0]  # (R, K, H/K, D): the H/K queries of a key-value head
+        grouped = q.unflatten(1, (k.shape[1], -1))[
+            :, :, :, 0
+        ]  # (R, K, H/K, D): the H/K queries of a key-value head
         out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=self.mask)
         return out.flatten(1, 2)[:, :, None]  # (R, H, 1, D)
 
@@ -386,7 +381,9 @@ class KVCache:
         """Once per decoding step, for all layers: each row gets one more key; which of all keys may it see?"""
         self.lengths = self.lengths + 1
         self.used = int(self.lengths.max())
-        self.mask = (torch.arange(self.used, device=self.lengths.device) < self.lengths[:, None])[:, None, None]
+        self.mask = (torch.arange(self.used, device=self.lengths.device) < self.lengths[:, None])[
+            :, None, None
+        ]
 
 
 class Attention(nn.Module):
@@ -400,8 +397,10 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
     def forward(self, x, rope, layout):
-        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H or K, T, D)
-                   for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (
+            proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H or K, T, D)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
         out = layout.attend(self.layer, rotate(q, *rope), rotate(k, *rope), v)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
@@ -423,7 +422,9 @@ class Decoder(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, i) for i in range(config.num_hidden_layers)
+        )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
@@ -447,9 +448,16 @@ def tiles(hidden, targets, head, banned):
     count = max(1, HEAD_LOGITS // max(1, len(hidden)))
     for first in range(0, len(head), count):
         words = slice(first, first + count)
-        logits = ban(F.linear(hidden, head[words]).float(), None if banned is None else banned[words])
+        logits = ban(
+            F.linear(hidden, head[words]).float(), None if banned is None else banned[words]
+        )
         column = targets - first
-        yield words, logits, (column >= 0) & (column < logits.shape[1]), column.clamp(0, logits.shape[1] - 1)[:, None]
+        yield (
+            words,
+            logits,
+            (column >= 0) & (column < logits.shape[1]),
+            column.clamp(0, logits.shape[1] - 1)[:, None],
+        )
 
 
 class TokenScores(torch.autograd.Function):
@@ -464,12 +472,16 @@ class TokenScores(torch.autograd.Function):
             chosen = torch.where(here, logits.gather(1, column)[:, 0], chosen)
             top = logits.amax(1)
             p = logits.sub_(top[:, None]).softmax(1)
-            log_mass = -p.amax(1).log()  # log of the sum of exp(logit - top): the top's own p is 1 / sum
+            log_mass = -p.amax(
+                1
+            ).log()  # log of the sum of exp(logit - top): the top's own p is 1 / sum
             log_masses.append(top + log_mass)
             entropies.append(log_mass - (p * logits).sum(1))
         total = torch.stack(log_masses).logsumexp(0)
         shares = (torch.stack(log_masses) - total).exp()  # (tiles, R)
-        entropy = (torch.special.entr(shares) + shares * torch.stack(entropies)).sum(0)  # which tile, then which word
+        entropy = (torch.special.entr(shares) + shares * torch.stack(entropies)).sum(
+            0
+        )  # which tile, then which word
         ctx.save_for_backward(hidden, targets, head, shares)
         ctx.banned = banned
         ctx.mark_non_differentiable(entropy)
@@ -479,7 +491,9 @@ class TokenScores(torch.autograd.Function):
     def backward(ctx, gradient, _):
         hidden, targets, head, shares = ctx.saved_tensors
         to_hidden, to_head = torch.zeros_like(hidden, dtype=torch.float32), torch.empty_like(head)
-        for (words, logits, here, column), share in zip(tiles(hidden, targets, head, ctx.banned), shares):
+        for (words, logits, here, column), share in zip(
+            tiles(hidden, targets, head, ctx.banned), shares
+        ):
             down = logits.softmax(1).mul_((-gradient * share)[:, None])  # (R, n)
             down = down.scatter_add_(1, column, (gradient * here)[:, None]).to(head.dtype)
             to_hidden += down @ head[words]
@@ -514,18 +528,29 @@ class QwenVL(nn.Module):
         if decoding:
             cache.begin_step()
         else:
-            features = self.visual(batch.patches, batch.grids, self.run)[:len(batch.vision_at)]
+            features = self.visual(batch.patches, batch.grids, self.run)[: len(batch.vision_at)]
             x = x.flatten(0, 1).index_copy(0, batch.vision_at, features).view_as(x)
-        layout = cache or (SharedPrompt(batch.group, x.shape[1], x.device) if batch.group else Causal())
+        layout = cache or (
+            SharedPrompt(batch.group, x.shape[1], x.device) if batch.group else Causal()
+        )
         rope = text_rope(batch.positions, self.config.text, x.dtype)
         for layer in self.model.layers:
             x = self.run(layer, x, rope, layout)
-        head = self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+        head = (
+            self.model.embed_tokens.weight
+            if self.config.tie_word_embeddings
+            else self.lm_head.weight
+        )
         if cache is None:
             x = x.flatten(0, 1)[batch.predict_at]
             return score_tokens(self.model.norm(x), batch.targets, head, banned, temperature)
-        last = self.model.norm(x[torch.arange(len(x), device=x.device), batch.lengths - 1]) / temperature  # (B, W)
-        return ban((head @ last.T).T.float(), banned)  # this way round: for a few rows in fp32 the CPU is faster at it
+        last = (
+            self.model.norm(x[torch.arange(len(x), device=x.device), batch.lengths - 1])
+            / temperature
+        )  # (B, W)
+        return ban(
+            (head @ last.T).T.float(), banned
+        )  # this way round: for a few rows in fp32 the CPU is faster at it
 
 
 # ---------------------------------------------------------------------------------------------- generation
@@ -560,7 +585,9 @@ def pick(logits, uniform):
 
 
 @torch.no_grad()
-def generate(model, batch, max_new_tokens, stop_ids, group=1, uniforms=None, banned=None, temperature=1.0):
+def generate(
+    model, batch, max_new_tokens, stop_ids, group=1, uniforms=None, banned=None, temperature=1.0
+):
     """Continue every prompt of the batch `group` times. Vision tower and prefill run once per prompt.
 
     Rows end at any of `stop_ids`; finished rows leave the batch once they are a quarter of it.
@@ -569,17 +596,23 @@ def generate(model, batch, max_new_tokens, stop_ids, group=1, uniforms=None, ban
     Returns: Rollout, on the batch's device.
     """
     rows, device = len(batch.ids) * group, batch.ids.device
-    rollout = Rollout(torch.zeros(rows, max_new_tokens, dtype=torch.long, device=device),
-                      torch.zeros(rows, dtype=torch.long, device=device),
-                      torch.zeros(rows, max_new_tokens, device=device),
-                      torch.zeros(rows, dtype=torch.bool, device=device))
+    rollout = Rollout(
+        torch.zeros(rows, max_new_tokens, dtype=torch.long, device=device),
+        torch.zeros(rows, dtype=torch.long, device=device),
+        torch.zeros(rows, max_new_tokens, device=device),
+        torch.zeros(rows, dtype=torch.bool, device=device),
+    )
     stops = torch.tensor(stop_ids, device=device)
     cache = KVCache(batch.lengths)
     logits = model(batch, cache, banned, temperature).repeat_interleave(group, dim=0)
     cache.expand(group, max_new_tokens)
-    live = torch.arange(rows, device=device)  # which row of the rollout each row of the cache belongs to
+    live = torch.arange(
+        rows, device=device
+    )  # which row of the rollout each row of the cache belongs to
     padding = torch.arange(batch.ids.shape[1], device=device) >= batch.lengths[:, None]
-    position = batch.positions.amax(0).masked_fill(padding, -1).amax(1).repeat_interleave(group) + 1  # (R,)
+    position = (
+        batch.positions.amax(0).masked_fill(padding, -1).amax(1).repeat_interleave(group) + 1
+    )  # (R,)
     for step in range(max_new_tokens):
         tokens, log_probs = pick(logits, None if uniforms is None else uniforms[live, step])
         going = ~rollout.finished[live]
@@ -594,7 +627,16 @@ def generate(model, batch, max_new_tokens, stop_ids, group=1, uniforms=None, ban
         if going_rows <= 0.75 * len(live):
             cache.keep(going)
             live, tokens, position = live[going], tokens[going], position[going]
-        logits = model(dataclasses.replace(batch, ids=tokens[:, None], positions=position.expand(3, -1)[:, :, None],
-                                           lengths=torch.ones_like(tokens)), cache, banned, temperature)
+        logits = model(
+            dataclasses.replace(
+                batch,
+                ids=tokens[:, None],
+                positions=position.expand(3, -1)[:, :, None],
+                lengths=torch.ones_like(tokens),
+            ),
+            cache,
+            banned,
+            temperature,
+        )
         position = position + 1
     return rollout

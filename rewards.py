@@ -3,11 +3,14 @@
 SpatialLadder (arXiv 2510.08531) trains with R = r_format + r_accuracy, two separate rewards of weight 1: a right
 answer without the tags still earns r_accuracy, as in the authors' code. Check: python -m doctest rewards.py
 """
+
 import json
 import math
 import re
 
 import numpy as np
+
+from files import UserError
 
 CHOICE_TYPES = ("relative distance", "relative direction", "appearance order")
 NUMBER_TYPES = ("object size", "room size", "object count", "absolute distance")
@@ -15,15 +18,15 @@ MRA_CONFIDENCES = np.linspace(0.5, 0.95, 10)  # theta of the paper
 
 WELL_FORMED = re.compile(r"<think>(.*)</think>\s*<answer>(.*)</answer>", re.DOTALL)
 TAG = re.compile(r"</?(?:think|answer)>")
-ANSWER = re.compile(r"<answer>((?:(?!</?answer>).)*)</answer>", re.DOTALL)  # innermost: no answer tag inside
+ANSWER = re.compile(
+    r"<answer>((?:(?!</?answer>).)*)</answer>", re.DOTALL
+)  # innermost: no answer tag inside
 CHOICE = re.compile(r"(?:\(([A-Za-z])\)|([A-Za-z])(?=[.):]|$))[.):]*(?:\s.*)?", re.DOTALL)
-NUMBER = re.compile(r"([+-]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+|(?=\.[0-9]))(?:\.[0-9]*)?(?:[eE][+-]?[0-9]+)?)"
-                    r"\s*(?:(?:square |sq )?(?:m|cm|met(?:er|re)s?|centimet(?:er|re)s?)(?:2|\^2|²)?)?\.*")
+NUMBER = re.compile(
+    r"([+-]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+|(?=\.[0-9]))(?:\.[0-9]*)?(?:[eE][+-]?[0-9]+)?)"
+    r"\s*(?:(?:square |sq )?(?:m|cm|met(?:er|re)s?|centimet(?:er|re)s?)(?:2|\^2|²)?)?\.*"
+)
 FENCE = re.compile(r"```(?:json)?(.*?)```", re.DOTALL)
-
-
-class UserError(ValueError):
-    """A mistake of the user: its one line names the place, what was found and what was expected."""
 
 
 def extract_answer(text, default=None):
@@ -76,8 +79,13 @@ def parse_boxes(text):
     except (ValueError, RecursionError):
         return None
     valid = isinstance(boxes, list) and all(
-        isinstance(box, dict) and isinstance(box.get("label"), str) and isinstance(box.get("bbox_2d"), list)
-        and [*map(type, box["bbox_2d"])] == 4 * [float] and all(map(math.isfinite, box["bbox_2d"])) for box in boxes)
+        isinstance(box, dict)
+        and isinstance(box.get("label"), str)
+        and isinstance(box.get("bbox_2d"), list)
+        and [*map(type, box["bbox_2d"])] == 4 * [float]
+        and all(map(math.isfinite, box["bbox_2d"]))
+        for box in boxes
+    )
     return boxes if valid else None
 
 
@@ -102,7 +110,9 @@ def box_iou(a, b):
     0.3333333333333333
     """
     both = (max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3]))
-    area_a, area_b, shared = (max(0.0, x2 - x1) * max(0.0, y2 - y1) for x1, y1, x2, y2 in (a, b, both))
+    area_a, area_b, shared = (
+        max(0.0, x2 - x1) * max(0.0, y2 - y1) for x1, y1, x2, y2 in (a, b, both)
+    )
     union = area_a + area_b - shared
     return shared / union if union > 0 else 0.0
 
@@ -118,15 +128,25 @@ def localization_scores(predicted, true, match_iou=0.5):
     {'ious': [1.0, 0.0], 'mean_iou': 0.5, 'precision': 0.5, 'recall': 0.5}
     """
     predicted = predicted or []
-    pairs = [(box_iou(t["bbox_2d"], p["bbox_2d"]), i, j) for i, t in enumerate(true) for j, p in enumerate(predicted)
-             if t["label"].strip().lower() == p["label"].strip().lower()]
-    ious = [max((iou for iou, i, _ in pairs if i == index), default=0.0) for index in range(len(true))]
+    pairs = [
+        (box_iou(t["bbox_2d"], p["bbox_2d"]), i, j)
+        for i, t in enumerate(true)
+        for j, p in enumerate(predicted)
+        if t["label"].strip().lower() == p["label"].strip().lower()
+    ]
+    ious = [
+        max((iou for iou, i, _ in pairs if i == index), default=0.0) for index in range(len(true))
+    ]
     matches = {}  # true index -> predicted index
     for iou, i, j in sorted(pairs, reverse=True):
         if iou >= match_iou and i not in matches and j not in matches.values():
             matches[i] = j
-    return {"ious": ious, "mean_iou": sum(ious) / len(true),
-            "precision": len(matches) / max(1, len(predicted)), "recall": len(matches) / len(true)}
+    return {
+        "ious": ious,
+        "mean_iou": sum(ious) / len(true),
+        "precision": len(matches) / max(1, len(predicted)),
+        "recall": len(matches) / len(true),
+    }
 
 
 def format_reward(completions, sample=None):
@@ -139,14 +159,22 @@ def format_reward(completions, sample=None):
     [1.0, 0.0]
     """
     matches = [WELL_FORMED.fullmatch(text.strip()) for text in completions]
-    return [float(match is not None and len(TAG.findall(match[0])) == 4 and all(map(str.strip, match.groups())))
-            for match in matches]
+    return [
+        float(
+            match is not None
+            and len(TAG.findall(match[0])) == 4
+            and all(map(str.strip, match.groups()))
+        )
+        for match in matches
+    ]
 
 
 def box_iou_reward(completions, sample):
     """Mean IoU of a localization sample's true boxes, which the caller gives in pixels as the model sees them."""
     if sample.question_type != "localization":
-        raise UserError(f"{sample.where}: no box_iou reward for question_type {sample.question_type!r}, expected boxes")
+        raise UserError(
+            f"{sample.where}: no box_iou reward for question_type {sample.question_type!r}, expected boxes"
+        )
     predictions = (parse_boxes(extract_answer(text, text)) for text in completions)
     return [localization_scores(boxes, sample.answer)["mean_iou"] for boxes in predictions]
 
@@ -161,14 +189,18 @@ def accuracy_reward(completions, sample):
     parse, score = SCORES.get(sample.question_type.split(":")[0], (lambda text: None, None))
     truth = parse(sample.answer)
     if truth is None:
-        raise UserError(f"{sample.where}: no accuracy reward for question_type {sample.question_type!r} with answer "
-                        f"{sample.answer!r}; expected localization, or a letter or number with {', '.join(SCORES)}")
+        raise UserError(
+            f"{sample.where}: no accuracy reward for question_type {sample.question_type!r} with answer "
+            f"{sample.answer!r}; expected localization, or a letter or number with {', '.join(SCORES)}"
+        )
     answers = [parse(extract_answer(text, text)) for text in completions]
     return [0.0 if answer is None else float(score(answer, truth)) for answer in answers]
 
 
-SCORES = (dict.fromkeys(CHOICE_TYPES, (parse_choice, str.__eq__))
-          | dict.fromkeys(NUMBER_TYPES, (parse_number, mean_relative_accuracy))
-          | {"chat": (str.strip, str.__eq__)})  # the last turn, word for word
+SCORES = (
+    dict.fromkeys(CHOICE_TYPES, (parse_choice, str.__eq__))
+    | dict.fromkeys(NUMBER_TYPES, (parse_number, mean_relative_accuracy))
+    | {"chat": (str.strip, str.__eq__)}
+)  # the last turn, word for word
 # Every reward that --reward-funcs can name: (completions, sample) -> as many floats. A new one needs its line here.
 REWARDS = {"format": format_reward, "accuracy": accuracy_reward, "box_iou": box_iou_reward}

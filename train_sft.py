@@ -15,10 +15,22 @@ from functools import partial
 from torch.utils.data import DataLoader, Dataset
 
 from data import IGNORE, Processor, collate, cost, read_all, style_of
-from plan import dry_run, step_flops
-from rewards import UserError
-from runtime import (Ranks, Run, adamw, clip_gradients, load_sharded, main_guard, micro_batches, need_inputs, own_group,
-                     recipe_settings, rows_of_step, scheduled_rate)
+from files import UserError
+from look.plan import dry_run, step_flops
+from runtime import (
+    Ranks,
+    Run,
+    adamw,
+    clip_gradients,
+    load_sharded,
+    main_guard,
+    micro_batches,
+    need_inputs,
+    own_group,
+    recipe_settings,
+    rows_of_step,
+    scheduled_rate,
+)
 
 
 def with_replay(samples, earlier, ratio, seed):
@@ -85,7 +97,9 @@ def main():
     tell = ranks.print if args.drop_invalid else None
     samples = read_all(args.data, args.images, tell, args.data_types)
     if args.replay:
-        samples = with_replay(samples, read_all(args.replay, args.images, tell), args.replay_ratio, args.seed)
+        samples = with_replay(
+            samples, read_all(args.replay, args.images, tell), args.replay_ratio, args.seed
+        )
     steps = math.ceil(args.epochs * len(samples) / args.batch_size)
     steps = min(steps, args.max_steps or steps)
     if args.dry_run:
@@ -95,8 +109,14 @@ def main():
     run = Run(args, ranks)
     if run.finished:
         return
-    model = load_sharded(args.model, ranks, args.dtype, args.reshard_after_forward, args.activation_checkpointing,
-                         args.freeze_vision)
+    model = load_sharded(
+        args.model,
+        ranks,
+        args.dtype,
+        args.reshard_after_forward,
+        args.activation_checkpointing,
+        args.freeze_vision,
+    )
     processor = Processor(args.model, model.config, args)
     optimizer = adamw(model, args)
     first = run.restore(model, optimizer)
@@ -105,34 +125,59 @@ def main():
     # loop
     plan = []
     for step in range(first + 1, steps + 1):
-        rows = rows_of_step(step, len(samples), args.batch_size, args.seed, competence(step, steps, args.curriculum))
-        size = min(args.micro_batch, math.ceil(len(rows) / ranks.world))  # larger ones would leave ranks without rows
+        rows = rows_of_step(
+            step, len(samples), args.batch_size, args.seed, competence(step, steps, args.curriculum)
+        )
+        size = min(
+            args.micro_batch, math.ceil(len(rows) / ranks.world)
+        )  # larger ones would leave ranks without rows
         costs = [cost(samples[row]) for row in rows]
         plan.append((rows, micro_batches(rows, costs, size, ranks.rank, ranks.world)))
-    loader = iter(DataLoader(Rows(samples, processor), batch_sampler=[batch for _, batches in plan for batch in batches],
-                             collate_fn=partial(collate, config=model.config), num_workers=args.workers,
-                             worker_init_fn=own_group))
+    loader = iter(
+        DataLoader(
+            Rows(samples, processor),
+            batch_sampler=[batch for _, batches in plan for batch in batches],
+            collate_fn=partial(collate, config=model.config),
+            num_workers=args.workers,
+            worker_init_fn=own_group,
+        )
+    )
     model.train()
     for step, (rows, batches) in zip(run.steps(first, steps), plan):
         batches = [next(loader).to(ranks.device) for _ in batches]
         real = [b for b in batches if len(b.targets)]  # fillers have none
-        tokens, targets, patches = ranks.sum(sum(int(b.lengths.sum()) for b in real), sum(len(b.targets) for b in real),
-                                             sum(len(b.patches) for b in real))
+        tokens, targets, patches = ranks.sum(
+            sum(int(b.lengths.sum()) for b in real),
+            sum(len(b.targets) for b in real),
+            sum(len(b.patches) for b in real),
+        )
         run.lap("data")
         for group in optimizer.param_groups:
             group["lr"] = scheduled_rate(step, steps, args)
         loss = ranks.sum(train_step(model, batches, targets, run.lap))[0]
         norm = clip_gradients(model, args.max_grad_norm)
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise UserError(f"loss {loss}, gradient norm {norm}; not applied. Rows of this step: "
-                            + ", ".join(samples[row].where for row in sorted(set(rows))))
+            raise UserError(
+                f"loss {loss}, gradient norm {norm}; not applied. Rows of this step: "
+                + ", ".join(samples[row].where for row in sorted(set(rows)))
+            )
         optimizer.step()
         optimizer.zero_grad()
         run.lap("optimizer")
-        if run.end_step(model, optimizer, step, steps, {
-                "epoch": step * args.batch_size / len(samples), "loss": loss, "grad_norm": norm,
-                "learning_rate": optimizer.param_groups[0]["lr"], "num_tokens": tokens,
-                "model_flops": step_flops(model, tokens, targets, patches)}):
+        if run.end_step(
+            model,
+            optimizer,
+            step,
+            steps,
+            {
+                "epoch": step * args.batch_size / len(samples),
+                "loss": loss,
+                "grad_norm": norm,
+                "learning_rate": optimizer.param_groups[0]["lr"],
+                "num_tokens": tokens,
+                "model_flops": step_flops(model, tokens, targets, patches),
+            },
+        ):
             break
     else:
         run.finish(model, processor)

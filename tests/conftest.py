@@ -1,4 +1,5 @@
 """Shared by the tests: the repository on the path, and tiny checkpoints written by transformers, the oracle."""
+
 import sys
 from pathlib import Path
 
@@ -8,27 +9,67 @@ from hypothesis import HealthCheck, settings
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 torch.set_num_threads(1)  # the models are tiny: more threads only wait for one another
-settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])  # nothing by the clock
+settings.register_profile(
+    "untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)  # nothing by the clock
 settings.load_profile("untimed")
 
-WORDS, VISION_START, VISION_END, IMAGE, VIDEO = 144, 144, 145, 146, 147  # text ids are those below WORDS
+WORDS, VISION_START, VISION_END, IMAGE, VIDEO = (
+    144,
+    144,
+    145,
+    146,
+    147,
+)  # text ids are those below WORDS
 
 
 def flat_config(vision={}, **text):
     """A tiny model's config.json as published: text fields at the top level, vision_config complete."""
-    return {
-        "architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl", "torch_dtype": "float32",
-        "vocab_size": 150, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
-        "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}, "hidden_act": "silu",
-        "max_position_embeddings": 4096, "tie_word_embeddings": True, "use_sliding_window": False,
-        "image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": VISION_START,
-        "vision_end_token_id": VISION_END, "bos_token_id": 148, "eos_token_id": 149,
-    } | text | {"vision_config": {
-        "depth": 3, "hidden_size": 32, "num_heads": 2, "intermediate_size": 48, "in_chans": 3, "patch_size": 14,
-        "out_hidden_size": text.get("hidden_size", 64), "spatial_merge_size": 2, "temporal_patch_size": 2,
-        "window_size": 56, "fullatt_block_indexes": [1], "tokens_per_second": 2, "hidden_act": "silu",
-    } | vision}
+    return (
+        {
+            "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+            "model_type": "qwen2_5_vl",
+            "torch_dtype": "float32",
+            "vocab_size": 150,
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "rms_norm_eps": 1e-6,
+            "rope_theta": 10000.0,
+            "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
+            "hidden_act": "silu",
+            "max_position_embeddings": 4096,
+            "tie_word_embeddings": True,
+            "use_sliding_window": False,
+            "image_token_id": IMAGE,
+            "video_token_id": VIDEO,
+            "vision_start_token_id": VISION_START,
+            "vision_end_token_id": VISION_END,
+            "bos_token_id": 148,
+            "eos_token_id": 149,
+        }
+        | text
+        | {
+            "vision_config": {
+                "depth": 3,
+                "hidden_size": 32,
+                "num_heads": 2,
+                "intermediate_size": 48,
+                "in_chans": 3,
+                "patch_size": 14,
+                "out_hidden_size": text.get("hidden_size", 64),
+                "spatial_merge_size": 2,
+                "temporal_patch_size": 2,
+                "window_size": 56,
+                "fullatt_block_indexes": [1],
+                "tokens_per_second": 2,
+                "hidden_act": "silu",
+            }
+            | vision
+        }
+    )
 
 
 def hf_model(source, seed=0):
@@ -72,7 +113,7 @@ def pair(tmp_path_factory):
 @pytest.fixture(scope="session")
 def rooms(tmp_path_factory):
     """A dozen procedural rooms with every kind of row."""
-    import scenes
+    from rooms import scenes
 
     folder = tmp_path_factory.mktemp("data") / "rooms"
     scenes.write_rooms(folder, scenes=12, seed=0, test_scenes=2, processes=1)
@@ -82,11 +123,13 @@ def rooms(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny_model(rooms, tmp_path_factory):
     """The directory of tiny.py's untrained model for these rooms."""
-    import tiny
+    from rooms import tiny
 
     folder = tmp_path_factory.mktemp("models") / "base"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["tiny.py", "--data", str(rooms / "train"), "--out", str(folder)])
+        patch.setattr(
+            sys, "argv", ["tiny.py", "--data", str(rooms / "train"), "--out", str(folder)]
+        )
         tiny.main()
     return folder
 
@@ -125,8 +168,10 @@ def keep_gradients(script, path):
 
     def clips(model, max_norm):
         if wanted:
-            whole = {name: p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad.clone()
-                     for name, p in model.named_parameters()}
+            whole = {
+                name: p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad.clone()
+                for name, p in model.named_parameters()
+            }
             path = wanted.pop()
             if os.environ.get("RANK", "0") == "0":
                 torch.save(whole, path)
@@ -140,6 +185,15 @@ def launch(script, *flags, processes=1, **environment):
     import os
     import subprocess
 
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
-    return subprocess.run([sys.executable, *torchrun, str(script), *map(str, flags)], capture_output=True, text=True,
-                          timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
+    torchrun = (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        if processes > 1
+        else []
+    )
+    return subprocess.run(
+        [sys.executable, *torchrun, str(script), *map(str, flags)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )

@@ -1,4 +1,5 @@
 """benchmarks.py's scoring half: matchers and aggregates against the authors' own values, readers on files written here."""
+
 import io
 import json
 import sys
@@ -8,9 +9,10 @@ import pytest
 from PIL import Image
 
 import benchmarks as evaluation
-from data import Media, Sample
 from benchmarks import BENCHES, OURS
-from rewards import UserError, mean_relative_accuracy
+from data import Media, Sample
+from files import UserError
+from rewards import mean_relative_accuracy
 
 RAW = "raw"  # a completion as it is, of a model that was not asked to think; else the text stands in <answer>
 # (type, answer, truth, score): values made by running the authors' scorers
@@ -116,11 +118,21 @@ SPAR = [
     ("distance_infer_center_oo_mv", RAW, "<think>..</think>B", "B", 0.0),
     ("distance_infer_center_oo", RAW, "Because A", "B", 1.0),
     ("view_change_infer", "move_right:0.5,rotate_left:30", "move_right:0.5,rotate_left:30", 1.0),
-    ("view_change_infer", "move_right:0.4,rotate_left:30", "move_right:0.5,rotate_left:30", 0.9199999999999999),
+    (
+        "view_change_infer",
+        "move_right:0.4,rotate_left:30",
+        "move_right:0.5,rotate_left:30",
+        0.9199999999999999,
+    ),
     ("view_change_infer", "move_left:0.5,rotate_right:30", "move_right:0.5,rotate_left:30", 0.6),
     ("view_change_infer", "move_forward:1", "move_right:0.5,rotate_left:30", 0.42000000000000004),
     ("view_change_infer", "I cannot tell", "move_right:0.5", 0.0),
-    ("view_change_infer", "move_right: 0.5, rotate_left: 30", "move_right:0.5,rotate_left:30", 0.8),  # " rotate_left"
+    (
+        "view_change_infer",
+        "move_right: 0.5, rotate_left: 30",
+        "move_right:0.5,rotate_left:30",
+        0.8,
+    ),  # " rotate_left"
     ("view_change_infer", "move_right:nan", "move_right:0.5", 0.8),
 ]
 VIEWSPATIAL = [
@@ -130,10 +142,22 @@ VIEWSPATIAL = [
     ("Person perspective - Object View Orientation", "(C)", "C. front", 0.0),
     ("Person perspective - Object View Orientation", "B)", "B. front", 0.0),
     ("Person perspective - Scene Simulation Relative Direction", RAW, "B", "B. back-left", 1.0),
-    ("Person perspective - Scene Simulation Relative Direction", RAW, "<answer>B</answer>", "B. back-left", 0.0),
+    (
+        "Person perspective - Scene Simulation Relative Direction",
+        RAW,
+        "<answer>B</answer>",
+        "B. back-left",
+        0.0,
+    ),
 ]
-TABLES = {"vsibench": VSI, "spbench-si": SPBENCH_SI, "spbench-mv": SPBENCH_MV, "cvbench": CV, "sparbench": SPAR,
-          "viewspatial": VIEWSPATIAL}
+TABLES = {
+    "vsibench": VSI,
+    "spbench-si": SPBENCH_SI,
+    "spbench-mv": SPBENCH_MV,
+    "cvbench": CV,
+    "sparbench": SPAR,
+    "viewspatial": VIEWSPATIAL,
+}
 VECTORS = [(name, row) for name, rows in TABLES.items() for row in rows]
 
 
@@ -147,34 +171,66 @@ def test_scores_equal_the_authors_to_the_bit(name, vector):
     """One changed matcher and our numbers no longer stand beside the paper's."""
     kind, *text, truth, expected = vector
     thinking = text[0] != RAW
-    completion = f"<think>I look at it.</think>\n<answer>{text[-1]}</answer>" if thinking else text[-1]
+    completion = (
+        f"<think>I look at it.</think>\n<answer>{text[-1]}</answer>" if thinking else text[-1]
+    )
     assert score(name, kind, completion, truth, thinking=thinking) == expected
     if name == "sparbench":  # its makers' matcher is the same
         assert score(name, kind, completion, truth, "official", thinking) == expected
 
 
-@pytest.mark.parametrize("completion, kind, truth, expected", [
-    ("<think>x</think><answer>C</answer><answer>A</answer>", "route_planning", "C", 1.0),  # the first answer counts
-    ("<think>there is a table</think> 4", "object_counting", "4", 0.0),  # without a tag all of it is read: "a" is 1
-    ("<answer>4", "object_counting", "4", 0.0)])  # a tag that is not closed leaves no answer
+@pytest.mark.parametrize(
+    "completion, kind, truth, expected",
+    [
+        (
+            "<think>x</think><answer>C</answer><answer>A</answer>",
+            "route_planning",
+            "C",
+            1.0,
+        ),  # the first answer counts
+        (
+            "<think>there is a table</think> 4",
+            "object_counting",
+            "4",
+            0.0,
+        ),  # without a tag all of it is read: "a" is 1
+        ("<answer>4", "object_counting", "4", 0.0),
+    ],
+)  # a tag that is not closed leaves no answer
 def test_which_text_a_benchmark_scores(completion, kind, truth, expected):
     assert score("vsibench", kind, completion, truth) == expected
 
 
-@pytest.mark.parametrize("kind, text, truth, expected", [
-    ("object_counting", "4", "4", 1.0), ("object_counting", "4.", "4", 1.0), ("object_counting", "4 chairs", "4", 1.0),
-    ("object_counting", "3 or 4", "4", 0.6), ("object_counting", "four", "4", 0.0),
-    ("object_counting", "a 4", "4", 0.0), ("object_counting", "-4", "4", 0.0),
-    ("object_abs_distance", "1e1", "10", 1.0),
-    ("object_abs_distance", "1,200", "1200", 0.0), ("object_abs_distance", "nan", "10", 0.0),
-    ("object_abs_distance", "1.5m", "1.5", 0.0), ("object_abs_distance", "", "1.5", 0.0),
-    ("object_rel_distance", "B", "B", 1.0), ("object_rel_distance", "b. chair", "B", 1.0),
-    ("object_rel_distance", "E. chair", "E", 1.0), ("object_rel_distance", "(B)", "B", 0.0),
-    ("object_rel_distance", "Answer: B", "B", 0.0), ("object_rel_distance", "B, C", "B", 0.0)])
+@pytest.mark.parametrize(
+    "kind, text, truth, expected",
+    [
+        ("object_counting", "4", "4", 1.0),
+        ("object_counting", "4.", "4", 1.0),
+        ("object_counting", "4 chairs", "4", 1.0),
+        ("object_counting", "3 or 4", "4", 0.6),
+        ("object_counting", "four", "4", 0.0),
+        ("object_counting", "a 4", "4", 0.0),
+        ("object_counting", "-4", "4", 0.0),
+        ("object_abs_distance", "1e1", "10", 1.0),
+        ("object_abs_distance", "1,200", "1200", 0.0),
+        ("object_abs_distance", "nan", "10", 0.0),
+        ("object_abs_distance", "1.5m", "1.5", 0.0),
+        ("object_abs_distance", "", "1.5", 0.0),
+        ("object_rel_distance", "B", "B", 1.0),
+        ("object_rel_distance", "b. chair", "B", 1.0),
+        ("object_rel_distance", "E. chair", "E", 1.0),
+        ("object_rel_distance", "(B)", "B", 0.0),
+        ("object_rel_distance", "Answer: B", "B", 0.0),
+        ("object_rel_distance", "B, C", "B", 0.0),
+    ],
+)
 def test_official_vsibench_reads_the_first_token_only(kind, text, truth, expected):
     """Values follow by hand from the makers' code: split(" ")[0].rstrip("."), then float() or equality."""
     assert score("vsibench", kind, text, truth, "official", thinking=False) == expected
-    assert score("vsibench", kind, f"<think>x</think><answer>{text}</answer>", truth, "official") == expected
+    assert (
+        score("vsibench", kind, f"<think>x</think><answer>{text}</answer>", truth, "official")
+        == expected
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- aggregates
@@ -184,39 +240,95 @@ def aggregate(name, rows, scorer="spatialladder"):
     """overall and groups of rows (type or source, score)."""
     strata = {key: [s for k, s in rows if k == key] for key in sorted({key for key, _ in rows})}
     means = {key: float(np.mean(scores)) for key, scores in strata.items()}
-    return BENCHES[name].scorers[scorer][1](means, {key: len(scores) for key, scores in strata.items()})
+    return BENCHES[name].scorers[scorer][1](
+        means, {key: len(scores) for key, scores in strata.items()}
+    )
 
 
-SPAR_ROWS = [("single_view", "depth_prediction_oc", 0.4), ("single_view", "depth_prediction_oc", 0.8),
-             ("multi_view", "distance_prediction_oo_mv", 0.1), ("multi_view", "view_change_infer", 0.6),
-             ("multi_view", "position_matching", 1.0), ("multi_view", "position_matching", 0.0),
-             ("single_view", "obj_spatial_relation_oo", 1.0), ("single_view", "obj_spatial_relation_oo", 1.0),
-             ("single_view", "obj_spatial_relation_oo", 0.0)]
-SI_ROWS = [("object_abs_distance", 0.5), ("object_size_estimation", 0.7), ("object_size_estimation", 0.9),
-           ("object_rel_distance", 1.0), ("object_rel_direction", 1.0), ("object_rel_direction", 0.0)]
-MV_ROWS = [("object_counting", 0.5), ("object_abs_distance", 0.4), ("object_size_estimation", 0.9),
-           ("object_rel_distance", 1.0), ("object_rel_direction", 0.0)]
-CV_ROWS = [("ADE20K", 1.0), ("ADE20K", 0.0), ("ADE20K", 1.0), ("COCO", 1.0), ("Omni3D", 0.0), ("Omni3D", 1.0)]
-VIEW_ROWS = [("Camera perspective - Relative Direction", 1.0), ("Camera perspective - Relative Direction", 0.0),
-             ("Camera perspective - Object View Orientation", 1.0), ("Person perspective - Relative Direction", 0.0),
-             ("Person perspective - Scene Simulation Relative Direction", 1.0),
-             ("Person perspective - Scene Simulation Relative Direction", 1.0),
-             ("Person perspective - Object View Orientation", 0.0)]
+SPAR_ROWS = [
+    ("single_view", "depth_prediction_oc", 0.4),
+    ("single_view", "depth_prediction_oc", 0.8),
+    ("multi_view", "distance_prediction_oo_mv", 0.1),
+    ("multi_view", "view_change_infer", 0.6),
+    ("multi_view", "position_matching", 1.0),
+    ("multi_view", "position_matching", 0.0),
+    ("single_view", "obj_spatial_relation_oo", 1.0),
+    ("single_view", "obj_spatial_relation_oo", 1.0),
+    ("single_view", "obj_spatial_relation_oo", 0.0),
+]
+SI_ROWS = [
+    ("object_abs_distance", 0.5),
+    ("object_size_estimation", 0.7),
+    ("object_size_estimation", 0.9),
+    ("object_rel_distance", 1.0),
+    ("object_rel_direction", 1.0),
+    ("object_rel_direction", 0.0),
+]
+MV_ROWS = [
+    ("object_counting", 0.5),
+    ("object_abs_distance", 0.4),
+    ("object_size_estimation", 0.9),
+    ("object_rel_distance", 1.0),
+    ("object_rel_direction", 0.0),
+]
+CV_ROWS = [
+    ("ADE20K", 1.0),
+    ("ADE20K", 0.0),
+    ("ADE20K", 1.0),
+    ("COCO", 1.0),
+    ("Omni3D", 0.0),
+    ("Omni3D", 1.0),
+]
+VIEW_ROWS = [
+    ("Camera perspective - Relative Direction", 1.0),
+    ("Camera perspective - Relative Direction", 0.0),
+    ("Camera perspective - Object View Orientation", 1.0),
+    ("Person perspective - Relative Direction", 0.0),
+    ("Person perspective - Scene Simulation Relative Direction", 1.0),
+    ("Person perspective - Scene Simulation Relative Direction", 1.0),
+    ("Person perspective - Object View Orientation", 0.0),
+]
 AGGREGATES = [  # values made by running the authors' aggregations
-    ("vsibench", [("object_counting", 1.0)], {"overall": 0.5, "NQ": 1.0, "MCQ": 0.0}),  # a direction of 0 joins in
+    (
+        "vsibench",
+        [("object_counting", 1.0)],
+        {"overall": 0.5, "NQ": 1.0, "MCQ": 0.0},
+    ),  # a direction of 0 joins in
     ("spbench-si", SI_ROWS, {"overall": 0.7, "NQ": 0.65, "MCQ": 0.75}),
     ("spbench-mv", MV_ROWS, {"overall": 0.5599999999999999, "NQ": 0.6, "MCQ": 0.5}),
     ("cvbench", CV_ROWS, {"overall": 0.6666666666666666, "2D": 0.8333333333333333, "3D": 0.5}),
     ("cvbench", CV_ROWS[4:], {"overall": 0.5, "2D": None, "3D": 0.5}),
-    ("viewspatial", VIEW_ROWS, {"overall": 0.5714285714285714, "camera": 0.6666666666666666, "person": 0.5,
-                                "scannet": 0.75, "coco": 0.3333333333333333}),
-    ("sparbench", [row[1:] for row in SPAR_ROWS],
-     {"overall": 0.5444444444444445, "Low": 0.4333333333333334, "Middle": 0.5333333333333333,
-      "High": 0.6666666666666666}),
-    ("sparbench", [row[1:] for row in SPAR_ROWS if row[0] == "multi_view"],
-     {"overall": 0.42500000000000004, "Low": 0.1, "Middle": 0.5333333333333333, "High": None}),
-    ("sparbench", [row[1:] for row in SPAR_ROWS if row[0] == "single_view"],
-     {"overall": 0.64, "Low": 0.6000000000000001, "Middle": None, "High": 0.6666666666666666}),
+    (
+        "viewspatial",
+        VIEW_ROWS,
+        {
+            "overall": 0.5714285714285714,
+            "camera": 0.6666666666666666,
+            "person": 0.5,
+            "scannet": 0.75,
+            "coco": 0.3333333333333333,
+        },
+    ),
+    (
+        "sparbench",
+        [row[1:] for row in SPAR_ROWS],
+        {
+            "overall": 0.5444444444444445,
+            "Low": 0.4333333333333334,
+            "Middle": 0.5333333333333333,
+            "High": 0.6666666666666666,
+        },
+    ),
+    (
+        "sparbench",
+        [row[1:] for row in SPAR_ROWS if row[0] == "multi_view"],
+        {"overall": 0.42500000000000004, "Low": 0.1, "Middle": 0.5333333333333333, "High": None},
+    ),
+    (
+        "sparbench",
+        [row[1:] for row in SPAR_ROWS if row[0] == "single_view"],
+        {"overall": 0.64, "Low": 0.6000000000000001, "Middle": None, "High": 0.6666666666666666},
+    ),
 ]
 
 
@@ -227,46 +339,101 @@ def test_aggregates_equal_the_authors_to_the_bit(name, rows, expected):
 
 
 def test_vsibench_is_the_mean_of_eight_types_with_the_directions_as_one():
-    levels = [("object_rel_direction_easy", 1.0), ("object_rel_direction_medium", 0.5),
-              ("object_rel_direction_hard", 0.0)]
+    levels = [
+        ("object_rel_direction_easy", 1.0),
+        ("object_rel_direction_medium", 0.5),
+        ("object_rel_direction_hard", 0.0),
+    ]
     rest = [("route_planning", 0.25), ("object_rel_distance", 1.0), ("obj_appearance_order", 0.0)]
-    numbers = [("object_counting", 0.5), ("object_abs_distance", 0.5), ("object_size_estimation", 1.0),
-               ("room_size_estimation", 0.0)]
+    numbers = [
+        ("object_counting", 0.5),
+        ("object_abs_distance", 0.5),
+        ("object_size_estimation", 1.0),
+        ("room_size_estimation", 0.0),
+    ]
     rows = levels + [levels[0]] * 3 + rest + numbers  # more rows of a type change nothing
     for scorer in ("spatialladder", "official"):
-        assert aggregate("vsibench", rows, scorer) == {"overall": 3.75 / 8, "NQ": 0.5, "MCQ": 1.75 / 4}
+        assert aggregate("vsibench", rows, scorer) == {
+            "overall": 3.75 / 8,
+            "NQ": 0.5,
+            "MCQ": 1.75 / 4,
+        }
 
 
 def test_a_missing_direction_level_is_where_the_two_vsibench_scorers_differ():
     """spatialladder: the direction is 0, easy is lost, hard stays a type of its own; official: the level counts 0."""
-    rows = [("object_rel_direction_easy", 1.0), ("object_rel_direction_hard", 0.5), ("object_counting", 1.0)]
+    rows = [
+        ("object_rel_direction_easy", 1.0),
+        ("object_rel_direction_hard", 0.5),
+        ("object_counting", 1.0),
+    ]
     assert aggregate("vsibench", rows) == {"overall": 0.5, "NQ": 1.0, "MCQ": 0.25}
     assert aggregate("vsibench", rows, "official") == {"overall": 0.75, "NQ": 1.0, "MCQ": 0.5}
 
 
 def test_official_sparbench_is_unweighted_and_loses_view_changes_in_middle():
-    expected = {"overall": np.mean([0.6, 0.1, 0.6, 0.5, 2 / 3]), "Low": 0.35, "Middle": 0.5, "High": 2 / 3}
-    assert aggregate("sparbench", [row[1:] for row in SPAR_ROWS], "official") == pytest.approx(expected, abs=1e-15)
+    expected = {
+        "overall": np.mean([0.6, 0.1, 0.6, 0.5, 2 / 3]),
+        "Low": 0.35,
+        "Middle": 0.5,
+        "High": 2 / 3,
+    }
+    assert aggregate("sparbench", [row[1:] for row in SPAR_ROWS], "official") == pytest.approx(
+        expected, abs=1e-15
+    )
 
 
 def test_each_type_is_in_the_groups_of_its_makers():
     """Groups are patterns: one that caught a neighbour would move a mean without a sign."""
     members = {
-        "vsibench": {"NQ": ["object_abs_distance", "object_counting", "object_size_estimation", "room_size_estimation"],
-                     "MCQ": ["obj_appearance_order", "object_rel_direction", "object_rel_distance", "route_planning"]},
-        "sparbench": {"Low": [f"{what}_prediction_{of}{mv}" for what in ("depth", "distance") for of in ("oc", "oo")
-                              for mv in ("", "_mv")],
-                      "Middle": ["camera_motion_infer", "position_matching", "view_change_infer"],
-                      "High": ["distance_infer_center_oo", "distance_infer_center_oo_mv", "obj_spatial_relation_oc_mv",
-                               "obj_spatial_relation_oo", "obj_spatial_relation_oo_mv", "spatial_imagination_oc",
-                               "spatial_imagination_oc_mv", "spatial_imagination_oo", "spatial_imagination_oo_mv"]},
-        "viewspatial": {"camera": [VIEW_ROWS[n][0] for n in (0, 2)], "person": [VIEW_ROWS[n][0] for n in (3, 4, 6)],
-                        "scannet": [VIEW_ROWS[n][0] for n in (0, 4)], "coco": [VIEW_ROWS[n][0] for n in (2, 3, 6)]}}
+        "vsibench": {
+            "NQ": [
+                "object_abs_distance",
+                "object_counting",
+                "object_size_estimation",
+                "room_size_estimation",
+            ],
+            "MCQ": [
+                "obj_appearance_order",
+                "object_rel_direction",
+                "object_rel_distance",
+                "route_planning",
+            ],
+        },
+        "sparbench": {
+            "Low": [
+                f"{what}_prediction_{of}{mv}"
+                for what in ("depth", "distance")
+                for of in ("oc", "oo")
+                for mv in ("", "_mv")
+            ],
+            "Middle": ["camera_motion_infer", "position_matching", "view_change_infer"],
+            "High": [
+                "distance_infer_center_oo",
+                "distance_infer_center_oo_mv",
+                "obj_spatial_relation_oc_mv",
+                "obj_spatial_relation_oo",
+                "obj_spatial_relation_oo_mv",
+                "spatial_imagination_oc",
+                "spatial_imagination_oc_mv",
+                "spatial_imagination_oo",
+                "spatial_imagination_oo_mv",
+            ],
+        },
+        "viewspatial": {
+            "camera": [VIEW_ROWS[n][0] for n in (0, 2)],
+            "person": [VIEW_ROWS[n][0] for n in (3, 4, 6)],
+            "scannet": [VIEW_ROWS[n][0] for n in (0, 4)],
+            "coco": [VIEW_ROWS[n][0] for n in (2, 3, 6)],
+        },
+    }
     for name, groups in members.items():
         types = sorted(set(sum(groups.values(), [])))
         for kind in types:
             means = aggregate(name, [(other, float(other == kind)) for other in types])
-            assert {g for g in groups if means[g] > 0} == {g for g, kinds in groups.items() if kind in kinds}
+            assert {g for g in groups if means[g] > 0} == {
+                g for g, kinds in groups.items() if kind in kinds
+            }
 
 
 # ------------------------------------------------------------------------------------------------------- readers
@@ -291,7 +458,9 @@ def write_mp4(path, frames=8):
         stream = container.add_stream("mpeg4", rate=4)
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
         for n in range(frames):
-            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 20 * n, np.uint8), format="rgb24")
+            frame = av.VideoFrame.from_ndarray(
+                np.full((48, 64, 3), 20 * n, np.uint8), format="rgb24"
+            )
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
 
@@ -302,33 +471,99 @@ def write_file(path, content):
 
 
 def write_vsibench(root):
-    row = {"dataset": "scannet", "scene_name": "scene0050_00", "question": "How many?", "options": None}
-    write_parquet(root / "test-00000-of-00001.parquet", [
-        row | {"id": 0, "question_type": "object_counting", "ground_truth": "4"},
-        row | {"id": 1, "question_type": "object_rel_distance", "ground_truth": "A", "options": ["A. sofa", "B. lamp"]},
-        row | {"id": 7, "question_type": "object_rel_direction_easy", "ground_truth": "B",
-               "options": ["A. left", "B. right"], "dataset": "arkitscenes", "scene_name": "41069025"}])
+    row = {
+        "dataset": "scannet",
+        "scene_name": "scene0050_00",
+        "question": "How many?",
+        "options": None,
+    }
+    write_parquet(
+        root / "test-00000-of-00001.parquet",
+        [
+            row | {"id": 0, "question_type": "object_counting", "ground_truth": "4"},
+            row
+            | {
+                "id": 1,
+                "question_type": "object_rel_distance",
+                "ground_truth": "A",
+                "options": ["A. sofa", "B. lamp"],
+            },
+            row
+            | {
+                "id": 7,
+                "question_type": "object_rel_direction_easy",
+                "ground_truth": "B",
+                "options": ["A. left", "B. right"],
+                "dataset": "arkitscenes",
+                "scene_name": "41069025",
+            },
+        ],
+    )
     write_mp4(root / "scannet" / "scene0050_00.mp4")
     write_mp4(root / "arkitscenes" / "41069025.mp4")
 
 
 def write_spbench(root, name, images, nested=""):
-    row = {"dataset": "scannet", "scene_name": "scene0011_00", "question": "How long?", "images": images}
-    write_parquet(root / f"{name}.parquet", [
-        row | {"id": 1, "question_type": "object_size_estimation", "ground_truth": "120", "options": None},
-        row | {"id": 2, "question_type": "object_rel_direction", "ground_truth": "C",
-               "options": ["A. a", "B. b", "C. c", "D. d"]}])
+    row = {
+        "dataset": "scannet",
+        "scene_name": "scene0011_00",
+        "question": "How long?",
+        "images": images,
+    }
+    write_parquet(
+        root / f"{name}.parquet",
+        [
+            row
+            | {
+                "id": 1,
+                "question_type": "object_size_estimation",
+                "ground_truth": "120",
+                "options": None,
+            },
+            row
+            | {
+                "id": 2,
+                "question_type": "object_rel_direction",
+                "ground_truth": "C",
+                "options": ["A. a", "B. b", "C. c", "D. d"],
+            },
+        ],
+    )
     for image in images:
         write_file(root / nested / "scene0011_00" / image, jpg())
 
 
 def write_cvbench(root):
-    row = {"prompt": "", "filename": "", "choices": ["3", "2", "1", "0"], "question": "How many organs?",
-           "image": {"bytes": jpg(), "path": None}, "type": "2D", "task": "Count"}
-    write_parquet(root / "test_2d.parquet", [row | {"idx": 0, "answer": "(C)", "source": "ADE20K"},
-                                             row | {"idx": 1, "answer": "(A)", "source": "COCO"}])
-    write_parquet(root / "test_3d.parquet", [row | {"idx": 2, "answer": "(B)", "source": "Omni3D", "type": "3D",
-                                                    "task": "Depth", "choices": ["bed", "lamp"]}])
+    row = {
+        "prompt": "",
+        "filename": "",
+        "choices": ["3", "2", "1", "0"],
+        "question": "How many organs?",
+        "image": {"bytes": jpg(), "path": None},
+        "type": "2D",
+        "task": "Count",
+    }
+    write_parquet(
+        root / "test_2d.parquet",
+        [
+            row | {"idx": 0, "answer": "(C)", "source": "ADE20K"},
+            row | {"idx": 1, "answer": "(A)", "source": "COCO"},
+        ],
+    )
+    write_parquet(
+        root / "test_3d.parquet",
+        [
+            row
+            | {
+                "idx": 2,
+                "answer": "(B)",
+                "source": "Omni3D",
+                "type": "3D",
+                "task": "Depth",
+                "choices": ["bed", "lamp"],
+            }
+        ],
+    )
 
 
 SPAR_CHOICE = "Where is the bed?\nPick one of these.\nA. left, above, \nB. right, , front\nYour answer is A or B."
@@ -336,41 +571,104 @@ SPAR_CHOICE = "Where is the bed?\nPick one of these.\nA. left, above, \nB. right
 
 def write_sparbench(root):
     def row(number, task, img_type, question, answer, images):
-        return {"id": number, "img_type": img_type, "format_type": "fill", "task": task, "source": "scannet",
-                "image": [{"bytes": jpg(), "path": None}] * images, "question": question, "answer": answer}
-    write_parquet(root / "data" / "test-00000-of-00002.parquet", [
-        row(3, "depth_prediction_oc", "single_view", "How deep is it?", "1.5", 1),
-        row(4, "spatial_imagination_oc_mv", "multi_view", SPAR_CHOICE, "B", 3)])
-    write_parquet(root / "data" / "test-00001-of-00002.parquet", [
-        row(5, "view_change_infer", "multi_view", "How did the camera move?", "move_right:0.5", 2),
-        row(6, "camera_motion_infer", "multi_view", SPAR_CHOICE, "A", 2)])
+        return {
+            "id": number,
+            "img_type": img_type,
+            "format_type": "fill",
+            "task": task,
+            "source": "scannet",
+            "image": [{"bytes": jpg(), "path": None}] * images,
+            "question": question,
+            "answer": answer,
+        }
+
+    write_parquet(
+        root / "data" / "test-00000-of-00002.parquet",
+        [
+            row(3, "depth_prediction_oc", "single_view", "How deep is it?", "1.5", 1),
+            row(4, "spatial_imagination_oc_mv", "multi_view", SPAR_CHOICE, "B", 3),
+        ],
+    )
+    write_parquet(
+        root / "data" / "test-00001-of-00002.parquet",
+        [
+            row(
+                5,
+                "view_change_infer",
+                "multi_view",
+                "How did the camera move?",
+                "move_right:0.5",
+                2,
+            ),
+            row(6, "camera_motion_infer", "multi_view", SPAR_CHOICE, "A", 2),
+        ],
+    )
 
 
 def write_viewspatial(root):
-    views = ["ViewSpatial-Bench/scannetv2_val/scene0011_00/original_images/280.jpg",
-             "ViewSpatial-Bench/val2017/000000001.jpg"]
-    write_file(root / "ViewSpatial-Bench.json", json.dumps([
-        {"question_type": "Camera perspective - Relative Direction", "image_path": views[:1], "question": "Where?",
-         "answer": "A. right", "choices": "A. right\nB. left\nC. front\nD. back"},
-        {"question_type": "Person perspective - Object View Orientation", "image_path": views, "question": "Where?",
-         "answer": "B. left", "choices": "A. right\nB. left"}]).encode())
+    views = [
+        "ViewSpatial-Bench/scannetv2_val/scene0011_00/original_images/280.jpg",
+        "ViewSpatial-Bench/val2017/000000001.jpg",
+    ]
+    write_file(
+        root / "ViewSpatial-Bench.json",
+        json.dumps(
+            [
+                {
+                    "question_type": "Camera perspective - Relative Direction",
+                    "image_path": views[:1],
+                    "question": "Where?",
+                    "answer": "A. right",
+                    "choices": "A. right\nB. left\nC. front\nD. back",
+                },
+                {
+                    "question_type": "Person perspective - Object View Orientation",
+                    "image_path": views,
+                    "question": "Where?",
+                    "answer": "B. left",
+                    "choices": "A. right\nB. left",
+                },
+            ]
+        ).encode(),
+    )
     for view in views:
         write_file(root / view.removeprefix("ViewSpatial-Bench/"), jpg())
 
 
 LAYOUTS = {  # name -> (writer, completions, headline by hand)
-    "vsibench": (write_vsibench, ["3", "A. sofa", "B"], 0.6 / 3 + 1 / 3 + 0),  # one direction level of three: 0
-    "spbench-si": (lambda root: write_spbench(root, "SPBench-SI", ["1760.jpg"], "images"), ["120", "A"], 0.5),
-    "spbench-mv": (lambda root: write_spbench(root, "SPBench-MV", [f"{n}.jpg" for n in range(8)]), ["96", "C"], 0.8),
+    "vsibench": (
+        write_vsibench,
+        ["3", "A. sofa", "B"],
+        0.6 / 3 + 1 / 3 + 0,
+    ),  # one direction level of three: 0
+    "spbench-si": (
+        lambda root: write_spbench(root, "SPBench-SI", ["1760.jpg"], "images"),
+        ["120", "A"],
+        0.5,
+    ),
+    "spbench-mv": (
+        lambda root: write_spbench(root, "SPBench-MV", [f"{n}.jpg" for n in range(8)]),
+        ["96", "C"],
+        0.8,
+    ),
     "cvbench": (write_cvbench, ["(C)", "B", "b"], ((1 + 0) / 2 + 1) / 2),
     "sparbench": (write_sparbench, ["1.0 m", "B", "move_right:0.5", "B"], (0.4 + 1 + 1 + 0) / 4),
     "viewspatial": (write_viewspatial, ["A", "b"], 0.5),
 }
 
+
 def rows_of(samples, extras, completions):
-    return [{"id": s.id, "where": s.where, "question_type": s.question_type, "answer": s.answer,
-             "completion": f"<think>x</think><answer>{text}</answer>"} | extra
-            for s, extra, text in zip(samples, extras, completions, strict=True)]
+    return [
+        {
+            "id": s.id,
+            "where": s.where,
+            "question_type": s.question_type,
+            "answer": s.answer,
+            "completion": f"<think>x</think><answer>{text}</answer>",
+        }
+        | extra
+        for s, extra, text in zip(samples, extras, completions, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -386,26 +684,42 @@ def test_a_benchmark_in_its_distributed_layout_reaches_its_headline(name, tmp_pa
     assert scores["low"] <= scores["overall"] <= scores["high"] and scores["well_formed"] == 1.0
     text = evaluation.table(name, scores, BENCHES[name])
     ours, base = f"{100 * headline:.1f}", str(BENCHES[name].paper["overall"][0])
-    assert ours in text and base in text and ("35.4" in text) == (name in ("vsibench", "spbench-si", "spbench-mv"))
+    assert (
+        ours in text
+        and base in text
+        and ("35.4" in text) == (name in ("vsibench", "spbench-si", "spbench-mv"))
+    )
     assert all(kind in text for kind in scores["types"])
 
 
 def test_the_pictures_of_a_benchmark_open(tmp_path):
     """Paths exist, bytes are whole files: what the model will be given."""
     from data import open_picture, read_video
+
     for name, (write, *_) in LAYOUTS.items():
         root = tmp_path / name
         write(root)
         for media in (media for s in evaluation.read_bench(name, root)[0] for media in s.media):
-            pictures = read_video(media.source, 4, None)[0] if media.kind == "video" else [open_picture(media.source)]
+            pictures = (
+                read_video(media.source, 4, None)[0]
+                if media.kind == "video"
+                else [open_picture(media.source)]
+            )
             assert all(picture.size == (64, 48) for picture in pictures)
 
 
 def test_vsibench_rows(tmp_path):
     write_vsibench(tmp_path)
     first, second, third = evaluation.read_bench("vsibench", tmp_path)[0]
-    assert first == Sample(f"{tmp_path}/test-00000-of-00001.parquet:1", "0", "How many?", "object_counting", "4", (),
-                           (Media("video", str(tmp_path / "scannet" / "scene0050_00.mp4")),))
+    assert first == Sample(
+        f"{tmp_path}/test-00000-of-00001.parquet:1",
+        "0",
+        "How many?",
+        "object_counting",
+        "4",
+        (),
+        (Media("video", str(tmp_path / "scannet" / "scene0050_00.mp4")),),
+    )
     assert second.options == ("A. sofa", "B. lamp") and third.id == "7"
     assert third.media[0].source.endswith("arkitscenes/41069025.mp4")
 
@@ -423,7 +737,10 @@ def test_spar_options_are_taken_out_of_the_question(tmp_path):
 def test_cv_options_have_the_letters_of_the_answer(tmp_path):
     write_cvbench(tmp_path)
     samples, extras = evaluation.read_bench("cvbench", tmp_path)
-    assert samples[0].options == ("(A) 3", "(B) 2", "(C) 1", "(D) 0") and samples[2].options == ("(A) bed", "(B) lamp")
+    assert samples[0].options == ("(A) 3", "(B) 2", "(C) 1", "(D) 0") and samples[2].options == (
+        "(A) bed",
+        "(B) lamp",
+    )
     assert [extra["source"] for extra in extras] == ["ADE20K", "COCO", "Omni3D"]
 
 
@@ -437,12 +754,16 @@ def test_reading_decodes_nothing(tmp_path, monkeypatch):
         assert evaluation.read_bench(name, tmp_path / name)[0]
 
 
-@pytest.mark.parametrize("name, missing, words", [
-    ("vsibench", "test-00000-of-00001.parquet", ["nyu-visionx/VSI-Bench"]),
-    ("vsibench", "arkitscenes/41069025.mp4", ["parquet:3", "nyu-visionx/VSI-Bench"]),
-    ("spbench-si", "images/scene0011_00/1760.jpg", ["parquet:1", "hongxingli/SPBench"]),
-    ("cvbench", "test_3d.parquet", ["nyu-visionx/CV-Bench"]),
-    ("viewspatial", "val2017/000000001.jpg", ["json:2", "lidingm/ViewSpatial-Bench"])])
+@pytest.mark.parametrize(
+    "name, missing, words",
+    [
+        ("vsibench", "test-00000-of-00001.parquet", ["nyu-visionx/VSI-Bench"]),
+        ("vsibench", "arkitscenes/41069025.mp4", ["parquet:3", "nyu-visionx/VSI-Bench"]),
+        ("spbench-si", "images/scene0011_00/1760.jpg", ["parquet:1", "hongxingli/SPBench"]),
+        ("cvbench", "test_3d.parquet", ["nyu-visionx/CV-Bench"]),
+        ("viewspatial", "val2017/000000001.jpg", ["json:2", "lidingm/ViewSpatial-Bench"]),
+    ],
+)
 def test_a_missing_file_is_one_line_with_its_name_and_origin(name, missing, words, tmp_path):
     """The authors skip such rows: the score is then over fewer questions without a word."""
     LAYOUTS[name][0](tmp_path)
@@ -478,14 +799,25 @@ def sample(question, kind, answer, options=()):
 
 def test_our_rows_are_scored_by_the_training_reward():
     """Training and evaluation must agree on what is right: the LAST answer, the strict parser."""
-    rows = [{"question_type": kind, "completion": text, "answer": truth, "where": "f:1"} for kind, text, truth in (
-        ("relative distance", "<answer>A</answer><answer>(B) chair</answer>", "B"), ("object count", "a 3", "3"),
-        ("object count", "<answer>3</answer>", "4"),
-        ("localization", json.dumps([box(0, 0, 10, 5)]), [box(0, 0, 10, 10)]),
-        ("localization", "no boxes", [box(0, 0, 10, 10)]))]
+    rows = [
+        {"question_type": kind, "completion": text, "answer": truth, "where": "f:1"}
+        for kind, text, truth in (
+            ("relative distance", "<answer>A</answer><answer>(B) chair</answer>", "B"),
+            ("object count", "a 3", "3"),
+            ("object count", "<answer>3</answer>", "4"),
+            ("localization", json.dumps([box(0, 0, 10, 5)]), [box(0, 0, 10, 10)]),
+            ("localization", "no boxes", [box(0, 0, 10, 10)]),
+        )
+    ]
     scored = list(evaluation.score_rows(rows, OURS, thinking=False))
     assert [row["score"] for row in scored] == [1.0, 0.0, 0.6, 0.5, 0.0]
-    assert [row["prediction"] for row in scored] == ["(B) chair", "a 3", "3", [box(0, 0, 10, 5)], None]
+    assert [row["prediction"] for row in scored] == [
+        "(B) chair",
+        "a 3",
+        "3",
+        [box(0, 0, 10, 5)],
+        None,
+    ]
     scores = evaluation.summarize(scored, OURS)
     assert scores["overall"] == pytest.approx((1.0 + 0.3) / 2)
     assert set(scores["types"]) == {"relative distance", "object count"}
@@ -497,14 +829,23 @@ def test_our_rows_are_scored_by_the_training_reward():
 
 def test_blind_baseline_by_hand():
     """Numbers: 4 is best in mean MRA, 1 is as frequent. Choices: the text most often right, whatever its letter."""
-    count = [sample("How many beds?", "object count", answer) for answer in ("1", "1", "4", "4", "5", "3")]
-    near = [sample("Nearest?", "relative distance", "A", ("A. sofa", "B. lamp")),
-            sample("Nearest?", "relative distance", "B", ("A. bed", "B. sofa")),
-            sample("Nearest?", "relative distance", "B", ("A. sofa", "B. bed"))]
-    asked = [count[0], sample("How many lamps?", "object count", "9"),
-             sample("Nearest?", "relative distance", "A", ("A. lamp", "B. sofa")),
-             sample("Nearest?", "relative distance", "A", ("A. bed", "B. lamp")),
-             sample("Far?", "room size", "9"), sample("First?", "appearance order", "B", ("A. x", "B. y"))]
+    count = [
+        sample("How many beds?", "object count", answer)
+        for answer in ("1", "1", "4", "4", "5", "3")
+    ]
+    near = [
+        sample("Nearest?", "relative distance", "A", ("A. sofa", "B. lamp")),
+        sample("Nearest?", "relative distance", "B", ("A. bed", "B. sofa")),
+        sample("Nearest?", "relative distance", "B", ("A. sofa", "B. bed")),
+    ]
+    asked = [
+        count[0],
+        sample("How many lamps?", "object count", "9"),
+        sample("Nearest?", "relative distance", "A", ("A. lamp", "B. sofa")),
+        sample("Nearest?", "relative distance", "A", ("A. bed", "B. lamp")),
+        sample("Far?", "room size", "9"),
+        sample("First?", "appearance order", "B", ("A. x", "B. y")),
+    ]
     assert evaluation.blind_baseline(count + near, asked) == ["4", "4", "B", "A", "None", "A"]
 
 
@@ -513,38 +854,74 @@ def test_blind_baseline_is_the_best_single_answer(seed):
     """An oracle: try every training answer on the training answers."""
     truths = np.random.default_rng(seed).integers(1, 30, 40).tolist()
     train = [sample("Q", "object size", str(truth)) for truth in truths]
-    best = max(np.mean([mean_relative_accuracy(guess, truth) for truth in truths]) for guess in truths)
+    best = max(
+        np.mean([mean_relative_accuracy(guess, truth) for truth in truths]) for guess in truths
+    )
     [answer] = evaluation.blind_baseline(train, train[:1])
-    assert np.mean([mean_relative_accuracy(float(answer), truth) for truth in truths]) == pytest.approx(best)
+    assert np.mean(
+        [mean_relative_accuracy(float(answer), truth) for truth in truths]
+    ) == pytest.approx(best)
 
 
 def test_baselines_are_paired_with_rows():
-    samples = [sample("Q", "object count", "2"), sample("Q", "object count", "2"), sample("Q", "object count", "4"),
-               sample("N", "relative distance", "B", ("A. x", "B. y", "C. z", "D. w")),
-               Sample("f:1", "1", "L", "localization", (box(0, 0, 10, 10), box(10, 0, 20, 10)))]
-    train = [sample("Q", "object count", "4"), sample("N", "relative distance", "B", ("A. y", "B. x")),
-             sample("L", "object count", "9"),  # the localization rows share their questions with others
-             Sample("f:1", "1", "L", "localization", (box(0, 0, 10, 5), box(0, 0, 10, 15)))]
-    rows = [{"question_type": s.question_type, "answer": s.answer, "completion": "", "prediction": None, "score": 0.0}
-            for s in samples]
+    samples = [
+        sample("Q", "object count", "2"),
+        sample("Q", "object count", "2"),
+        sample("Q", "object count", "4"),
+        sample("N", "relative distance", "B", ("A. x", "B. y", "C. z", "D. w")),
+        Sample("f:1", "1", "L", "localization", (box(0, 0, 10, 10), box(10, 0, 20, 10))),
+    ]
+    train = [
+        sample("Q", "object count", "4"),
+        sample("N", "relative distance", "B", ("A. y", "B. x")),
+        sample("L", "object count", "9"),  # the localization rows share their questions with others
+        Sample("f:1", "1", "L", "localization", (box(0, 0, 10, 5), box(0, 0, 10, 15))),
+    ]
+    rows = [
+        {
+            "question_type": s.question_type,
+            "answer": s.answer,
+            "completion": "",
+            "prediction": None,
+            "score": 0.0,
+        }
+        for s in samples
+    ]
     match = OURS.scorers["spatialladder"][0]
     rows = list(evaluation.add_baselines(rows, samples, match, train))
     assert [row.get("chance") for row in rows] == [None, None, None, 0.25, None]
     assert [row.get("frequent") for row in rows] == [1.0, 1.0, 0.1, 1.0, None]
-    assert [row["blind"] for row in rows] == [0.0, 0.0, 1.0, 0.0, 0.5]  # the mean box is (0, 0, 10, 10)
+    assert [row["blind"] for row in rows] == [
+        0.0,
+        0.0,
+        1.0,
+        0.0,
+        0.5,
+    ]  # the mean box is (0, 0, 10, 10)
     types = evaluation.summarize(rows, OURS)["types"]
-    assert types["object count"]["blind"] == pytest.approx(1 / 3) and types["relative distance"]["chance"] == 0.25
+    assert (
+        types["object count"]["blind"] == pytest.approx(1 / 3)
+        and types["relative distance"]["chance"] == 0.25
+    )
     assert evaluation.summarize(rows, OURS)["localization"]["mean_box_iou"] == 0.5
-    assert [row.get("blind") for row in evaluation.add_baselines(rows[:1], samples[:1], match)] == [None]
+    assert [row.get("blind") for row in evaluation.add_baselines(rows[:1], samples[:1], match)] == [
+        None
+    ]
 
 
 def test_bootstrap_interval():
     """Near the normal interval for many scores; the same for the same seed; a headline's from its strata."""
     scores = np.random.default_rng(0).random(4000)
     low, high = evaluation.bootstrap_interval(scores, seed=1)
-    half = 1.96 * scores.std() / 4000 ** 0.5
-    assert (low, high) == pytest.approx((scores.mean() - half, scores.mean() + half), abs=0.1 * half)
-    assert (low, high) == evaluation.bootstrap_interval(scores, seed=1) != evaluation.bootstrap_interval(scores, seed=2)
+    half = 1.96 * scores.std() / 4000**0.5
+    assert (low, high) == pytest.approx(
+        (scores.mean() - half, scores.mean() + half), abs=0.1 * half
+    )
+    assert (
+        (low, high)
+        == evaluation.bootstrap_interval(scores, seed=1)
+        != evaluation.bootstrap_interval(scores, seed=2)
+    )
     strata = {"object_counting": [0.5] * 9, "object_rel_direction": [1.0]}
     assert evaluation.bootstrap_interval(strata, 0, evaluation.vsi_means) == (0.75, 0.75)
 
@@ -552,11 +929,22 @@ def test_bootstrap_interval():
 def test_the_papers_means_are_those_of_its_parts():
     """A misread number would be laid beside ours. VSI and SPBench: 4 + 4, 2 + 2 and 3 + 2 types; CV: 2D and 3D;
     SPAR: 8 + 3 + 9 tasks; ViewSpatial: 2,769 and 2,943 rows."""
-    weights = {"vsibench": (4, 4), "spbench-si": (2, 2), "spbench-mv": (3, 2), "cvbench": (1, 1),
-               "sparbench": (8, 3, 9), "viewspatial": (2769, 2943)}
+    weights = {
+        "vsibench": (4, 4),
+        "spbench-si": (2, 2),
+        "spbench-mv": (3, 2),
+        "cvbench": (1, 1),
+        "sparbench": (8, 3, 9),
+        "viewspatial": (2769, 2943),
+    }
     for name, bench in BENCHES.items():
         for model in (0, 1):
             overall, *parts = (values[model] for values in bench.paper.values())
-            assert np.average(parts, weights=weights[name]) == pytest.approx(overall, abs=0.11), (name, model)
-    in_domain = [BENCHES[name].paper["overall"][0] for name in ("vsibench", "spbench-si", "spbench-mv")]
+            assert np.average(parts, weights=weights[name]) == pytest.approx(overall, abs=0.11), (
+                name,
+                model,
+            )
+    in_domain = [
+        BENCHES[name].paper["overall"][0] for name in ("vsibench", "spbench-si", "spbench-mv")
+    ]
     assert round(float(np.mean(in_domain)), 1) == 35.4

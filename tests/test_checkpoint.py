@@ -1,4 +1,5 @@
 """checkpoint.py: every layout of config.json and safetensors in and out, against transformers 5.23; bad files."""
+
 import json
 import math
 import subprocess
@@ -7,55 +8,121 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from conftest import IMAGE, VISION_END, VISION_START, flat_config, hf_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import checkpoint
 import data
-from checkpoint import build_model, checkpoint_tensors, load_config, load_model, parse_config, save_model
-from conftest import IMAGE, VISION_END, VISION_START, flat_config, hf_model
-from model import KVCache, TextConfig, VisionConfig, mrope_positions
-from rewards import UserError
+from checkpoint import (
+    build_model,
+    checkpoint_tensors,
+    load_config,
+    load_model,
+    parse_config,
+    save_model,
+)
+from data import mrope_positions
+from files import UserError
+from model import KVCache, TextConfig, VisionConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 
 # The four published sizes: (width, inner width, layers, heads, key-value heads, words, tied, vision's inner width).
-SIZES = {"3B": (2048, 11008, 36, 16, 2, 151936, True, 3420), "7B": (3584, 18944, 28, 28, 4, 152064, False, 3420),
-         "32B": (5120, 27648, 64, 40, 8, 152064, False, 3456), "72B": (8192, 29568, 80, 64, 8, 152064, False, 3456)}
+SIZES = {
+    "3B": (2048, 11008, 36, 16, 2, 151936, True, 3420),
+    "7B": (3584, 18944, 28, 28, 4, 152064, False, 3420),
+    "32B": (5120, 27648, 64, 40, 8, 152064, False, 3456),
+    "72B": (8192, 29568, 80, 64, 8, 152064, False, 3456),
+}
 
 
 def published(size):
     width, inner, layers, heads, kv_heads, words, tied, vision_inner = SIZES[size]
     return {
-        "architectures": ["Qwen2_5_VLForConditionalGeneration"], "attention_dropout": 0.0, "bos_token_id": 151643,
-        "eos_token_id": 151645, "vision_start_token_id": 151652, "vision_end_token_id": 151653,
-        "vision_token_id": 151654, "image_token_id": 151655, "video_token_id": 151656, "hidden_act": "silu",
-        "hidden_size": width, "initializer_range": 0.02, "intermediate_size": inner, "max_position_embeddings": 128000,
-        "max_window_layers": 70, "model_type": "qwen2_5_vl", "num_attention_heads": heads, "num_hidden_layers": layers,
-        "num_key_value_heads": kv_heads, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "sliding_window": 32768,
-        "tie_word_embeddings": tied, "torch_dtype": "bfloat16", "use_cache": True, "use_sliding_window": False,
-        "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}, "vocab_size": words,
-        "vision_config": {"depth": 32, "hidden_act": "silu", "hidden_size": 1280, "intermediate_size": vision_inner,
-                          "num_heads": 16, "in_chans": 3, "out_hidden_size": width, "patch_size": 14,
-                          "spatial_merge_size": 2, "spatial_patch_size": 14, "window_size": 112,
-                          "fullatt_block_indexes": [7, 15, 23, 31], "tokens_per_second": 2, "temporal_patch_size": 2}}
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+        "attention_dropout": 0.0,
+        "bos_token_id": 151643,
+        "eos_token_id": 151645,
+        "vision_start_token_id": 151652,
+        "vision_end_token_id": 151653,
+        "vision_token_id": 151654,
+        "image_token_id": 151655,
+        "video_token_id": 151656,
+        "hidden_act": "silu",
+        "hidden_size": width,
+        "initializer_range": 0.02,
+        "intermediate_size": inner,
+        "max_position_embeddings": 128000,
+        "max_window_layers": 70,
+        "model_type": "qwen2_5_vl",
+        "num_attention_heads": heads,
+        "num_hidden_layers": layers,
+        "num_key_value_heads": kv_heads,
+        "rms_norm_eps": 1e-06,
+        "rope_theta": 1000000.0,
+        "sliding_window": 32768,
+        "tie_word_embeddings": tied,
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+        "use_sliding_window": False,
+        "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+        "vocab_size": words,
+        "vision_config": {
+            "depth": 32,
+            "hidden_act": "silu",
+            "hidden_size": 1280,
+            "intermediate_size": vision_inner,
+            "num_heads": 16,
+            "in_chans": 3,
+            "out_hidden_size": width,
+            "patch_size": 14,
+            "spatial_merge_size": 2,
+            "spatial_patch_size": 14,
+            "window_size": 112,
+            "fullatt_block_indexes": [7, 15, 23, 31],
+            "tokens_per_second": 2,
+            "temporal_patch_size": 2,
+        },
+    }
 
 
 def resaved(source):
     """As transformers 4.49-4.51 wrote it: vision_config holds only what differs from the class defaults."""
-    vision = {key: source["vision_config"][key] for key in ("hidden_size", "in_chans", "out_hidden_size", "tokens_per_second")}
-    rope = {"type": "default", "rope_type": "default", "mrope_section": source["rope_scaling"]["mrope_section"]}
+    vision = {
+        key: source["vision_config"][key]
+        for key in ("hidden_size", "in_chans", "out_hidden_size", "tokens_per_second")
+    }
+    rope = {
+        "type": "default",
+        "rope_type": "default",
+        "mrope_section": source["rope_scaling"]["mrope_section"],
+    }
     return source | {"vision_config": vision, "rope_scaling": rope}
 
 
 def nested(source):
     """As transformers 5 writes it: text_config with rope_parameters."""
-    outer = ("architectures", "model_type", "image_token_id", "video_token_id", "tie_word_embeddings", "vision_config")
-    text = {key: value for key, value in source.items() if key not in (*outer, "rope_scaling", "rope_theta", "torch_dtype")}
+    outer = (
+        "architectures",
+        "model_type",
+        "image_token_id",
+        "video_token_id",
+        "tie_word_embeddings",
+        "vision_config",
+    )
+    text = {
+        key: value
+        for key, value in source.items()
+        if key not in (*outer, "rope_scaling", "rope_theta", "torch_dtype")
+    }
     rope = {"rope_theta": source["rope_theta"], "rope_type": "default", **source["rope_scaling"]}
     return {key: source[key] for key in outer} | {
-        "dtype": source["torch_dtype"], "text_config": text | {"model_type": "qwen2_5_vl_text", "rope_parameters": rope}}
+        "dtype": source["torch_dtype"],
+        "text_config": text | {"model_type": "qwen2_5_vl_text", "rope_parameters": rope},
+    }
 
 
 def without_source(config):
@@ -70,9 +137,17 @@ def test_published_shapes(size):
     """The fields that decide every tensor's shape, and the number of weights of the 3B and 7B models."""
     config = parse_config(published(size))
     width, inner, layers, heads, kv_heads, words, tied, vision_inner = SIZES[size]
-    assert config.text == TextConfig(words, width, inner, layers, heads, kv_heads, 1e-6, 1e6, (16, 24, 24), 128000)
-    assert config.vision == VisionConfig(32, 1280, 16, vision_inner, 3, 14, 2, 2, 112, (7, 15, 23, 31), width, 2)
-    assert config.text.head_dim == 128 and config.tie_word_embeddings == tied and config.dtype == torch.bfloat16
+    assert config.text == TextConfig(
+        words, width, inner, layers, heads, kv_heads, 1e-6, 1e6, (16, 24, 24), 128000
+    )
+    assert config.vision == VisionConfig(
+        32, 1280, 16, vision_inner, 3, 14, 2, 2, 112, (7, 15, 23, 31), width, 2
+    )
+    assert (
+        config.text.head_dim == 128
+        and config.tie_word_embeddings == tied
+        and config.dtype == torch.bfloat16
+    )
     assert (config.image_token_id, config.video_token_id) == (151655, 151656)
     weights = sum(p.numel() for p in build_model(config).parameters())  # as the hub counts them
     assert size not in ("3B", "7B") or weights == {"3B": 3_754_622_976, "7B": 8_292_166_656}[size]
@@ -90,8 +165,12 @@ def test_three_layouts_are_one_config(size):
 def test_class_defaults():
     """An empty config.json is transformers' default model: each number by hand."""
     config = parse_config({"model_type": "qwen2_5_vl", "vision_config": {"out_hidden_size": 8192}})
-    assert config.text == TextConfig(152064, 8192, 29568, 80, 64, 8, 1e-5, 1e6, (16, 24, 24), 32768, "silu")
-    assert config.vision == VisionConfig(32, 3584, 16, 3420, 3, 14, 2, 2, 112, (7, 15, 23, 31), 8192, 4, "silu")
+    assert config.text == TextConfig(
+        152064, 8192, 29568, 80, 64, 8, 1e-5, 1e6, (16, 24, 24), 32768, "silu"
+    )
+    assert config.vision == VisionConfig(
+        32, 3584, 16, 3420, 3, 14, 2, 2, 112, (7, 15, 23, 31), 8192, 4, "silu"
+    )
     assert not config.tie_word_embeddings and config.dtype == torch.bfloat16
 
 
@@ -114,16 +193,35 @@ def test_transformers_reads_the_same_numbers(layout):
 
     source = layout(published("3B"))
     ours, theirs = parse_config(source), Qwen2_5_VLConfig(**json.loads(json.dumps(source)))
-    for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                 "num_key_value_heads", "rms_norm_eps", "max_position_embeddings"):
+    for name in (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "rms_norm_eps",
+        "max_position_embeddings",
+    ):
         assert getattr(ours.text, name) == getattr(theirs.text_config, name), name
-    for name in ("depth", "hidden_size", "num_heads", "intermediate_size", "window_size", "out_hidden_size", "tokens_per_second"):
+    for name in (
+        "depth",
+        "hidden_size",
+        "num_heads",
+        "intermediate_size",
+        "window_size",
+        "out_hidden_size",
+        "tokens_per_second",
+    ):
         assert getattr(ours.vision, name) == getattr(theirs.vision_config, name), name
     assert theirs.text_config.rope_parameters["rope_theta"] == ours.text.rope_theta
     assert ours.tie_word_embeddings == theirs.tie_word_embeddings
 
 
-@pytest.mark.parametrize("outer, inner, tied", [(True, None, True), (None, True, True), (False, True, True), (None, None, False)])
+@pytest.mark.parametrize(
+    "outer, inner, tied",
+    [(True, None, True), (None, True, True), (False, True, True), (None, None, False)],
+)
 def test_tied_heads_as_transformers_decides(outer, inner, tied):
     """Releases before 5 wrote tie_word_embeddings into text_config."""
     source = nested(flat_config())
@@ -136,10 +234,19 @@ def test_tied_heads_as_transformers_decides(outer, inner, tied):
 REFUSED = [
     ({"model_type": "qwen2_vl"}, "model_type is 'qwen2_vl', expected 'qwen2_5_vl'"),
     ({"model_type": None}, "model_type is None"),
-    ({"rope_scaling": {"type": "yarn", "factor": 4.0, "mrope_section": [2, 3, 3]}}, "rope type 'yarn' is not supported"),
+    (
+        {"rope_scaling": {"type": "yarn", "factor": 4.0, "mrope_section": [2, 3, 3]}},
+        "rope type 'yarn' is not supported",
+    ),
     ({"rope_scaling": {"rope_type": "dynamic", "mrope_section": [2, 3, 3]}}, "rope type 'dynamic'"),
-    ({"rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 4]}}, "mrope_section .* add up to half the head dimension, 8"),
-    ({"rope_scaling": {"type": "mrope", "mrope_section": [4, 4]}}, "mrope_section .* must be three numbers"),
+    (
+        {"rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 4]}},
+        "mrope_section .* add up to half the head dimension, 8",
+    ),
+    (
+        {"rope_scaling": {"type": "mrope", "mrope_section": [4, 4]}},
+        "mrope_section .* must be three numbers",
+    ),
     ({"rope_scaling": {"type": "mrope", "mrope_section": [2, 3, "3"]}}, "mrope_section is"),
     ({"rope_scaling": "mrope"}, "rope_scaling is 'mrope', expected an object"),
     ({"text_config": [1]}, r"text_config is \[1\], expected an object"),
@@ -156,10 +263,19 @@ REFUSED = [
     ({"image_token_id": 150}, "image_token_id is 150, expected a token id below 150"),
     ({"video_token_id": "147"}, "video_token_id is '147'"),
     ({"torch_dtype": "int8"}, "torch_dtype is 'int8', expected float32, bfloat16 or float16"),
-    ({"vision_config": {"out_hidden_size": 32}}, "out_hidden_size 32 must equal the text's hidden_size 64"),
-    ({"vision_config": {"out_hidden_size": 64, "patch_size": 16}}, r"patch_size, spatial_merge_size \(3, 2, 16, 2\)"),
+    (
+        {"vision_config": {"out_hidden_size": 32}},
+        "out_hidden_size 32 must equal the text's hidden_size 64",
+    ),
+    (
+        {"vision_config": {"out_hidden_size": 64, "patch_size": 16}},
+        r"patch_size, spatial_merge_size \(3, 2, 16, 2\)",
+    ),
     ({"vision_config": {"out_hidden_size": 64, "window_size": 14}}, "window_size 14"),
-    ({"vision_config": {"out_hidden_size": 64, "fullatt_block_indexes": [-1]}}, "fullatt_block_indexes is"),
+    (
+        {"vision_config": {"out_hidden_size": 64, "fullatt_block_indexes": [-1]}},
+        "fullatt_block_indexes is",
+    ),
 ]
 
 
@@ -174,7 +290,9 @@ def test_a_sliding_window_that_is_off_is_accepted():
     assert parse_config(published("7B") | {"sliding_window": 32768, "use_sliding_window": False})
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "nul", '"model"', "[" * 100_000, '{"a": 1} x', "\ufeff{}", "1" * 5000])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "nul", '"model"', "[" * 100_000, '{"a": 1} x', "\ufeff{}", "1" * 5000]
+)
 def test_broken_config_json_is_one_line(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(UserError, match="config.json: "):
@@ -186,19 +304,39 @@ def test_no_model_directory(tmp_path):
         load_config(tmp_path / "nothing")
 
 
-JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-                    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4), max_leaves=8)
-KEYS = sorted({*flat_config(), *flat_config()["vision_config"], "text_config", "rope_parameters", "dtype", "rope_type",
-               "mrope_section", "type"})
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4)
+    ),
+    max_leaves=8,
+)
+KEYS = sorted(
+    {
+        *flat_config(),
+        *flat_config()["vision_config"],
+        "text_config",
+        "rope_parameters",
+        "dtype",
+        "rope_type",
+        "mrope_section",
+        "type",
+    }
+)
 
 
 @settings(max_examples=400)
-@given(base=st.sampled_from([flat_config(), nested(flat_config()), {"model_type": "qwen2_5_vl"}]),
-       changes=st.dictionaries(st.sampled_from(KEYS), JSON, max_size=3), section=st.sampled_from([None, "vision_config", "text_config", "rope_scaling"]))
+@given(
+    base=st.sampled_from([flat_config(), nested(flat_config()), {"model_type": "qwen2_5_vl"}]),
+    changes=st.dictionaries(st.sampled_from(KEYS), JSON, max_size=3),
+    section=st.sampled_from([None, "vision_config", "text_config", "rope_scaling"]),
+)
 def test_any_config_parses_or_is_refused(base, changes, section):
     """Whatever stands in config.json: a Config, or the one error type that prints as one line."""
     inner = base.get(section) if section else None
-    source = base | ({section: (inner if isinstance(inner, dict) else {}) | changes} if section else changes)
+    source = base | (
+        {section: (inner if isinstance(inner, dict) else {}) | changes} if section else changes
+    )
     try:
         parse_config(source)
     except UserError:
@@ -221,8 +359,13 @@ def model_batch(config):
     """Words around a picture of fixed random patches."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.tensor([5, VISION_START] + [IMAGE] * 6 + [VISION_END, 9, 3, 7])
-    example = data.Example(ids, torch.full_like(ids, data.IGNORE), mrope_positions(ids, [(1, 4, 6)], [None], config),
-                           torch.randn(24, 1176, generator=generator), [(1, 4, 6)])
+    example = data.Example(
+        ids,
+        torch.full_like(ids, data.IGNORE),
+        mrope_positions(ids, [(1, 4, 6)], [None], config),
+        torch.randn(24, 1176, generator=generator),
+        [(1, 4, 6)],
+    )
     return data.collate([example], config)
 
 
@@ -235,8 +378,16 @@ def logits_of(model):
 @torch.no_grad()
 def their_logits(model):
     batch = model_batch(parse_config(flat_config()))
-    return model(input_ids=batch.ids, position_ids=batch.positions, pixel_values=batch.patches,
-                 image_grid_thw=torch.tensor(batch.grids)).logits[0, -1].float()
+    return (
+        model(
+            input_ids=batch.ids,
+            position_ids=batch.positions,
+            pixel_values=batch.patches,
+            image_grid_thw=torch.tensor(batch.grids),
+        )
+        .logits[0, -1]
+        .float()
+    )
 
 
 def write_checkpoint(directory, source, tensors, files=1):
@@ -247,22 +398,38 @@ def write_checkpoint(directory, source, tensors, files=1):
     if files == 1:
         save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
         return directory
-    weight_map = {name: f"model-{i % files + 1:05d}-of-{files:05d}.safetensors" for i, name in enumerate(names)}
+    weight_map = {
+        name: f"model-{i % files + 1:05d}-of-{files:05d}.safetensors"
+        for i, name in enumerate(names)
+    }
     for file in set(weight_map.values()):
-        save_file({n: tensors[n] for n in names if weight_map[n] == file}, directory / file, metadata={"format": "pt"})
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+        save_file(
+            {n: tensors[n] for n in names if weight_map[n] == file},
+            directory / file,
+            metadata={"format": "pt"},
+        )
+    (directory / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
     return directory
 
 
 @pytest.fixture(scope="module")
 def tensors(pair):
     """{tied: the tensors of a checkpoint in the published layout}."""
-    return {tied: load_file(pair(flat_config(tie_word_embeddings=tied))[0] / "model.safetensors") for tied in (True, False)}
+    return {
+        tied: load_file(pair(flat_config(tie_word_embeddings=tied))[0] / "model.safetensors")
+        for tied in (True, False)
+    }
 
 
 def longer(name):
     """The key that releases of transformers in between wrote."""
-    return f"model.{name}" if name.startswith("visual.") else name.replace("model.", "model.language_model.", 1)
+    return (
+        f"model.{name}"
+        if name.startswith("visual.")
+        else name.replace("model.", "model.language_model.", 1)
+    )
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -274,7 +441,9 @@ def test_every_layout_loads(tmp_path, tensors, tied, rename, files, dtype, layou
     """Every parameter is the checkpoint's tensor, rounded as it is on disk; the model speaks."""
     stored = {rename(name): tensor.to(dtype) for name, tensor in tensors[tied].items()}
     assert ("lm_head.weight" in stored) == (not tied)
-    write_checkpoint(tmp_path / "model", layout(flat_config(tie_word_embeddings=tied)), stored, files)
+    write_checkpoint(
+        tmp_path / "model", layout(flat_config(tie_word_embeddings=tied)), stored, files
+    )
     model = load_model(tmp_path / "model", torch.float32)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, tensors[tied][name].to(dtype).float()), name
@@ -284,14 +453,18 @@ def test_every_layout_loads(tmp_path, tensors, tied, rename, files, dtype, layou
 def test_a_tied_head_that_was_saved_as_well_is_not_extra(tmp_path, tensors):
     stored = tensors[True] | {"lm_head.weight": tensors[True]["model.embed_tokens.weight"].clone()}
     write_checkpoint(tmp_path / "model", flat_config(), stored)
-    assert torch.equal(logits_of(load_model(tmp_path / "model")), logits_of(load_model(write_checkpoint(
-        tmp_path / "plain", flat_config(), tensors[True]))))
+    assert torch.equal(
+        logits_of(load_model(tmp_path / "model")),
+        logits_of(load_model(write_checkpoint(tmp_path / "plain", flat_config(), tensors[True]))),
+    )
 
 
 def test_dtype_of_the_config_and_of_the_caller(tmp_path, tensors):
     write_checkpoint(tmp_path / "model", flat_config(torch_dtype="bfloat16"), tensors[True])
     assert {p.dtype for p in load_model(tmp_path / "model").parameters()} == {torch.bfloat16}
-    assert {p.dtype for p in load_model(tmp_path / "model", torch.float32).parameters()} == {torch.float32}
+    assert {p.dtype for p in load_model(tmp_path / "model", torch.float32).parameters()} == {
+        torch.float32
+    }
     assert not load_model(tmp_path / "model").training
 
 
@@ -303,14 +476,21 @@ def test_every_misfit_is_listed_in_one_error(tmp_path, tensors, files):
     stored["model.extra.weight"] = torch.zeros(3)
     stored["model.embed_tokens.weight"] = torch.zeros(149, 64)
     stored["visual.patch_embed.proj.weight"] = torch.zeros(32, 1176)
-    stored["model.layers.0.mlp.up_proj.weight"] = stored["model.layers.0.mlp.up_proj.weight"].to(torch.int8)
+    stored["model.layers.0.mlp.up_proj.weight"] = stored["model.layers.0.mlp.up_proj.weight"].to(
+        torch.int8
+    )
     write_checkpoint(tmp_path / "model", flat_config(), stored, files)
     with pytest.raises(UserError) as error:
         load_model(tmp_path / "model")
-    for part in (str(tmp_path / "model"), "missing visual.merger.ln_q.weight", "missing model.norm.weight", "unexpected model.extra.weight",
-                 "model.embed_tokens.weight has shape [149, 64], expected [150, 64]",
-                 "visual.patch_embed.proj.weight has shape [32, 1176], expected [32, 3, 2, 14, 14]",
-                 "model.layers.0.mlp.up_proj.weight is stored as I8"):
+    for part in (
+        str(tmp_path / "model"),
+        "missing visual.merger.ln_q.weight",
+        "missing model.norm.weight",
+        "unexpected model.extra.weight",
+        "model.embed_tokens.weight has shape [149, 64], expected [150, 64]",
+        "visual.patch_embed.proj.weight has shape [32, 1176], expected [32, 3, 2, 14, 14]",
+        "model.layers.0.mlp.up_proj.weight is stored as I8",
+    ):
         assert part in str(error.value)
     assert str(error.value).count(";") == 5 and "\n" not in str(error.value)
 
@@ -325,7 +505,10 @@ def test_an_untied_config_with_tied_weights_is_refused(tmp_path, tensors):
 def test_index_naming_a_missing_shard(tmp_path, tensors):
     write_checkpoint(tmp_path / "model", flat_config(), tensors[True], 3)
     (tmp_path / "model" / "model-00002-of-00003.safetensors").unlink()
-    with pytest.raises(UserError, match=r"index.json: names files that do not exist: model-00002-of-00003.safetensors$"):
+    with pytest.raises(
+        UserError,
+        match=r"index.json: names files that do not exist: model-00002-of-00003.safetensors$",
+    ):
         load_model(tmp_path / "model")
 
 
@@ -335,7 +518,10 @@ def test_index_naming_the_wrong_shard(tmp_path, tensors):
     path = tmp_path / "model" / "model.safetensors.index.json"
     index = json.loads(path.read_text())
     index["weight_map"]["model.norm.weight"] = next(
-        f for f in set(index["weight_map"].values()) if f != index["weight_map"]["model.norm.weight"])
+        f
+        for f in set(index["weight_map"].values())
+        if f != index["weight_map"]["model.norm.weight"]
+    )
     path.write_text(json.dumps(index))
     with pytest.raises(UserError, match="missing model.norm.weight in model-0000"):
         load_model(tmp_path / "model")
@@ -350,12 +536,14 @@ def test_truncated_safetensors(tmp_path, tensors, keep):
         load_model(tmp_path / "model")
 
 
-@pytest.mark.parametrize("at, value", [(0, b"\xff" * 8), (8, b"}"), (20, b"\xff\xfe\x00"), (8, b"[" * 64)])
+@pytest.mark.parametrize(
+    "at, value", [(0, b"\xff" * 8), (8, b"}"), (20, b"\xff\xfe\x00"), (8, b"[" * 64)]
+)
 def test_corrupted_safetensors_header(tmp_path, tensors, at, value):
     write_checkpoint(tmp_path / "model", flat_config(), tensors[True])
     path = tmp_path / "model" / "model.safetensors"
     content = bytearray(path.read_bytes())
-    content[at:at + len(value)] = value
+    content[at : at + len(value)] = value
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"model.safetensors: not a readable safetensors file"):
         load_model(tmp_path / "model")
@@ -368,8 +556,15 @@ def test_no_weights(tmp_path):
 
 
 @settings(max_examples=200)
-@given(st.one_of(JSON, st.builds(lambda w: {"weight_map": w}, JSON),
-                 st.builds(lambda w: {"weight_map": w}, st.dictionaries(st.text(max_size=6), st.text(max_size=12)))))
+@given(
+    st.one_of(
+        JSON,
+        st.builds(lambda w: {"weight_map": w}, JSON),
+        st.builds(
+            lambda w: {"weight_map": w}, st.dictionaries(st.text(max_size=6), st.text(max_size=12))
+        ),
+    )
+)
 def test_any_index_is_read_or_refused(tmp_path_factory, value):
     """File names with NULs, surrogates, dots and slashes included."""
     directory = tmp_path_factory.getbasetemp() / "index"
@@ -384,8 +579,13 @@ def test_any_index_is_read_or_refused(tmp_path_factory, value):
 # ---------------------------------------------------------------------------------------------- weights out
 
 
-SIDE = {"tokenizer.json": "{}", "tokenizer_config.json": '{"a": 1}', "generation_config.json": "{}",
-        "chat_template.jinja": "{{ x }}", "preprocessor_config.json": '{"patch_size": 14, "max_pixels": 1, "size": {"longest_edge": 1}}'}
+SIDE = {
+    "tokenizer.json": "{}",
+    "tokenizer_config.json": '{"a": 1}',
+    "generation_config.json": "{}",
+    "chat_template.jinja": "{{ x }}",
+    "preprocessor_config.json": '{"patch_size": 14, "max_pixels": 1, "size": {"longest_edge": 1}}',
+}
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -401,7 +601,9 @@ def test_saved_here_loads_in_transformers(tmp_path, pair, monkeypatch, tied, sha
     save_model(tmp_path / "out", ours.named_parameters(), parse_config(source))
     files = sorted(p.name for p in tmp_path.joinpath("out").glob("*.safetensors"))
     assert (len(files) > 3) == (shard_bytes == 100_000)
-    theirs, report = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", dtype=torch.float32, output_loading_info=True)
+    theirs, report = AutoModelForImageTextToText.from_pretrained(
+        tmp_path / "out", dtype=torch.float32, output_loading_info=True
+    )
     assert not any(report.values())
     assert torch.allclose(their_logits(theirs), logits_of(ours), atol=2e-5)
     assert torch.equal(logits_of(load_model(tmp_path / "out", torch.float32)), logits_of(ours))
@@ -419,7 +621,9 @@ def test_saved_by_transformers_loads_here(tmp_path, tied, shard_size, dtype):
     assert (len(list(tmp_path.glob("*.safetensors"))) > 3) == (shard_size == "100KB")
     ours = load_model(tmp_path)
     assert {p.dtype for p in ours.parameters()} == {dtype}
-    theirs = type(theirs).from_pretrained(tmp_path, dtype=torch.float32)  # .float() would keep rounded rotary tables
+    theirs = type(theirs).from_pretrained(
+        tmp_path, dtype=torch.float32
+    )  # .float() would keep rounded rotary tables
     assert torch.allclose(logits_of(ours.float()), their_logits(theirs), atol=2e-5)
 
 
@@ -429,33 +633,63 @@ def test_saved_files(tmp_path, pair):
     config = parse_config(flat_config(torch_dtype="bfloat16"))
     for name, text in SIDE.items():
         (tmp_path / name).write_text(text)
-    save_model(tmp_path / "out", ours.named_parameters(), config, tmp_path, {"min_pixels": 3136, "max_pixels": 100_352})
-    assert json.loads((tmp_path / "out" / "config.json").read_text()) == flat_config(torch_dtype="bfloat16")
+    save_model(
+        tmp_path / "out",
+        ours.named_parameters(),
+        config,
+        tmp_path,
+        {"min_pixels": 3136, "max_pixels": 100_352},
+    )
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == flat_config(
+        torch_dtype="bfloat16"
+    )
     for name in set(SIDE) - {"preprocessor_config.json"}:
         assert (tmp_path / "out" / name).read_text() == SIDE[name]
     assert json.loads((tmp_path / "out" / "preprocessor_config.json").read_text()) == {
-        "patch_size": 14, "min_pixels": 3136, "max_pixels": 100_352,
-        "size": {"shortest_edge": 3136, "longest_edge": 100_352}}
+        "patch_size": 14,
+        "min_pixels": 3136,
+        "max_pixels": 100_352,
+        "size": {"shortest_edge": 3136, "longest_edge": 100_352},
+    }
     with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as file:
         assert file.metadata() == {"format": "pt"}
         assert set(file.keys()) == {name for name, _ in ours.named_parameters()}
         assert file.get_slice("model.embed_tokens.weight").get_dtype() == "BF16"
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted([*SIDE, "config.json", "model.safetensors"])
-    assert len({p.stat().st_mode for p in (tmp_path / "out").iterdir()}) == 1  # whoever reads the config reads the weights
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(
+        [*SIDE, "config.json", "model.safetensors"]
+    )
+    assert (
+        len({p.stat().st_mode for p in (tmp_path / "out").iterdir()}) == 1
+    )  # whoever reads the config reads the weights
 
 
 def test_saving_again_leaves_no_stale_shards(tmp_path, pair, monkeypatch):
     """From shards to one file and back, over what an interrupted save left: exactly one model in the directory."""
     models = [pair(flat_config(), seed)[1] for seed in (0, 1)]
     (tmp_path / "writing-7.tmp").write_bytes(b"half")
-    for shard_bytes, model in ((50_000, models[0]), (200_000, models[1]), (10**9, models[0]), (100_000, models[1])):
+    for shard_bytes, model in (
+        (50_000, models[0]),
+        (200_000, models[1]),
+        (10**9, models[0]),
+        (100_000, models[1]),
+    ):
         monkeypatch.setattr(checkpoint, "SHARD_BYTES", shard_bytes)
         save_model(tmp_path, model.named_parameters(), model.config)
         held = {p.name for p in tmp_path.iterdir()}
-        index = json.loads((tmp_path / "model.safetensors.index.json").read_text()) if shard_bytes < 10**9 else None
-        files = set(index["weight_map"].values()) | {"model.safetensors.index.json"} if index else {"model.safetensors"}
+        index = (
+            json.loads((tmp_path / "model.safetensors.index.json").read_text())
+            if shard_bytes < 10**9
+            else None
+        )
+        files = (
+            set(index["weight_map"].values()) | {"model.safetensors.index.json"}
+            if index
+            else {"model.safetensors"}
+        )
         assert held == files | {"config.json"}
-        assert index is None or index["metadata"]["total_size"] == sum(4 * p.numel() for p in model.parameters())
+        assert index is None or index["metadata"]["total_size"] == sum(
+            4 * p.numel() for p in model.parameters()
+        )
         assert torch.equal(logits_of(load_model(tmp_path)), logits_of(model))
 
 
@@ -477,7 +711,9 @@ def test_an_interrupted_save_is_no_model(tmp_path, pair, monkeypatch, after):
     with pytest.raises(UserError, match="not a model directory"):
         load_model(tmp_path)
     save_model(tmp_path, ours.named_parameters(), ours.config)  # the next save mends it
-    assert torch.equal(logits_of(load_model(tmp_path)), logits_of(ours)) and not list(tmp_path.glob("*.tmp"))
+    assert torch.equal(logits_of(load_model(tmp_path)), logits_of(ours)) and not list(
+        tmp_path.glob("*.tmp")
+    )
 
 
 # ---------------------------------------------------------------------------------------------- memory
@@ -512,15 +748,27 @@ print(max(peak, anonymous()) - before, sum(2 * p.numel() for p in model.paramete
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
 def test_loading_holds_the_weights_once(tmp_path, pair, stored):
     """Anonymous memory while loading 200 MB of bf16 weights, most of them one embedding: at most 1.1 times that."""
-    config = parse_config(flat_config(hidden_size=512, num_hidden_layers=4, intermediate_size=1024, vocab_size=151_936,
-                                      rope_scaling={"type": "mrope", "mrope_section": [16, 24, 24]}))
+    config = parse_config(
+        flat_config(
+            hidden_size=512,
+            num_hidden_layers=4,
+            intermediate_size=1024,
+            vocab_size=151_936,
+            rope_scaling={"type": "mrope", "mrope_section": [16, 24, 24]},
+        )
+    )
     large = build_model(config).to(stored).to_empty(device="cpu")
     with torch.no_grad():
         for parameter in large.parameters():
             parameter.fill_(0.5)
     write_checkpoint(tmp_path / "large", config.source, dict(large.named_parameters()))
     small, _, _ = pair(flat_config())
-    result = subprocess.run([sys.executable, "-c", MEASURE, tmp_path / "large", small], capture_output=True, text=True, cwd=ROOT)
+    result = subprocess.run(
+        [sys.executable, "-c", MEASURE, tmp_path / "large", small],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
     assert result.returncode == 0, result.stderr
     grown, weights = map(int, result.stdout.split())
     assert weights > 1.6e8 and grown <= 1.1 * weights

@@ -3,24 +3,35 @@
 An untrained model writes no chains, so the runs here judge by rewards of their own: every text is well formed, and
 right by its length. Sampling, files and flags are the real ones.
 """
+
 import doctest
 import json
 import shutil
 from pathlib import Path
 
 import pytest
+from conftest import launch, varied_reward
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 import coldstart
 from coldstart import choose
-from conftest import launch, varied_reward
 from data import prompt_text, read_samples, style_of
-from rewards import UserError
+from files import UserError
 
 REPOSITORY = Path(coldstart.__file__).parent
-FEW = ("--sample-cold-start", "--limit", 2, "--num-generations", 4, "--max-completion-length", 8, "--batch-size", 5)
+FEW = (
+    "--sample-cold-start",
+    "--limit",
+    2,
+    "--num-generations",
+    4,
+    "--max-completion-length",
+    8,
+    "--batch-size",
+    5,
+)
 
 
 def test_doctests():
@@ -32,43 +43,95 @@ def test_doctests():
 
 
 def question(texts, right, kind="room size", asked=0, formed=None):
-    return {"type": kind, "asked": asked, "completions": texts, "format": formed or [1.0] * len(texts), "accuracy": right}
+    return {
+        "type": kind,
+        "asked": asked,
+        "completions": texts,
+        "format": formed or [1.0] * len(texts),
+        "accuracy": right,
+    }
 
 
 def test_every_rule_leaves_out_what_it_says():
     """Not well formed, not right enough, outside the band, said twice (here or under the same question), too many."""
-    questions = [question(["a", "b", " a\n", "c"], [0.9, 0.8, 1.0, 0.7]), question(["a", "x"], [1.0, 1.0]),
-                 question(["p", "q"], [1.0, 0.0], asked=1), question(["p", "q"], [1.0, 1.0], asked=2),
-                 question(["r", "s"], [1.0, 1.0], asked=3, formed=[0.0, 1.0])]
+    questions = [
+        question(["a", "b", " a\n", "c"], [0.9, 0.8, 1.0, 0.7]),
+        question(["a", "x"], [1.0, 1.0]),
+        question(["p", "q"], [1.0, 0.0], asked=1),
+        question(["p", "q"], [1.0, 1.0], asked=2),
+        question(["r", "s"], [1.0, 1.0], asked=3, formed=[0.0, 1.0]),
+    ]
+
     def kept(*rules):
         return choose(questions, *rules, seed=0)[0]
-    assert kept(0, 1, 0.8, 9, None) == [(0, "a"), (0, "b"), (1, "x"), (2, "p"), (3, "p"), (3, "q"), (4, "s")]
+
+    assert kept(0, 1, 0.8, 9, None) == [
+        (0, "a"),
+        (0, "b"),
+        (1, "x"),
+        (2, "p"),
+        (3, "p"),
+        (3, "q"),
+        (4, "s"),
+    ]
     assert kept(0, 1, 0.8, 1, None) == [(0, "a"), (1, "x"), (2, "p"), (3, "p"), (4, "s")]
     assert kept(0, 1, 1.0, 9, None)[0] == (0, "a")  # its third completion, which says the same
     assert kept(0.3, 0.6, 0.8, 9, None) == [(2, "p"), (4, "s")]  # of 3/4, 1, 1/2, 1 and 1/2 right
     capped = kept(0, 1, 0.8, 9, 4)
-    assert len(capped) == 4 and capped == sorted(capped) and len({i for i, _ in capped}) == 4  # first chains first
+    assert (
+        len(capped) == 4 and capped == sorted(capped) and len({i for i, _ in capped}) == 4
+    )  # first chains first
     assert kept(0, 1, 0.8, 9, 4) == capped and any(
-        choose(questions, 0, 1, 0.8, 9, 4, seed)[0] != capped for seed in range(1, 9))
+        choose(questions, 0, 1, 0.8, 9, 4, seed)[0] != capped for seed in range(1, 9)
+    )
     counts = choose(questions, 0.3, 0.6, 0.8, 9, None, 0)[1]["room size"]
-    assert counts == {"questions": 5, "chains": 12, "well formed": 11, "correct": 10, "accepted": 9, "solved": 5,
-                      "in the band": 2, "kept": 2}
+    assert counts == {
+        "questions": 5,
+        "chains": 12,
+        "well formed": 11,
+        "correct": 10,
+        "accepted": 9,
+        "solved": 5,
+        "in the band": 2,
+        "kept": 2,
+    }
 
 
-@given(st.lists(st.lists(st.tuples(st.sampled_from("abc"), st.booleans(), st.sampled_from([0, 0.7, 0.8, 1])), min_size=1,
-                         max_size=5), max_size=6), st.integers(1, 3), st.none() | st.integers(1, 4))
+@given(
+    st.lists(
+        st.lists(
+            st.tuples(st.sampled_from("abc"), st.booleans(), st.sampled_from([0, 0.7, 0.8, 1])),
+            min_size=1,
+            max_size=5,
+        ),
+        max_size=6,
+    ),
+    st.integers(1, 3),
+    st.none() | st.integers(1, 4),
+)
 def test_what_is_kept_is_right_distinct_and_within_the_caps(chains, per_question, per_type):
-    questions = [question([c[0] for c in q], [c[2] for c in q], kind=f"type {i % 2}", asked=i, formed=[float(c[1]) for c in q])
-                 for i, q in enumerate(chains)]
+    questions = [
+        question(
+            [c[0] for c in q],
+            [c[2] for c in q],
+            kind=f"type {i % 2}",
+            asked=i,
+            formed=[float(c[1]) for c in q],
+        )
+        for i, q in enumerate(chains)
+    ]
     chosen, counts = choose(questions, 0, 1, 0.8, per_question, per_type, 0)
-    assert len(set(chosen)) == len(chosen) == sum(c["kept"] for c in counts.values()) and chosen == sorted(
-        chosen, key=lambda pair: pair[0])
+    assert len(set(chosen)) == len(chosen) == sum(
+        c["kept"] for c in counts.values()
+    ) and chosen == sorted(chosen, key=lambda pair: pair[0])
     for i, text in chosen:
         assert any(c[0] == text and c[1] and c[2] >= 0.8 for c in chains[i])
     for i, q in enumerate(chains):
         distinct = len({c[0] for c in q if c[1] and c[2] >= 0.8})
         mine = sum(pair[0] == i for pair in chosen)
-        assert mine <= min(per_question, distinct) and (per_type or mine == min(per_question, distinct))
+        assert mine <= min(per_question, distinct) and (
+            per_type or mine == min(per_question, distinct)
+        )
     assert all(c["kept"] <= (per_type or 99) for c in counts.values())
 
 
@@ -81,10 +144,16 @@ def sample(call, rooms, tiny_model, tmp_path, monkeypatch):
     monkeypatch.setattr(coldstart, "format_reward", lambda texts: [1.0] * len(texts))
     monkeypatch.setattr(coldstart, "accuracy_reward", varied_reward)
 
-    def run(*flags, out=tmp_path / "one" / "cold.jsonl", data=rooms / "train" / "spld_spatial_data.jsonl", model=tiny_model):
+    def run(
+        *flags,
+        out=tmp_path / "one" / "cold.jsonl",
+        data=rooms / "train" / "spld_spatial_data.jsonl",
+        model=tiny_model,
+    ):
         out.parent.mkdir(exist_ok=True)
         call(coldstart, *FEW, "--model", model, "--data", data, "--out", out, *flags)
         return out
+
     return run
 
 
@@ -93,19 +162,38 @@ def test_rows_are_those_of_the_source_with_prompt_and_chain(sample, rooms):
     out, source = sample(), rooms / "train" / "spld_spatial_data.jsonl"
     rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
     sources = [json.loads(line) for line in source.read_text().splitlines()]
-    answers = [json.loads(line) for line in (out.with_suffix(".samples") / "answers-rank0.jsonl").read_text().splitlines()]
-    said = {text.strip() for answer in answers for text, right in zip(answer["completions"], answer["accuracy"]) if right >= 0.8}
+    answers = [
+        json.loads(line)
+        for line in (out.with_suffix(".samples") / "answers-rank0.jsonl").read_text().splitlines()
+    ]
+    said = {
+        text.strip()
+        for answer in answers
+        for text, right in zip(answer["completions"], answer["accuracy"])
+        if right >= 0.8
+    }
     read = read_samples(out, source.parent / "images")
     assert len(rows) == len(read) > 3
     for row, sample_ in zip(rows, read):
-        assert {"question_id", "prompt", "solution", "image", "data_type"} <= set(row) and row["solution"] in said
-        assert {key: value for key, value in row.items() if key not in ("prompt", "solution")} in sources
-        original = next(s for s in read_samples(source, source.parent / "images") if s.question == sample_.question
-                        and s.media == sample_.media)
-        assert row["prompt"] == prompt_text(original, "thinking") and style_of(sample_) == "thinking"
+        assert {"question_id", "prompt", "solution", "image", "data_type"} <= set(row) and row[
+            "solution"
+        ] in said
+        assert {
+            key: value for key, value in row.items() if key not in ("prompt", "solution")
+        } in sources
+        original = next(
+            s
+            for s in read_samples(source, source.parent / "images")
+            if s.question == sample_.question and s.media == sample_.media
+        )
+        assert (
+            row["prompt"] == prompt_text(original, "thinking") and style_of(sample_) == "thinking"
+        )
     report = json.loads((out.with_suffix(".samples") / "report.json").read_text())
     assert sum(row["kept"] for row in report.values()) == len(rows)
-    assert all(row["questions"] <= 2 and row["chains"] == 4 * row["questions"] for row in report.values())
+    assert all(
+        row["questions"] <= 2 and row["chains"] == 4 * row["questions"] for row in report.values()
+    )
 
 
 def test_choosing_anew_samples_nothing(sample, monkeypatch):
@@ -133,11 +221,22 @@ def test_an_interrupted_run_goes_on(sample, tmp_path):
 def test_two_processes_sample_as_one(sample, rooms, tiny_model, tmp_path):
     """Chains depend on seed, question and number only."""
     driver = tmp_path / "driver.py"
-    driver.write_text(f"import sys\nsys.path[:0] = [{str(REPOSITORY)!r}, {str(Path(__file__).parent)!r}]\n"
-                      "import coldstart, conftest, runtime\ncoldstart.format_reward = lambda texts: [1.0] * len(texts)\n"
-                      "coldstart.accuracy_reward = conftest.varied_reward\nruntime.main_guard(coldstart.main)\n")
-    done = launch(driver, *FEW, "--model", tiny_model, "--data", rooms / "train" / "spld_spatial_data.jsonl", "--out",
-                  tmp_path / "two.jsonl", processes=2)
+    driver.write_text(
+        f"import sys\nsys.path[:0] = [{str(REPOSITORY)!r}, {str(Path(__file__).parent)!r}]\n"
+        "import coldstart, conftest, runtime\ncoldstart.format_reward = lambda texts: [1.0] * len(texts)\n"
+        "coldstart.accuracy_reward = conftest.varied_reward\nruntime.main_guard(coldstart.main)\n"
+    )
+    done = launch(
+        driver,
+        *FEW,
+        "--model",
+        tiny_model,
+        "--data",
+        rooms / "train" / "spld_spatial_data.jsonl",
+        "--out",
+        tmp_path / "two.jsonl",
+        processes=2,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "two.jsonl").read_bytes() == sample().read_bytes()
     assert len(list((tmp_path / "two.samples").glob("answers-rank*.jsonl"))) == 2
@@ -157,7 +256,9 @@ def test_a_teacher_of_another_vocabulary_is_refused(sample, tiny_model, tmp_path
     tokenizer = Tokenizer.from_file(str(teacher / "tokenizer.json"))
     tokenizer.add_tokens(["onemoreword"])
     tokenizer.save(str(teacher / "tokenizer.json"))
-    with pytest.raises(UserError, match=r"teacher: tokenizer and model have other vocabularies: \d+ words"):
+    with pytest.raises(
+        UserError, match=r"teacher: tokenizer and model have other vocabularies: \d+ words"
+    ):
         sample(model=teacher)
 
 
@@ -171,7 +272,9 @@ def test_a_file_of_someone_else_is_kept(sample, tmp_path):
 
 def test_other_sampling_settings_do_not_mix(sample):
     sample()
-    with pytest.raises(UserError, match="was begun with another num_generations, temperature; give another --out"):
+    with pytest.raises(
+        UserError, match="was begun with another num_generations, temperature; give another --out"
+    ):
         sample("--num-generations", 3, "--temperature", 0.5)
 
 
@@ -180,26 +283,43 @@ def test_nothing_kept_is_an_error(sample, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(coldstart, "format_reward", lambda texts: [0.0] * len(texts))
     with pytest.raises(UserError, match="none of its chains was kept; the table above says where"):
         sample()
-    assert "well formed" in capsys.readouterr().out and not (tmp_path / "one" / "cold.jsonl").exists()
+    assert (
+        "well formed" in capsys.readouterr().out and not (tmp_path / "one" / "cold.jsonl").exists()
+    )
 
 
 def test_rows_without_a_checkable_answer_are_named(sample, rooms):
-    with pytest.raises(UserError, match=r"spld_grounding_data.jsonl:1: localization row, expected a question"):
+    with pytest.raises(
+        UserError, match=r"spld_grounding_data.jsonl:1: localization row, expected a question"
+    ):
         sample(data=rooms / "train" / "spld_grounding_data.jsonl")
 
 
-@pytest.mark.parametrize("flags, expected", (
-    (["--num-generations", 0], "--num-generations is 0, expected above 0"),
-    (["--temperature", 0], "--temperature is 0.0, expected above 0"),
-    (["--min-accuracy", 1.5], "--min-accuracy is 1.5, expected above 0 to 1"),
-    (["--difficulty", 0.9, 0.1], "--difficulty is 0.9 0.1, expected two shares, the lower first"),
-    (["--per-typ", 3], "unknown argument --per-typ, did you mean --per-type?"),
-    (["--data", "a/x.jsonl", "b/y.jsonl"], "--data: the files lie in several folders; give --images, which pictures of all are relative to"),
-), ids=str)
+@pytest.mark.parametrize(
+    "flags, expected",
+    (
+        (["--num-generations", 0], "--num-generations is 0, expected above 0"),
+        (["--temperature", 0], "--temperature is 0.0, expected above 0"),
+        (["--min-accuracy", 1.5], "--min-accuracy is 1.5, expected above 0 to 1"),
+        (
+            ["--difficulty", 0.9, 0.1],
+            "--difficulty is 0.9 0.1, expected two shares, the lower first",
+        ),
+        (["--per-typ", 3], "unknown argument --per-typ, did you mean --per-type?"),
+        (
+            ["--data", "a/x.jsonl", "b/y.jsonl"],
+            "--data: the files lie in several folders; give --images, which pictures of all are relative to",
+        ),
+    ),
+    ids=str,
+)
 def test_wrong_flags_are_one_line(sample, capsys, flags, expected):
     with pytest.raises(SystemExit) as error:
         sample(*flags)
-    assert error.value.code == 2 and capsys.readouterr().err.splitlines()[-1] == f"coldstart.py: {expected}"
+    assert (
+        error.value.code == 2
+        and capsys.readouterr().err.splitlines()[-1] == f"coldstart.py: {expected}"
+    )
 
 
 def test_no_room_for_the_chains(sample):

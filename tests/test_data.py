@@ -1,4 +1,5 @@
 """data.py: every malformed row is one line that names its place, and a good row becomes exactly the tokens it should."""
+
 import json
 import re
 import subprocess
@@ -9,33 +10,85 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import launch
 from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
-import report
 from checkpoint import load_model
-from conftest import launch
-from data import (IGNORE, PROMPTS, Media, Processor, check_media, collate, open_picture, parse_row, prompt_text,
-                  read_all, read_prompts, read_samples, style_of)
-from rewards import UserError
+from data import (
+    IGNORE,
+    PROMPTS,
+    Media,
+    Processor,
+    check_media,
+    collate,
+    open_picture,
+    parse_row,
+    prompt_text,
+    read_all,
+    read_prompts,
+    read_samples,
+    style_of,
+)
+from files import UserError
+from look import report
 
 REPO = Path(__file__).resolve().parents[1]
 BOX = {"bbox_2d": [30, 20, 150, 100], "label": "door"}
-LOCALIZE = {"question_id": 76, "question": "Where is the door?", "answer": [BOX], "image": ["scene0022_00/1760.jpg"],
-            "data_type": "single_image"}
-CHOICE = {"question_id": 76, "question": "<image>Is the door left or right?", "options": ["A. left", "B. right"],
-          "answer": "B", "image": ["scene0022_00/1760.jpg"], "question_type": "relative direction",
-          "data_type": "single_image"}
-NUMBER = CHOICE | {"question_id": 77, "question": "How wide is it?", "options": None, "answer": "85",
-                   "question_type": "object size"}
-VIEWS = NUMBER | {"question_id": 78, "image": [f"scene0022_00/view{n}.jpg" for n in range(8)], "data_type": "multi_view"}
-VIDEO = NUMBER | {"question_id": 79, "image": [f"scene0022_00/frame{n}.jpg" for n in range(5)], "data_type": "video"}
-COLD = {"question_id": 80, "prompt": "How wide is it? Think first.", "solution": "<think>Wide.</think><answer>85</answer>",
-        "image": ["scene0022_00/1760.jpg"], "data_type": "single_image"}
-CHAT = {"messages": [{"role": "user", "content": [{"type": "image", "image": "scene0022_00/1760.jpg"},
-                                                  {"type": "text", "text": "How wide?"}]},
-                     {"role": "assistant", "content": "85"},
-                     {"role": "user", "content": "And high?"}, {"role": "assistant", "content": "200"}]}
+LOCALIZE = {
+    "question_id": 76,
+    "question": "Where is the door?",
+    "answer": [BOX],
+    "image": ["scene0022_00/1760.jpg"],
+    "data_type": "single_image",
+}
+CHOICE = {
+    "question_id": 76,
+    "question": "<image>Is the door left or right?",
+    "options": ["A. left", "B. right"],
+    "answer": "B",
+    "image": ["scene0022_00/1760.jpg"],
+    "question_type": "relative direction",
+    "data_type": "single_image",
+}
+NUMBER = CHOICE | {
+    "question_id": 77,
+    "question": "How wide is it?",
+    "options": None,
+    "answer": "85",
+    "question_type": "object size",
+}
+VIEWS = NUMBER | {
+    "question_id": 78,
+    "image": [f"scene0022_00/view{n}.jpg" for n in range(8)],
+    "data_type": "multi_view",
+}
+VIDEO = NUMBER | {
+    "question_id": 79,
+    "image": [f"scene0022_00/frame{n}.jpg" for n in range(5)],
+    "data_type": "video",
+}
+COLD = {
+    "question_id": 80,
+    "prompt": "How wide is it? Think first.",
+    "solution": "<think>Wide.</think><answer>85</answer>",
+    "image": ["scene0022_00/1760.jpg"],
+    "data_type": "single_image",
+}
+CHAT = {
+    "messages": [
+        {
+            "role": "user",
+            "content": [
+                {"type": "image", "image": "scene0022_00/1760.jpg"},
+                {"type": "text", "text": "How wide?"},
+            ],
+        },
+        {"role": "assistant", "content": "85"},
+        {"role": "user", "content": "And high?"},
+        {"role": "assistant", "content": "200"},
+    ]
+}
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +97,9 @@ def images(tmp_path_factory):
     folder = tmp_path_factory.mktemp("images")
     (folder / "scene0022_00").mkdir()
     for n, name in enumerate(["1760.jpg"] + VIEWS["image"] + VIDEO["image"]):
-        Image.new("RGB", (300, 200), (15 * n, 200 - 10 * n, 90)).save(folder / "scene0022_00" / name.split("/")[-1])
+        Image.new("RGB", (300, 200), (15 * n, 200 - 10 * n, 90)).save(
+            folder / "scene0022_00" / name.split("/")[-1]
+        )
     return folder
 
 
@@ -54,7 +109,14 @@ def model(tiny_model):
 
 
 def processor_for(directory, model, **changed):
-    settings = dict(min_pixels=None, max_pixels=None, num_frames=16, fps=None, video_seconds="grid", prompts=None)
+    settings = dict(
+        min_pixels=None,
+        max_pixels=None,
+        num_frames=16,
+        fps=None,
+        video_seconds="grid",
+        prompts=None,
+    )
     return Processor(directory, model.config, SimpleNamespace(**settings | changed))
 
 
@@ -64,7 +126,10 @@ def processor(tiny_model, model):
 
 
 def write_rows(path, *rows):
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8")
+    path.write_text(
+        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows),
+        encoding="utf-8",
+    )
     return path
 
 
@@ -96,13 +161,28 @@ MALFORMED = [  # a row, what the message says after file:line
     (CHOICE | {"image": []}, "image is [], expected a list of paths"),
     (CHOICE | {"image": [1]}, "image is [1], expected a list of paths"),
     (without(CHOICE, "data_type"), "data_type is missing, expected str"),
-    (CHOICE | {"data_type": "audio"}, "data_type is 'audio', expected single_image, multi_view or video"),
-    (without(CHOICE, "question"), "solution is missing, expected str"),  # neither question nor cold start
+    (
+        CHOICE | {"data_type": "audio"},
+        "data_type is 'audio', expected single_image, multi_view or video",
+    ),
+    (
+        without(CHOICE, "question"),
+        "solution is missing, expected str",
+    ),  # neither question nor cold start
     (CHOICE | {"question": 5}, "question is 5, expected str"),
     (without(CHOICE, "question_type"), "question_type is missing, expected str"),
-    (CHOICE | {"question_type": "colour"}, "question_type is 'colour', expected one of relative distance, relative dir"),
-    (without(CHOICE, "answer"), "answer is '', expected the letter of one of the options ['A. left', 'B. right']"),
-    (CHOICE | {"answer": "C"}, "answer is 'C', expected the letter of one of the options ['A. left', 'B. right']"),
+    (
+        CHOICE | {"question_type": "colour"},
+        "question_type is 'colour', expected one of relative distance, relative dir",
+    ),
+    (
+        without(CHOICE, "answer"),
+        "answer is '', expected the letter of one of the options ['A. left', 'B. right']",
+    ),
+    (
+        CHOICE | {"answer": "C"},
+        "answer is 'C', expected the letter of one of the options ['A. left', 'B. right']",
+    ),
     (CHOICE | {"answer": None}, "answer is null, expected str or int or float"),
     (CHOICE | {"options": None}, "answer is 'B', expected the letter of one of the options []"),
     (CHOICE | {"options": 5}, "options is 5, expected a list of texts"),
@@ -113,42 +193,96 @@ MALFORMED = [  # a row, what the message says after file:line
     (NUMBER | {"answer": {}}, "answer is {}, expected str or int or float"),
     (VIDEO | {"seconds_per_frame": "1"}, 'seconds_per_frame is "1", expected int or float'),
     (VIDEO | {"seconds_per_frame": 0}, "seconds_per_frame is 0, expected a positive number"),
-    (VIDEO | {"seconds_per_frame": float("inf")}, "seconds_per_frame is inf, expected a positive number"),
+    (
+        VIDEO | {"seconds_per_frame": float("inf")},
+        "seconds_per_frame is inf, expected a positive number",
+    ),
     (COLD | {"solution": 5}, "solution is 5, expected str"),
     (COLD | {"prompt": ["a"]}, 'prompt is ["a"], expected str'),
     (LOCALIZE | {"answer": []}, "0 boxes in 1 pictures (single_image), expected some in one"),
-    (LOCALIZE | {"image": ["a.jpg", "b.jpg"]}, "1 boxes in 2 pictures (single_image), expected some in one"),
+    (
+        LOCALIZE | {"image": ["a.jpg", "b.jpg"]},
+        "1 boxes in 2 pictures (single_image), expected some in one",
+    ),
     (LOCALIZE | {"data_type": "video"}, "1 boxes in 1 pictures (video), expected some in one"),
     (LOCALIZE | {"answer": [5]}, "box is 5, expected bbox_2d with 4 numbers and a label"),
-    (LOCALIZE | {"answer": [without(BOX, "label")]}, 'box is {"bbox_2d": [30, 20, 150, 100]}, expected bbox_2d with 4 num'),
-    (boxes(bbox_2d=[1, 2, 3]), 'box is {"bbox_2d": [1, 2, 3], "label": "door"}, expected bbox_2d with 4 numbers'),
-    (boxes(bbox_2d=[1, 2, 3, "4"]), 'box is {"bbox_2d": [1, 2, 3, "4"], "label": "door"}, expected bbox_2d with 4 num'),
-    (boxes(bbox_2d=[1, 2, True, 4]), 'box is {"bbox_2d": [1, 2, true, 4], "label": "door"}, expected bbox_2d with 4 n'),
-    (boxes(bbox_2d=[1, 2, 3, float("nan")]), 'box is {"bbox_2d": [1, 2, 3, NaN], "label": "door"}, expected bbox_2d w'),
-    (boxes(bbox_2d=[9, 2, 3, 4]), "bbox_2d is [9, 2, 3, 4], expected 0 <= x1 < x2 and 0 <= y1 < y2"),
-    (boxes(bbox_2d=[-1, 2, 3, 4]), "bbox_2d is [-1, 2, 3, 4], expected 0 <= x1 < x2 and 0 <= y1 < y2"),
+    (
+        LOCALIZE | {"answer": [without(BOX, "label")]},
+        'box is {"bbox_2d": [30, 20, 150, 100]}, expected bbox_2d with 4 num',
+    ),
+    (
+        boxes(bbox_2d=[1, 2, 3]),
+        'box is {"bbox_2d": [1, 2, 3], "label": "door"}, expected bbox_2d with 4 numbers',
+    ),
+    (
+        boxes(bbox_2d=[1, 2, 3, "4"]),
+        'box is {"bbox_2d": [1, 2, 3, "4"], "label": "door"}, expected bbox_2d with 4 num',
+    ),
+    (
+        boxes(bbox_2d=[1, 2, True, 4]),
+        'box is {"bbox_2d": [1, 2, true, 4], "label": "door"}, expected bbox_2d with 4 n',
+    ),
+    (
+        boxes(bbox_2d=[1, 2, 3, float("nan")]),
+        'box is {"bbox_2d": [1, 2, 3, NaN], "label": "door"}, expected bbox_2d w',
+    ),
+    (
+        boxes(bbox_2d=[9, 2, 3, 4]),
+        "bbox_2d is [9, 2, 3, 4], expected 0 <= x1 < x2 and 0 <= y1 < y2",
+    ),
+    (
+        boxes(bbox_2d=[-1, 2, 3, 4]),
+        "bbox_2d is [-1, 2, 3, 4], expected 0 <= x1 < x2 and 0 <= y1 < y2",
+    ),
     (chat(), "messages must end with the assistant's turn"),
     ({"messages": 5}, "messages is 5, expected list"),
     (chat({"role": "user", "content": "Hi"}), "messages must end with the assistant's turn"),
     (chat({"role": "tool", "content": "Hi"}), "role is 'tool', expected system, user or assistant"),
     (chat("Hi"), "role is None, expected system, user or assistant"),
-    (chat({"role": "user", "content": 5}), "content part 5, expected text, or in a user's turn an image or a video"),
-    (chat({"role": "user", "content": [{"type": "image", "image": 5}]}), 'content part {"type": "image", "image": 5}, exp'),
-    (chat({"role": "assistant", "content": [{"type": "image", "image": "a.jpg"}]}), 'content part {"type": "image", "im'),
+    (
+        chat({"role": "user", "content": 5}),
+        "content part 5, expected text, or in a user's turn an image or a video",
+    ),
+    (
+        chat({"role": "user", "content": [{"type": "image", "image": 5}]}),
+        'content part {"type": "image", "image": 5}, exp',
+    ),
+    (
+        chat({"role": "assistant", "content": [{"type": "image", "image": "a.jpg"}]}),
+        'content part {"type": "image", "im',
+    ),
 ]
 MALFORMED_PIXELS = [  # rows whose pictures have a good header, and then an end that is missing
     (CHOICE | {"image": ["cut.jpg"]}, "cut.jpg: not a readable picture (image file is truncated"),
-    (VIDEO | {"image": VIDEO["image"] + ["cut.jpg"]}, "cut.jpg: not a readable picture (image file is truncated"),
+    (
+        VIDEO | {"image": VIDEO["image"] + ["cut.jpg"]},
+        "cut.jpg: not a readable picture (image file is truncated",
+    ),
 ]
 MALFORMED_MEDIA = [  # rows that are well-formed, whose files are not as they say
     (CHOICE | {"image": ["gone.jpg"]}, "gone.jpg: not a readable picture ("),
     (VIDEO | {"image": VIDEO["image"] + ["gone.jpg"]}, "gone.jpg: not a readable picture ("),
-    (CHOICE | {"image": ["text.jpg"]}, "text.jpg: not a readable picture (cannot identify image file"),
-    (CHOICE | {"image": ["small.png"]}, "small.png: 27x50 pixels, expected at least 28 on each side"),
+    (
+        CHOICE | {"image": ["text.jpg"]},
+        "text.jpg: not a readable picture (cannot identify image file",
+    ),
+    (
+        CHOICE | {"image": ["small.png"]},
+        "small.png: 27x50 pixels, expected at least 28 on each side",
+    ),
     (CHOICE | {"image": ["thin.png"]}, "aspect ratio of 6000x28 is above 200"),
-    (VIDEO | {"image": VIDEO["image"] + ["other.png"]}, "frame0.jpg: the frames of one video differ in size"),
-    (boxes(bbox_2d=[1, 2, 301, 4]), "bbox_2d is [1, 2, 301, 4], outside the picture of 300x200 pixels"),
-    (boxes(bbox_2d=[1, 2, 3, 200.5]), "bbox_2d is [1, 2, 3, 200.5], outside the picture of 300x200 pixels"),
+    (
+        VIDEO | {"image": VIDEO["image"] + ["other.png"]},
+        "frame0.jpg: the frames of one video differ in size",
+    ),
+    (
+        boxes(bbox_2d=[1, 2, 301, 4]),
+        "bbox_2d is [1, 2, 301, 4], outside the picture of 300x200 pixels",
+    ),
+    (
+        boxes(bbox_2d=[1, 2, 3, 200.5]),
+        "bbox_2d is [1, 2, 3, 200.5], outside the picture of 300x200 pixels",
+    ),
 ]
 
 
@@ -157,7 +291,11 @@ def odd_files(images):
     (images / "text.jpg").write_text("no picture")
     Image.effect_noise((300, 200), 50).convert("RGB").save(images / "whole.jpg")
     (images / "cut.jpg").write_bytes((images / "whole.jpg").read_bytes()[:-2000])
-    for name, size in (("small.png", (27, 50)), ("thin.png", (6000, 28)), ("other.png", (100, 100))):
+    for name, size in (
+        ("small.png", (27, 50)),
+        ("thin.png", (6000, 28)),
+        ("other.png", (100, 100)),
+    ):
         Image.new("RGB", size).save(images / name)
 
 
@@ -171,28 +309,38 @@ def test_a_malformed_row_is_one_line_with_its_place(row, message, tmp_path):
 
 
 @pytest.mark.parametrize("row, message", MALFORMED_MEDIA, ids=range(len(MALFORMED_MEDIA)))
-def test_unusable_pictures_and_boxes_outside_name_the_row(row, message, tmp_path, images, processor):
+def test_unusable_pictures_and_boxes_outside_name_the_row(
+    row, message, tmp_path, images, processor
+):
     """Found by headers alone, and just the same by training and evaluation, which decode."""
     path = write_rows(tmp_path / "rows.jsonl", row)
     [sample] = read_samples(path, images)
     messages = set()
-    for attempt in (lambda: check_media(sample), lambda: processor.example(sample, style_of(sample)),
-                    lambda: processor.example(sample, style_of(sample), answer=False)):
+    for attempt in (
+        lambda: check_media(sample),
+        lambda: processor.example(sample, style_of(sample)),
+        lambda: processor.example(sample, style_of(sample), answer=False),
+    ):
         with pytest.raises(UserError) as error:
             attempt()
         messages.add(str(error.value))
-    assert len(messages) == 1 and messages.pop().removeprefix(f"{path}:1: ").removeprefix(f"{images}/").removeprefix(
-        "scene0022_00/").startswith(message)
+    assert len(messages) == 1 and messages.pop().removeprefix(f"{path}:1: ").removeprefix(
+        f"{images}/"
+    ).removeprefix("scene0022_00/").startswith(message)
 
 
 @pytest.mark.parametrize("row, message", MALFORMED_PIXELS, ids=range(len(MALFORMED_PIXELS)))
-def test_truncated_pictures_name_the_row_where_they_are_decoded(row, message, tmp_path, images, processor):
+def test_truncated_pictures_name_the_row_where_they_are_decoded(
+    row, message, tmp_path, images, processor
+):
     path = write_rows(tmp_path / "rows.jsonl", row)
     [sample] = read_samples(path, images)
     assert check_media(sample) == sample  # the header says nothing of it
     with pytest.raises(UserError) as error:
         processor.example(sample, style_of(sample))
-    assert str(error.value).startswith(f"{path}:1: {images}/{message}") and "\n" not in str(error.value)
+    assert str(error.value).startswith(f"{path}:1: {images}/{message}") and "\n" not in str(
+        error.value
+    )
 
 
 def test_not_utf8_names_its_line_and_a_missing_file_its_path(tmp_path):
@@ -212,14 +360,34 @@ def test_the_three_released_files_and_chat_are_read_as_they_are(tmp_path, images
     path = write_rows(tmp_path / "rows.jsonl", LOCALIZE, CHOICE, NUMBER, VIEWS, VIDEO, COLD, CHAT)
     found, choice, number, views, video, cold, talk = read_samples(path, images)
     picture = Media("image", str(images / "scene0022_00/1760.jpg"))
-    assert found.question_type == "localization" and found.answer == (BOX,) and found.media == (picture,)
-    assert choice.question == "Is the door left or right?" and choice.options == ("A. left", "B. right")
+    assert (
+        found.question_type == "localization"
+        and found.answer == (BOX,)
+        and found.media == (picture,)
+    )
+    assert choice.question == "Is the door left or right?" and choice.options == (
+        "A. left",
+        "B. right",
+    )
     assert (choice.id, choice.answer, choice.question_type) == ("76", "B", "relative direction")
     assert number.options == () and [media.kind for media in views.media] == ["image"] * 8
     assert video.media == (Media("video", tuple(str(images / name) for name in VIDEO["image"])),)
-    assert (cold.prompt, cold.solution, cold.question_type) == (COLD["prompt"], COLD["solution"], "")
-    assert [style_of(s) for s in (found, choice, cold, talk)] == ["localize", "direct", "thinking", "direct"]
-    assert talk.messages[0] == ("user", (picture, "How wide?")) and talk.id == f"{path}:7" and talk.media == (picture,)
+    assert (cold.prompt, cold.solution, cold.question_type) == (
+        COLD["prompt"],
+        COLD["solution"],
+        "",
+    )
+    assert [style_of(s) for s in (found, choice, cold, talk)] == [
+        "localize",
+        "direct",
+        "thinking",
+        "direct",
+    ]
+    assert (
+        talk.messages[0] == ("user", (picture, "How wide?"))
+        and talk.id == f"{path}:7"
+        and talk.media == (picture,)
+    )
 
 
 def test_invalid_rows_are_dropped_only_when_asked_and_counted(tmp_path, images):
@@ -227,7 +395,9 @@ def test_invalid_rows_are_dropped_only_when_asked_and_counted(tmp_path, images):
     path, told = write_rows(tmp_path / "rows.jsonl", *rows), []
     samples = read_all([path], images, told.append)
     assert [sample.where.rpartition(":")[2] for sample in samples] == ["1", "5"]
-    assert len(told) == 1 and told[0].startswith(f"dropped 3 of 5 rows, the first: {path}:2: not JSON")
+    assert len(told) == 1 and told[0].startswith(
+        f"dropped 3 of 5 rows, the first: {path}:2: not JSON"
+    )
     assert read_all([write_rows(path, LOCALIZE)], images, told.append) and len(told) == 1
     with pytest.raises(UserError, match="no rows in it"):
         read_all([write_rows(path, "{")], images, told.append)
@@ -239,11 +409,25 @@ def test_invalid_rows_are_dropped_only_when_asked_and_counted(tmp_path, images):
 def theirs(directory, turns, grids, generate):
     """transformers: render the conversation by the directory's chat template, tokenize it, repeat the pads."""
     template = json.loads((directory / "tokenizer_config.json").read_text())["chat_template"]
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(directory / "tokenizer.json"), chat_template=template)
-    messages = [{"role": role, "content": [{"type": "text", "text": part} if isinstance(part, str) else
-                                           {"type": part.kind} for part in parts]} for role, parts in turns]
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_file=str(directory / "tokenizer.json"), chat_template=template
+    )
+    messages = [
+        {
+            "role": role,
+            "content": [
+                {"type": "text", "text": part} if isinstance(part, str) else {"type": part.kind}
+                for part in parts
+            ],
+        }
+        for role, parts in turns
+    ]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
-    pads, grids, ids = tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"]), iter(grids), []
+    pads, grids, ids = (
+        tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"]),
+        iter(grids),
+        [],
+    )
     for token in tokenizer.encode(text, add_special_tokens=False):
         t, h, w = next(grids) if token in pads else (1, 2, 2)
         ids += [token] * (t * h * w // 4)
@@ -251,8 +435,20 @@ def theirs(directory, turns, grids, generate):
 
 
 @pytest.mark.parametrize("generate", (False, True))
-@pytest.mark.parametrize("row", (LOCALIZE, CHOICE, NUMBER, VIEWS, VIDEO, COLD, CHAT, chat(
-    {"role": "system", "content": "Be brief."}, *CHAT["messages"][2:])), ids=lambda row: f"{len(str(row))} characters")
+@pytest.mark.parametrize(
+    "row",
+    (
+        LOCALIZE,
+        CHOICE,
+        NUMBER,
+        VIEWS,
+        VIDEO,
+        COLD,
+        CHAT,
+        chat({"role": "system", "content": "Be brief."}, *CHAT["messages"][2:]),
+    ),
+    ids=lambda row: f"{len(str(row))} characters",
+)
 def test_ids_are_those_of_the_chat_template(row, generate, tmp_path, images, tiny_model, processor):
     """A token off, and a published checkpoint is asked in a format it has never seen."""
     [sample] = read_samples(write_rows(tmp_path / "rows.jsonl", row), images)
@@ -260,7 +456,9 @@ def test_ids_are_those_of_the_chat_template(row, generate, tmp_path, images, tin
     example = processor.example(sample, style, answer=not generate)
     turns = processor.turns(sample, style, (112 / 300, 84 / 200), not generate)
     assert example.ids.tolist() == theirs(tiny_model, turns, example.grids, generate)
-    assert example.positions.shape == (3, len(example.ids)) and len(example.labels) == len(example.ids)
+    assert example.positions.shape == (3, len(example.ids)) and len(example.labels) == len(
+        example.ids
+    )
 
 
 def test_a_given_prompt_is_used_as_it_is_and_media_come_first(tmp_path, images, processor):
@@ -268,14 +466,17 @@ def test_a_given_prompt_is_used_as_it_is_and_media_come_first(tmp_path, images, 
     shown, counts = processor.shown(processor.example(sample, "thinking", answer=False))
     assert counts == [12] and shown == (  # 112 x 84 pixels
         f"<|im_start|>system\n{PROMPTS['system']}<|im_end|>\n<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>"
-        f"{COLD['prompt']}<|im_end|>\n<|im_start|>assistant\n")
+        f"{COLD['prompt']}<|im_end|>\n<|im_start|>assistant\n"
+    )
 
 
 @pytest.mark.parametrize("name", ("<|image_pad|>", "<|im_end|>", "<|vision_start|>"))
 def test_special_tokens_in_a_question_are_text(name, tmp_path, images, processor):
     """Else a question could end its own turn, or claim another picture's features."""
     text = f"Is {name} left?"
-    [odd, plain] = read_samples(write_rows(tmp_path / "rows.jsonl", CHOICE | {"question": text}, CHOICE), images)
+    [odd, plain] = read_samples(
+        write_rows(tmp_path / "rows.jsonl", CHOICE | {"question": text}, CHOICE), images
+    )
     odd, plain = (processor.example(sample, "direct") for sample in (odd, plain))
     token = processor.special[name]
     assert (odd.ids == token).sum() == (plain.ids == token).sum()
@@ -284,7 +485,9 @@ def test_special_tokens_in_a_question_are_text(name, tmp_path, images, processor
 
 
 def trained_text(example, processor):
-    return processor.tokenizer.decode(example.labels[example.labels != IGNORE].tolist(), skip_special_tokens=False)
+    return processor.tokenizer.decode(
+        example.labels[example.labels != IGNORE].tolist(), skip_special_tokens=False
+    )
 
 
 def test_boxes_are_scaled_from_the_true_size(tmp_path, images, processor, tiny_model, model):
@@ -294,29 +497,46 @@ def test_boxes_are_scaled_from_the_true_size(tmp_path, images, processor, tiny_m
     assert example.grids == [(1, 6, 8)]
     assert example.boxes == ({"bbox_2d": [11, 8, 56, 42], "label": "door"},)
     assert trained_text(example, processor) == (
-        '```json\n[{"bbox_2d": [11, 8, 56, 42], "label": "door"}]\n```<|im_end|>')
+        '```json\n[{"bbox_2d": [11, 8, 56, 42], "label": "door"}]\n```<|im_end|>'
+    )
     large = processor_for(tiny_model, model, max_pixels=308 * 196).example(sample, "localize")
     assert large.grids == [(1, 14, 22)] and large.boxes[0]["bbox_2d"] == [31, 20, 154, 98]
 
 
-@pytest.mark.parametrize("row, answers", [
-    (CHOICE, "B<|im_end|>"), (VIEWS, "85<|im_end|>"), (VIDEO, "85<|im_end|>"), (COLD, COLD["solution"] + "<|im_end|>"),
-    (CHAT, "85<|im_end|>200<|im_end|>")], ids=("choice", "views", "video", "cold", "chat"))
-def test_labels_are_the_assistants_words_and_its_ends_of_turn(row, answers, tmp_path, images, processor):
+@pytest.mark.parametrize(
+    "row, answers",
+    [
+        (CHOICE, "B<|im_end|>"),
+        (VIEWS, "85<|im_end|>"),
+        (VIDEO, "85<|im_end|>"),
+        (COLD, COLD["solution"] + "<|im_end|>"),
+        (CHAT, "85<|im_end|>200<|im_end|>"),
+    ],
+    ids=("choice", "views", "video", "cold", "chat"),
+)
+def test_labels_are_the_assistants_words_and_its_ends_of_turn(
+    row, answers, tmp_path, images, processor
+):
     """The authors train on the prompt and on every video token too."""
     [sample] = read_samples(write_rows(tmp_path / "rows.jsonl", row), images)
     example = processor.example(sample, style_of(sample))
     trained = example.labels != IGNORE
-    assert trained_text(example, processor) == answers and torch.equal(example.labels[trained], example.ids[trained])
+    assert trained_text(example, processor) == answers and torch.equal(
+        example.labels[trained], example.ids[trained]
+    )
 
 
 def test_headers_give_the_same_tokens_as_pixels(tmp_path, images, processor):
     """`check` counts tokens without decoding; a difference would be a wrong warning."""
     for row in (LOCALIZE, VIEWS, VIDEO, CHAT):
         [sample] = read_samples(write_rows(tmp_path / "rows.jsonl", row), images)
-        whole, header = (processor.example(sample, style_of(sample), pixels=pixels) for pixels in (True, False))
+        whole, header = (
+            processor.example(sample, style_of(sample), pixels=pixels) for pixels in (True, False)
+        )
         assert torch.equal(whole.ids, header.ids) and torch.equal(whole.positions, header.positions)
-        assert whole.grids == header.grids and whole.boxes == header.boxes and len(header.patches) == 0
+        assert (
+            whole.grids == header.grids and whole.boxes == header.boxes and len(header.patches) == 0
+        )
 
 
 @pytest.mark.parametrize("kind", ("jpg", "png", "webp"))
@@ -327,13 +547,19 @@ def test_headers_give_the_upright_size(kind, orientation, tmp_path):
     exif[0x0112] = orientation
     Image.new("RGB", (80, 40)).save(tmp_path / f"a.{kind}", exif=exif)
     size = open_picture(tmp_path / f"a.{kind}", pixels=False).size
-    assert size == open_picture(tmp_path / f"a.{kind}").size == ((80, 40) if orientation < 5 else (40, 80))
+    assert (
+        size
+        == open_picture(tmp_path / f"a.{kind}").size
+        == ((80, 40) if orientation < 5 else (40, 80))
+    )
 
 
 def test_a_mixed_batch_equals_its_rows_one_by_one(tmp_path, images, processor, model):
     """A picture, eight views, a video, a chat without a picture: padding and pictures of others change nothing."""
     bare = chat({"role": "user", "content": "How many?"}, {"role": "assistant", "content": "3"})
-    samples = read_samples(write_rows(tmp_path / "rows.jsonl", LOCALIZE, VIEWS, VIDEO, bare), images)
+    samples = read_samples(
+        write_rows(tmp_path / "rows.jsonl", LOCALIZE, VIEWS, VIDEO, bare), images
+    )
     examples = [processor.example(sample, style_of(sample)) for sample in samples]
     with torch.no_grad():
         together = model(collate(examples, model.config))[0]
@@ -345,12 +571,20 @@ def test_a_mixed_batch_equals_its_rows_one_by_one(tmp_path, images, processor, m
 # ---------------------------------------------------------------------------------------------- prompts
 
 
-@pytest.mark.parametrize("content, message", [
-    ("{", "not readable as JSON (Expecting property name"), ("[1]", "expected an object from prompt names to texts"),
-    ('{"system": 5}', "expected an object from prompt names to texts"),
-    ('{"sytem": "Hi"}', "unknown prompt 'sytem', expected one of system, localize, direct choice"),
-    ('{"localize": "Where?"}', "prompt 'localize' lacks the slot {question}"),
-    ('{"direct choice": "{question}"}', "prompt 'direct choice' lacks the slot {options}")])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("{", "not readable as JSON (Expecting property name"),
+        ("[1]", "expected an object from prompt names to texts"),
+        ('{"system": 5}', "expected an object from prompt names to texts"),
+        (
+            '{"sytem": "Hi"}',
+            "unknown prompt 'sytem', expected one of system, localize, direct choice",
+        ),
+        ('{"localize": "Where?"}', "prompt 'localize' lacks the slot {question}"),
+        ('{"direct choice": "{question}"}', "prompt 'direct choice' lacks the slot {options}"),
+    ],
+)
 def test_a_malformed_prompts_file_is_one_line(content, message, tmp_path):
     """A prompt without its slot would ask every row the same."""
     (tmp_path / "prompts.json").write_text(content)
@@ -362,13 +596,21 @@ def test_a_malformed_prompts_file_is_one_line(content, message, tmp_path):
 
 
 def test_prompts_of_a_file_replace_ours_one_by_one(tmp_path, images, tiny_model, model):
-    (tmp_path / "prompts.json").write_text('{"system": "Be brief", "direct choice": "Q: {question}\\n{options}\\nLetter?"}')
+    (tmp_path / "prompts.json").write_text(
+        '{"system": "Be brief", "direct choice": "Q: {question}\\n{options}\\nLetter?"}'
+    )
     [choice, number] = read_samples(write_rows(tmp_path / "rows.jsonl", CHOICE, NUMBER), images)
     processor = processor_for(tiny_model, model, prompts=tmp_path / "prompts.json")
-    assert prompt_text(choice, "direct", processor.prompts) == "Q: Is the door left or right?\nA. left\nB. right\nLetter?"
+    assert (
+        prompt_text(choice, "direct", processor.prompts)
+        == "Q: Is the door left or right?\nA. left\nB. right\nLetter?"
+    )
     assert prompt_text(number, "direct", processor.prompts) == prompt_text(number, "direct")
     odd = replace(choice, question="What is {options}?", options=("A. {question}", "B. b"))
-    assert prompt_text(odd, "direct", processor.prompts) == "Q: What is {options}?\nA. {question}\nB. b\nLetter?"
+    assert (
+        prompt_text(odd, "direct", processor.prompts)
+        == "Q: What is {options}?\nA. {question}\nB. b\nLetter?"
+    )
     assert "system\nBe brief<|im_end|>" in processor.shown(processor.example(choice, "direct"))[0]
 
 
@@ -379,81 +621,191 @@ def test_check_finds_everything_in_one_go(tmp_path, images, tiny_model, processo
     """Every malformed row above stands in one file; each is one line, and what is odd is a warning beside it."""
     malformed = MALFORMED_PIXELS[:1] + MALFORMED + MALFORMED_PIXELS[1:] + MALFORMED_MEDIA
     rows = [row for row, _ in malformed]
-    odd = [LOCALIZE | {"question_id": 1, "answer": [BOX | {"bbox_2d": [0, 2, 30, 40]}, BOX | {"bbox_2d": [1, 2, 299, 40]}]},
-           NUMBER | {"question_id": 1, "answer": "0"}, VIEWS, VIDEO, COLD, without(CHAT, "question_id")]
+    odd = [
+        LOCALIZE
+        | {
+            "question_id": 1,
+            "answer": [BOX | {"bbox_2d": [0, 2, 30, 40]}, BOX | {"bbox_2d": [1, 2, 299, 40]}],
+        },
+        NUMBER | {"question_id": 1, "answer": "0"},
+        VIEWS,
+        VIDEO,
+        COLD,
+        without(CHAT, "question_id"),
+    ]
     path = write_rows(tmp_path / "rows.jsonl", *rows, *odd)
-    done = launch(REPO / "data.py", "check", path, "--images", images, "--model", tiny_model, "--max-tokens", 100)
+    done = launch(
+        REPO / "data.py",
+        "check",
+        path,
+        "--images",
+        images,
+        "--model",
+        tiny_model,
+        "--max-tokens",
+        100,
+    )
     lines, first = done.stdout.splitlines(), len(rows) + 1
     assert done.returncode == 2 and done.stderr == ""
     errors = [line for line in lines if line.startswith("error: ")]
-    assert [re.match(rf"error: {path}:(\d+): ", line)[1] for line in errors] == [str(n) for n in range(1, first)]
+    assert [re.match(rf"error: {path}:(\d+): ", line)[1] for line in errors] == [
+        str(n) for n in range(1, first)
+    ]
     for line, (_, message) in zip(errors, malformed):
         assert message.split(": ")[-1] in line
-    warnings = [line.removeprefix(f"warning: {path}:") for line in lines if line.startswith("warning: ")]
+    warnings = [
+        line.removeprefix(f"warning: {path}:") for line in lines if line.startswith("warning: ")
+    ]
     length = len(processor.example(parse_row(VIEWS, "", images), "direct").ids)
     edge = "touches the edge of the picture of 300x200 pixels"
     assert warnings == [
-        f"{first}: door at [0, 2, 30, 40] {edge}", f"{first}: door at [1, 2, 299, 40] {edge}",
-        f"{first + 1}: id 1 stands at {path}:{first} too", f"{first + 1}: answer is 0: nothing but 0 earns a reward",
-        f"{first + 2}: {length} tokens, more than 100"]
-    counts = dict(line.split(maxsplit=1)[::-1] for line in lines if re.match(r" +\d+  (?!of)", line))
-    assert counts == dict.fromkeys(("chat", "cold start single_image", "localization single_image",
-                                    "object size single_image", "object size multi_view", "object size video"), "1")
-    histogram = [line.split() for line in lines if re.match(r" +\d+  of \d+ to \d+ tokens #+$", line)]
+        f"{first}: door at [0, 2, 30, 40] {edge}",
+        f"{first}: door at [1, 2, 299, 40] {edge}",
+        f"{first + 1}: id 1 stands at {path}:{first} too",
+        f"{first + 1}: answer is 0: nothing but 0 earns a reward",
+        f"{first + 2}: {length} tokens, more than 100",
+    ]
+    counts = dict(
+        line.split(maxsplit=1)[::-1] for line in lines if re.match(r" +\d+  (?!of)", line)
+    )
+    assert counts == dict.fromkeys(
+        (
+            "chat",
+            "cold start single_image",
+            "localization single_image",
+            "object size single_image",
+            "object size multi_view",
+            "object size video",
+        ),
+        "1",
+    )
+    histogram = [
+        line.split() for line in lines if re.match(r" +\d+  of \d+ to \d+ tokens #+$", line)
+    ]
     assert sum(int(words[0]) for words in histogram) == len(odd)
-    assert lines[-1].startswith(f"{path}: {len(rows) + len(odd)} rows, {len(rows)} errors, 5 warnings, at most ")
+    assert lines[-1].startswith(
+        f"{path}: {len(rows) + len(odd)} rows, {len(rows)} errors, 5 warnings, at most "
+    )
 
 
 def test_check_of_a_clean_file_exits_with_0(tmp_path, images):
     path = write_rows(tmp_path / "rows.jsonl", LOCALIZE, VIEWS)
     done = launch(REPO / "data.py", "check", path, "--images", images)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == (f"       1  localization single_image\n       1  object size multi_view\n"
-                           f"{path}: 2 rows, 0 errors, 0 warnings\n")
+    assert done.stdout == (
+        f"       1  localization single_image\n       1  object size multi_view\n"
+        f"{path}: 2 rows, 0 errors, 0 warnings\n"
+    )
 
 
 def test_training_stops_at_an_invalid_row_or_drops_it(tmp_path, images, tiny_model):
     """One line and exit code 2; with --drop-invalid the run says how many rows it leaves out, and goes on."""
-    path = write_rows(tmp_path / "rows.jsonl", LOCALIZE, CHOICE | {"answer": "C"}, boxes(bbox_2d=[1, 2, 301, 4]), CHOICE)
-    flags = ["--stage", "1", "--model", tiny_model, "--data", path, "--images", images, "--max-steps", 1,
-             "--batch-size", 2]
+    path = write_rows(
+        tmp_path / "rows.jsonl",
+        LOCALIZE,
+        CHOICE | {"answer": "C"},
+        boxes(bbox_2d=[1, 2, 301, 4]),
+        CHOICE,
+    )
+    flags = [
+        "--stage",
+        "1",
+        "--model",
+        tiny_model,
+        "--data",
+        path,
+        "--images",
+        images,
+        "--max-steps",
+        1,
+        "--batch-size",
+        2,
+    ]
     stopped = launch(REPO / "train_sft.py", *flags, "--out", tmp_path / "a")
-    assert stopped.returncode == 2 and stopped.stderr.startswith(f"train_sft.py: {path}:2: answer is 'C', expected ")
+    assert stopped.returncode == 2 and stopped.stderr.startswith(
+        f"train_sft.py: {path}:2: answer is 'C', expected "
+    )
     assert stopped.stderr.count("\n") == 1
     done = launch(REPO / "train_sft.py", *flags, "--out", tmp_path / "b", "--drop-invalid")
-    assert done.returncode == 0 and f"dropped 2 of 4 rows, the first: {path}:2: answer is 'C'" in done.stdout
+    assert (
+        done.returncode == 0
+        and f"dropped 2 of 4 rows, the first: {path}:2: answer is 'C'" in done.stdout
+    )
     assert "2 rows, 1 steps of 2" in done.stdout
 
 
 def test_a_box_outside_stops_training_where_the_row_is_read(tmp_path, images, tiny_model):
     """The true size is known only when the picture is opened, in a worker process too: the line is the same."""
     path = write_rows(tmp_path / "rows.jsonl", boxes(bbox_2d=[1, 2, 301, 4]))
-    stopped = launch(REPO / "train_sft.py", "--stage", "1", "--model", tiny_model, "--data", path, "--images", images,
-                     "--max-steps", 1, "--batch-size", 1, "--workers", 1, "--out", tmp_path / "a")
+    stopped = launch(
+        REPO / "train_sft.py",
+        "--stage",
+        "1",
+        "--model",
+        tiny_model,
+        "--data",
+        path,
+        "--images",
+        images,
+        "--max-steps",
+        1,
+        "--batch-size",
+        1,
+        "--workers",
+        1,
+        "--out",
+        tmp_path / "a",
+    )
     assert stopped.returncode == 2
-    assert stopped.stderr.splitlines()[-1] == (f"train_sft.py: step 1: {path}:1: bbox_2d is [1, 2, 301, 4], outside the picture "
-                                               "of 300x200 pixels")
+    assert stopped.stderr.splitlines()[-1] == (
+        f"train_sft.py: step 1: {path}:1: bbox_2d is [1, 2, 301, 4], outside the picture "
+        "of 300x200 pixels"
+    )
 
 
 def test_show_holds_the_exact_input(tmp_path, images, tiny_model, processor, monkeypatch):
     """Pictures come out of the patches, and every token, label and position of the row stands on the page."""
-    path = write_rows(tmp_path / "rows.jsonl", "{", LOCALIZE | {"question": "Where is the <b>dôor</b>?"}, VIDEO)
+    path = write_rows(
+        tmp_path / "rows.jsonl", "{", LOCALIZE | {"question": "Where is the <b>dôor</b>?"}, VIDEO
+    )
     pages = []
     for row in (2, 3):
         out = tmp_path / f"{row}.html"
-        monkeypatch.setattr("sys.argv", ["report.py", "show", str(path), "--row", str(row), "--images", str(images),
-                                         "--model", str(tiny_model), "--out", str(out)])
+        monkeypatch.setattr(
+            "sys.argv",
+            [
+                "report.py",
+                "show",
+                str(path),
+                "--row",
+                str(row),
+                "--images",
+                str(images),
+                "--model",
+                str(tiny_model),
+                "--out",
+                str(out),
+            ],
+        )
         report.main()
         pages.append(out.read_text("utf-8"))
     assert "<b>d" not in pages[0]
     assert pages[0].count("<svg") == 1 and 'viewBox="0 0 112 84"' in pages[0]
     assert 'd="M11.0 8.0H56.0V42.0H11.0Z"' in pages[0]
-    assert "&lt;|image_pad|&gt;</span> × 12" in pages[0] and "time 9, height 9 to 11, width 9 to 12" in pages[0]
-    assert "<small>1760.jpg, 112 × 84</small>" in pages[0] and "with the boxes of the answer" in pages[0]
+    assert (
+        "&lt;|image_pad|&gt;</span> × 12" in pages[0]
+        and "time 9, height 9 to 11, width 9 to 12" in pages[0]
+    )
+    assert (
+        "<small>1760.jpg, 112 × 84</small>" in pages[0]
+        and "with the boxes of the answer" in pages[0]
+    )
     assert "<small>frame4.jpg, 112 × 84</small>" in pages[1] and "with the boxes" not in pages[1]
     assert pages[1].count("<svg") == 6 and "time 9 to 11, height 9 to 11, width 9 to 12" in pages[1]
 
-    sample = read_samples(write_rows(path, LOCALIZE | {"question": "Where is the dôor?"}), images)[0]
+    sample = read_samples(write_rows(path, LOCALIZE | {"question": "Where is the dôor?"}), images)[
+        0
+    ]
     example = processor.example(sample, "localize")
     runs = list(report.token_runs(example, processor))
     assert [kind for kind, *_ in runs] == ["prompt", "vision", "prompt", "trained", "prompt"]
@@ -467,7 +819,9 @@ def test_show_holds_the_exact_input(tmp_path, images, tiny_model, processor, mon
 
 def test_show_of_no_such_row_is_one_line(tmp_path, images, tiny_model, monkeypatch, capsys):
     path = write_rows(tmp_path / "rows.jsonl", LOCALIZE)
-    monkeypatch.setattr("sys.argv", ["report.py", "show", str(path), "--row", "2", "--model", str(tiny_model)])
+    monkeypatch.setattr(
+        "sys.argv", ["report.py", "show", str(path), "--row", "2", "--model", str(tiny_model)]
+    )
     with pytest.raises(SystemExit) as stop:
         report.main()
     assert stop.value.code == 2 and capsys.readouterr().err == f"{path}:2: there is no such row\n"
@@ -478,29 +832,65 @@ def test_show_of_no_such_row_is_one_line(tmp_path, images, tiny_model, monkeypat
 
 def readme_block(word):
     """The code block of the README's data section in which a word stands."""
-    section = (REPO / "README.md").read_text(encoding="utf-8").split("## Your data, six benchmarks")[1]
+    section = (
+        (REPO / "README.md").read_text(encoding="utf-8").split("## Your data, six benchmarks")[1]
+    )
     [block] = [block for block in re.findall(r"```\n(.*?)```", section, re.DOTALL) if word in block]
     return block
 
 
 def test_the_readme_turns_conversations_into_messages(tmp_path, images):
     """LLaVA's single picture, ShareGPT's list of pictures, a video of frames and a system turn, by the printed command."""
+
     def row(*values, **media):
-        return media | {"conversations": [{"from": speaker, "value": value} for speaker, value in values]}
+        return media | {
+            "conversations": [{"from": speaker, "value": value} for speaker, value in values]
+        }
 
     one, two = CHOICE["image"][0], VIEWS["image"][:2]
-    (tmp_path / "llava.json").write_text(json.dumps([
-        row(("human", "<image>\nHow wide?"), ("gpt", "85"), ("human", "And high?"), ("gpt", "200"), image=one),
-        row(("system", "Be brief."), ("human", "<image><image>Same room?"), ("gpt", "Yes"), images=two),
-        row(("human", "<video>What is it?"), ("gpt", "A door"), video=VIDEO["image"])]))
-    done = subprocess.run(readme_block("conversations").replace("python", sys.executable, 1), shell=True, cwd=tmp_path)
+    (tmp_path / "llava.json").write_text(
+        json.dumps(
+            [
+                row(
+                    ("human", "<image>\nHow wide?"),
+                    ("gpt", "85"),
+                    ("human", "And high?"),
+                    ("gpt", "200"),
+                    image=one,
+                ),
+                row(
+                    ("system", "Be brief."),
+                    ("human", "<image><image>Same room?"),
+                    ("gpt", "Yes"),
+                    images=two,
+                ),
+                row(("human", "<video>What is it?"), ("gpt", "A door"), video=VIDEO["image"]),
+            ]
+        )
+    )
+    done = subprocess.run(
+        readme_block("conversations").replace("python", sys.executable, 1), shell=True, cwd=tmp_path
+    )
     assert done.returncode == 0
-    first, second, third = (sample.messages for sample in read_samples(tmp_path / "chat.jsonl", images))
+    first, second, third = (
+        sample.messages for sample in read_samples(tmp_path / "chat.jsonl", images)
+    )
     picture, *views = (Media("image", str(images / name)) for name in (one, *two))
-    assert first == (("user", (picture, "How wide?")), ("assistant", ("85",)), ("user", ("And high?",)),
-                     ("assistant", ("200",)))
-    assert second == (("system", ("Be brief.",)), ("user", (*views, "Same room?")), ("assistant", ("Yes",)))
-    assert third[0] == ("user", (Media("video", tuple(str(images / name) for name in VIDEO["image"])), "What is it?"))
+    assert first == (
+        ("user", (picture, "How wide?")),
+        ("assistant", ("85",)),
+        ("user", ("And high?",)),
+        ("assistant", ("200",)),
+    )
+    assert second == (
+        ("system", ("Be brief.",)),
+        ("user", (*views, "Same room?")),
+        ("assistant", ("Yes",)),
+    )
+    assert third[0] == (
+        "user",
+        (Media("video", tuple(str(images / name) for name in VIDEO["image"])), "What is it?"),
+    )
 
 
 def test_the_readmes_prompts_and_chat_row_are_read(tmp_path, images):

@@ -3,6 +3,7 @@
 The plain way uses nothing of grpo.py: positions from mrope_positions on the whole row, ordinary causal rows, one loss
 term per completion. TRL's formulas are those of trl/trainer/grpo_trainer.py (`_compute_loss`, 0.2x), for padded rows.
 """
+
 import dataclasses
 import doctest
 import itertools
@@ -14,6 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import varied_reward
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,14 +23,24 @@ import data
 import grpo
 import rewards
 from checkpoint import load_model
-from conftest import varied_reward
-from data import IGNORE, Example, Processor, collate, read_all
-from grpo import (Group, group_advantages, group_batch, group_log_probs, kl_k3, noise, parts, policy_loss,
-                  sample_groups, update_step, watch)
-from model import generate, mrope_positions
-from rewards import UserError
+from data import IGNORE, Example, Processor, collate, mrope_positions, read_all
+from files import UserError
+from grpo import (
+    Group,
+    group_advantages,
+    group_batch,
+    group_log_probs,
+    kl_k3,
+    noise,
+    parts,
+    policy_loss,
+    sample_groups,
+    update_step,
+    watch,
+)
+from model import generate
+from rooms.render import mjpeg_avi
 from runtime import recipe_settings
-from rooms import mjpeg_avi
 
 KINDS = ("single_image", "multi_view", "video", "video file")
 LENGTHS = ((5, 9, 1, 7), (3, 2, 6, 6))  # of two groups' completions
@@ -38,25 +50,48 @@ FINISHED = ((True, False, True, True), (True, True, False, True))
 @pytest.fixture(scope="module")
 def world(rooms, tiny_model, tmp_path_factory):
     """Model, a perturbed reference, one from before an update, processor, banned words and a row of each kind."""
+
     def perturbed(size, seed):
-        model, generator = load_model(tiny_model, torch.float32), torch.Generator().manual_seed(seed)
+        model, generator = (
+            load_model(tiny_model, torch.float32),
+            torch.Generator().manual_seed(seed),
+        )
         with torch.no_grad():
             for parameter in model.parameters():
-                parameter.add_(size * parameter.abs().mean() * torch.randn(parameter.shape, generator=generator))
+                parameter.add_(
+                    size
+                    * parameter.abs().mean()
+                    * torch.randn(parameter.shape, generator=generator)
+                )
         return model
 
     model = load_model(tiny_model, torch.float32)
     samples = read_all([rooms / "train" / "spld_spatial_data.jsonl"], None)
-    rows = {kind: next(row for row, s in enumerate(samples) if s.data_type == kind
-                       and (kind == "video") == isinstance(s.media[0].source, tuple)) for kind in KINDS[:3]}
+    rows = {
+        kind: next(
+            row
+            for row, s in enumerate(samples)
+            if s.data_type == kind and (kind == "video") == isinstance(s.media[0].source, tuple)
+        )
+        for kind in KINDS[:3]
+    }
     film = samples[rows["video"]]
     path = tmp_path_factory.mktemp("film") / "video.avi"
-    path.write_bytes(mjpeg_avi([Path(frame).read_bytes() for frame in film.media[0].source], 112, 2))
+    path.write_bytes(
+        mjpeg_avi([Path(frame).read_bytes() for frame in film.media[0].source], 112, 2)
+    )
     rows["video file"] = len(samples)
     samples.append(dataclasses.replace(film, media=(data.Media("video", str(path)),)))
     processor = Processor(tiny_model, model.config, settings())
-    return SimpleNamespace(model=model, reference=perturbed(0.2, 1), before=perturbed(0.1, 2), processor=processor,
-                           banned=processor.banned("cpu"), samples=samples, rows=rows)
+    return SimpleNamespace(
+        model=model,
+        reference=perturbed(0.2, 1),
+        before=perturbed(0.1, 2),
+        processor=processor,
+        banned=processor.banned("cpu"),
+        samples=samples,
+        rows=rows,
+    )
 
 
 def settings(*flags, **changes):
@@ -72,10 +107,23 @@ def make_groups(world, kind, args):
     for lengths, finished in zip(map(torch.tensor, LENGTHS), map(torch.tensor, FINISHED)):
         example = world.processor.example(world.samples[world.rows[kind]], "thinking", answer=False)
         C = int(lengths.max())
-        ids = words[torch.randint(len(words), (4, C), generator=generator)] * (torch.arange(C) < lengths[:, None])
+        ids = words[torch.randint(len(words), (4, C), generator=generator)] * (
+            torch.arange(C) < lengths[:, None]
+        )
         reward = torch.rand(4, generator=generator)
-        groups.append(Group(world.samples[world.rows[kind]], collate([example], world.processor.config), ids, lengths,
-                            finished, [], {}, reward, group_advantages(reward, args.scale_rewards)))
+        groups.append(
+            Group(
+                world.samples[world.rows[kind]],
+                collate([example], world.processor.config),
+                ids,
+                lengths,
+                finished,
+                [],
+                {},
+                reward,
+                group_advantages(reward, args.scale_rewards),
+            )
+        )
     return groups
 
 
@@ -90,7 +138,9 @@ def plain_log_probs(model, world, group, args):
         labels = torch.cat((torch.full_like(prompt.ids, IGNORE), ids[:length]))
         positions = mrope_positions(whole, prompt.grids, seconds, config)
         rows.append(Example(whole, labels, positions, prompt.patches, prompt.grids))
-    return model(collate(rows, config), None, world.banned, args.temperature)[0].split(group.lengths.tolist())
+    return model(collate(rows, config), None, world.banned, args.temperature)[0].split(
+        group.lengths.tolist()
+    )
 
 
 def plain_loss(groups, now, old, reference, args):
@@ -98,15 +148,22 @@ def plain_loss(groups, now, old, reference, args):
     high, terms, tokens = args.epsilon if args.epsilon_high is None else args.epsilon_high, [], 0
     for g, group in enumerate(groups):
         centred = group.reward - group.reward.mean()
-        advantages = centred / (group.reward.std() + 1e-4) if args.scale_rewards == "group" else centred
+        advantages = (
+            centred / (group.reward.std() + 1e-4) if args.scale_rewards == "group" else centred
+        )
         for i, advantage in enumerate(advantages):
             ratio, d = (now[g][i] - old[g][i]).exp(), reference[g][i] - now[g][i]
-            token = -torch.min(ratio * advantage, ratio.clamp(1 - args.epsilon, 1 + high) * advantage) \
-                + args.beta * (d.exp() - d - 1)
+            token = -torch.min(
+                ratio * advantage, ratio.clamp(1 - args.epsilon, 1 + high) * advantage
+            ) + args.beta * (d.exp() - d - 1)
             kept = bool(group.finished[i]) or not args.mask_truncated_completions
             terms.append(kept * (token.mean() if args.loss_type == "grpo" else token.sum()))
             tokens += kept * len(token)
-    divisors = {"grpo": len(terms), "dr_grpo": len(terms) * args.max_completion_length, "dapo": tokens}
+    divisors = {
+        "grpo": len(terms),
+        "dr_grpo": len(terms) * args.max_completion_length,
+        "dapo": tokens,
+    }
     return sum(terms) / divisors[args.loss_type]
 
 
@@ -120,8 +177,15 @@ def shared_update(world, groups, args, fillers=0):
     """Loss and gradients of update_step."""
     kept = [g.lengths * (g.finished | (not args.mask_truncated_completions)) for g in groups]
     forwards = sum(len(parts(g, args.micro_batch)) for g in groups) + fillers
-    sums = update_step(world.model, groups, forwards, args, world.banned, sum(len(g.ids) for g in groups),
-                       sum(int(k.sum()) for k in kept))
+    sums = update_step(
+        world.model,
+        groups,
+        forwards,
+        args,
+        world.banned,
+        sum(len(g.ids) for g in groups),
+        sum(int(k.sum()) for k in kept),
+    )
     return sums[0] + sums[1], gradients(world.model)
 
 
@@ -148,7 +212,9 @@ def test_advantages_are_numpys_standard_scores(values):
     r = np.array(values)
     mine = group_advantages(torch.tensor(values))
     np.testing.assert_allclose(mine, (r - r.mean()) / (r.std(ddof=1) + 1e-4), rtol=1e-3, atol=2e-2)
-    np.testing.assert_allclose(group_advantages(torch.tensor(values), "none"), r - r.mean(), atol=1e-6)
+    np.testing.assert_allclose(
+        group_advantages(torch.tensor(values), "none"), r - r.mean(), atol=1e-6
+    )
     assert abs(mine.sum()) < 1e-2
 
 
@@ -174,9 +240,12 @@ def test_clipped_tokens_have_no_gradient():
     """`clipped` says exactly which tokens the clip has cut off; a separate upper bound moves only the upper one."""
     log_probs = torch.tensor([1.1, 1.25, 1.35, 0.9, 0.75]).log().repeat(2).requires_grad_()
     advantages = torch.tensor([1.0] * 5 + [-1.0] * 5)
-    for high, expected in ((0.2, [0, 1, 1, 0, 0, 0, 0, 0, 0, 1]), (0.3, [0, 0, 1, 0, 0, 0, 0, 0, 0, 1])):
+    for high, expected in (
+        (0.2, [0, 1, 1, 0, 0, 0, 0, 0, 0, 1]),
+        (0.3, [0, 0, 1, 0, 0, 0, 0, 0, 0, 1]),
+    ):
         loss, clipped = policy_loss(log_probs, torch.zeros(10), advantages, 0.2, high)
-        gradient, = torch.autograd.grad(loss.sum(), log_probs)
+        (gradient,) = torch.autograd.grad(loss.sum(), log_probs)
         assert clipped.int().tolist() == expected == (gradient == 0).int().tolist()
 
 
@@ -188,9 +257,14 @@ def test_loss_is_trls(loss_type, masked):
     dapo: TRL divides by num_items_in_batch. We take it as the tokens in the loss, as its other trainers do; its
     GRPOTrainer counts those of masked completions as well.
     """
-    args = settings(loss_type=loss_type, mask_truncated_completions=masked, epsilon_high=0.28, beta=0.04)
+    args = settings(
+        loss_type=loss_type, mask_truncated_completions=masked, epsilon_high=0.28, beta=0.04
+    )
     generator = torch.Generator().manual_seed(3)
-    lengths, finished = torch.tensor([5, 9, 1, 7, 4, 9]), torch.tensor([True, False, True, True, True, False])
+    lengths, finished = (
+        torch.tensor([5, 9, 1, 7, 4, 9]),
+        torch.tensor([True, False, True, True, True, False]),
+    )
     now, old, reference = (-2 + 0.3 * torch.randn(6, 9, generator=generator) for _ in range(3))
     inside, rewards_ = torch.arange(9) < lengths[:, None], torch.rand(6, generator=generator)
 
@@ -204,18 +278,34 @@ def test_loss_is_trls(loss_type, masked):
     per_token_kl = torch.exp(reference - per_token_logps) - (reference - per_token_logps) - 1
     per_token_loss = per_token_loss + 0.04 * per_token_kl
     mask = inside * (finished[:, None] if masked else 1)
-    expected = {"grpo": ((per_token_loss * mask).sum(-1) / mask.sum(-1).clamp(min=1.0)).mean(),
-                "dr_grpo": (per_token_loss * mask).sum() / (per_token_loss.size(0) * args.max_completion_length),
-                "dapo": (per_token_loss * mask).sum() / mask.sum()}[loss_type]
+    expected = {
+        "grpo": ((per_token_loss * mask).sum(-1) / mask.sum(-1).clamp(min=1.0)).mean(),
+        "dr_grpo": (per_token_loss * mask).sum()
+        / (per_token_loss.size(0) * args.max_completion_length),
+        "dapo": (per_token_loss * mask).sum() / mask.sum(),
+    }[loss_type]
     expected.backward()
 
     mine = now[inside].requires_grad_()
     ids, config = torch.zeros(6, 9).long(), SimpleNamespace(image_token_id=1, video_token_id=1)
     prompt = Example(ids[0], torch.full((9,), IGNORE), ids[:3], torch.zeros(0, 1176), [])
-    group = Group(None, collate([prompt], config), ids, lengths, finished, [], {}, rewards_, group_advantages(rewards_),
-                  old[inside], reference[inside])
+    group = Group(
+        None,
+        collate([prompt], config),
+        ids,
+        lengths,
+        finished,
+        [],
+        {},
+        rewards_,
+        group_advantages(rewards_),
+        old[inside],
+        reference[inside],
+    )
     args.micro_batch = 6
-    sums = update_step(lambda *_: (mine, torch.zeros(len(mine))), [group], 1, args, None, 6, int(mask.sum()))
+    sums = update_step(
+        lambda *_: (mine, torch.zeros(len(mine))), [group], 1, args, None, 6, int(mask.sum())
+    )
     assert abs(sums[0] + sums[1] - expected.item()) <= 1e-6
     assert torch.allclose(mine.grad, per_token_logps.grad[inside], atol=1e-7)
 
@@ -234,14 +324,18 @@ def test_update_equals_the_naive_way(world, kind, loss_type, iterations):
     """
     args = settings(loss_type=loss_type, beta=0.04, temperature=0.9, num_iterations=iterations)
     groups = make_groups(world, kind, args)
-    for group, log_probs in zip(groups, group_log_probs(world.reference, groups, 4, world.banned, args.temperature)):
+    for group, log_probs in zip(
+        groups, group_log_probs(world.reference, groups, 4, world.banned, args.temperature)
+    ):
         group.reference = log_probs
     now = [plain_log_probs(world.model, world, group, args) for group in groups]
     with torch.no_grad():
         reference = [plain_log_probs(world.reference, world, group, args) for group in groups]
     old = [[x.detach() for x in group] for group in now]
     if iterations == 2:
-        for group, log_probs in zip(groups, group_log_probs(world.before, groups, 4, world.banned, args.temperature)):
+        for group, log_probs in zip(
+            groups, group_log_probs(world.before, groups, 4, world.banned, args.temperature)
+        ):
             group.old = log_probs
         with torch.no_grad():
             old = [plain_log_probs(world.before, world, group, args) for group in groups]
@@ -251,28 +345,44 @@ def test_update_equals_the_naive_way(world, kind, loss_type, iterations):
     assert_same(shared_update(world, groups, args), plain)
 
 
-@pytest.mark.parametrize("changes", (
-    {"mask_truncated_completions": True}, {"mask_truncated_completions": True, "loss_type": "dapo"},
-    {"epsilon_high": 0.5, "epsilon": 0.05}, {"scale_rewards": "none"}, {"beta": 0.0}), ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    (
+        {"mask_truncated_completions": True},
+        {"mask_truncated_completions": True, "loss_type": "dapo"},
+        {"epsilon_high": 0.5, "epsilon": 0.05},
+        {"scale_rewards": "none"},
+        {"beta": 0.0},
+    ),
+    ids=str,
+)
 def test_options_reach_the_loss(world, changes):
     """Each option changes the update as its formula says, and does change it."""
+
     def update(**changes):
         args = settings(**{"beta": 0.04} | changes)
         groups = make_groups(world, "multi_view", args)
         for model, name in ((world.before, "old"), (world.reference, "reference")):
-            for group, log_probs in zip(groups, group_log_probs(model, groups, 4, world.banned, args.temperature)):
+            for group, log_probs in zip(
+                groups, group_log_probs(model, groups, 4, world.banned, args.temperature)
+            ):
                 setattr(group, name, log_probs)
         return groups, args, shared_update(world, groups, args)
 
     groups, args, mine = update(**changes)
     now = [plain_log_probs(world.model, world, group, args) for group in groups]
-    old, reference = ([x.split(g.lengths.tolist()) for x, g in zip(values, groups)]
-                      for values in ([g.old for g in groups], [g.reference for g in groups]))
+    old, reference = (
+        [x.split(g.lengths.tolist()) for x, g in zip(values, groups)]
+        for values in ([g.old for g in groups], [g.reference for g in groups])
+    )
     loss = plain_loss(groups, now, old, reference, args)
     loss.backward()
     assert_same(mine, (loss.item(), gradients(world.model)))
     usual = update()[2]
-    assert any((mine[1][name] - usual[1][name]).abs().max() > 0.01 * usual[1][name].abs().max() for name in usual[1])
+    assert any(
+        (mine[1][name] - usual[1][name]).abs().max() > 0.01 * usual[1][name].abs().max()
+        for name in usual[1]
+    )
 
 
 @pytest.mark.parametrize("loss_type", ("grpo", "dr_grpo", "dapo"))
@@ -281,7 +391,9 @@ def test_micro_batches_and_fillers_change_nothing(world, loss_type):
     args = settings(loss_type=loss_type, beta=0.04)
     groups = make_groups(world, "video", args)
     for model, name in ((world.before, "old"), (world.reference, "reference")):
-        for group, log_probs in zip(groups, group_log_probs(model, groups, 3, world.banned, args.temperature)):
+        for group, log_probs in zip(
+            groups, group_log_probs(model, groups, 3, world.banned, args.temperature)
+        ):
             setattr(group, name, log_probs)
     whole = shared_update(world, groups, args)
     for size, fillers in ((1, 0), (2, 0), (3, 0), (4, 2)):
@@ -313,7 +425,9 @@ def test_group_batch_targets_every_token_once(world):
     P, C = group.prompt.ids.shape[1], group.ids.shape[1]
     places = [[P - 1] + [P + g * C + i for i in range(n - 1)] for g, n in enumerate(LENGTHS[0])]
     assert batch.predict_at.tolist() == [place for completion in places for place in completion]
-    assert batch.targets.tolist() == [token for g, n in enumerate(LENGTHS[0]) for token in group.ids[g, :n].tolist()]
+    assert batch.targets.tolist() == [
+        token for g, n in enumerate(LENGTHS[0]) for token in group.ids[g, :n].tolist()
+    ]
 
 
 # ---------------------------------------------------------------------------------------------- rollouts
@@ -325,7 +439,9 @@ def sampled(world, rows, args, monkeypatch, step=1):
     with monkeypatch.context() as patch:
         original = grpo.generate
         patch.setattr(grpo, "generate", lambda *a: kept.append(original(*a)) or kept[0])
-        return sample_groups(world.model, world.processor, world.samples, rows, step, args, "cpu"), kept[0]
+        return sample_groups(
+            world.model, world.processor, world.samples, rows, step, args, "cpu"
+        ), kept[0]
 
 
 @pytest.mark.parametrize("temperature", (1.0, 0.7))
@@ -347,7 +463,11 @@ def test_a_group_does_not_depend_on_its_company(world, monkeypatch):
     together, _ = sampled(world, rows, args, monkeypatch)
     for row, group in zip(rows, together):
         (alone,), _ = sampled(world, [row], args, monkeypatch)
-        assert alone.texts == group.texts and torch.equal(alone.ids, group.ids) and alone.sample is world.samples[row]
+        assert (
+            alone.texts == group.texts
+            and torch.equal(alone.ids, group.ids)
+            and alone.sample is world.samples[row]
+        )
         assert torch.equal(alone.advantages, group.advantages)
 
 
@@ -357,19 +477,23 @@ def test_noise_depends_on_its_place_only():
     assert torch.equal(base, noise(3, 5, 7, 6, 30)[:4, :16]) and base.dtype == torch.float32
     others = [noise(4, 5, 7, 4, 16), noise(3, 6, 7, 4, 16), noise(3, 5, 8, 4, 16)]
     rows = torch.cat([base, *others])
-    assert len(rows.unique(dim=0)) == 16 and 0 <= rows.min() and rows.max() < 1
+    assert len(rows.unique(dim=0)) == 16 and rows.min() >= 0 and rows.max() < 1
 
 
 def test_a_prompt_drawn_twice_is_sampled_twice(world, monkeypatch):
     """Rows with the same text have noise of their own: two equal groups would count for one."""
     twin = SimpleNamespace(**vars(world) | {"samples": world.samples + world.samples[:1]})
-    (first, second), _ = sampled(twin, [0, len(world.samples)], settings(num_generations=3), monkeypatch)
+    (first, second), _ = sampled(
+        twin, [0, len(world.samples)], settings(num_generations=3), monkeypatch
+    )
     assert first.sample is second.sample and not set(first.texts) & set(second.texts)
 
 
 def test_sampling_repeats_with_its_seed(world, monkeypatch):
     args, row = settings(num_generations=4), [world.rows["single_image"]]
-    first, again, later = (sampled(world, row, args, monkeypatch, step)[0][0].texts for step in (1, 1, 2))
+    first, again, later = (
+        sampled(world, row, args, monkeypatch, step)[0][0].texts for step in (1, 1, 2)
+    )
     assert first == again != later and len(set(first)) == 4
 
 
@@ -383,12 +507,19 @@ def test_every_picture_reaches_every_forward(world, monkeypatch, kind):
     def outcome():
         groups, rollout = sampled(world, [row], args, monkeypatch)
         groups[0].ids, groups[0].lengths = completions or (groups[0].ids, groups[0].lengths)
-        reference, = group_log_probs(world.reference, groups, 2, world.banned, 1.0)
+        (reference,) = group_log_probs(world.reference, groups, 2, world.banned, 1.0)
         entropy = update_step(world.model, groups, 1, args, world.banned, 2, 8)[3]
         world.model.zero_grad()
         with torch.no_grad():
-            sft = world.model(collate([world.processor.example(sample, "direct")], world.processor.config))[0]
-        return (groups[0].ids, groups[0].lengths), (sft, rollout.log_probs, reference, torch.tensor(entropy))
+            sft = world.model(
+                collate([world.processor.example(sample, "direct")], world.processor.config)
+            )[0]
+        return (groups[0].ids, groups[0].lengths), (
+            sft,
+            rollout.log_probs,
+            reference,
+            torch.tensor(entropy),
+        )
 
     completions = None
     completions, plain = outcome()
@@ -396,8 +527,14 @@ def test_every_picture_reaches_every_forward(world, monkeypatch, kind):
     pictures = []  # (number of the to_patches call, number of the frame in it; a still picture is given twice)
     with monkeypatch.context() as patch:
         calls = itertools.count()
-        patch.setattr(data, "to_patches", lambda frames, size: pictures.extend(
-            (call, i) for call in [next(calls)] for i in range(len(frames))) or original(frames, size))
+        patch.setattr(
+            data,
+            "to_patches",
+            lambda frames, size: (
+                pictures.extend((call, i) for call in [next(calls)] for i in range(len(frames)))
+                or original(frames, size)
+            ),
+        )
         world.processor.example(sample, "direct")
     pictures = [(call, i) for call, i in pictures if sample.media[0].kind == "video" or i == 0]
     frames = len(world.samples[world.rows["video"]].media[0].source)
@@ -408,8 +545,15 @@ def test_every_picture_reaches_every_forward(world, monkeypatch, kind):
 
             def darkened(frames, size):
                 call, still = next(calls) % len(sample.media), sample.media[0].kind == "image"
-                return original([frame.point(lambda value: value // 2) if changed == (call, i * (not still)) else frame
-                                 for i, frame in enumerate(frames)], size)
+                return original(
+                    [
+                        frame.point(lambda value: value // 2)
+                        if changed == (call, i * (not still))
+                        else frame
+                        for i, frame in enumerate(frames)
+                    ],
+                    size,
+                )
 
             patch.setattr(data, "to_patches", darkened)
             for name, a, b in zip(("SFT", "rollout", "reference", "policy"), plain, outcome()[1]):
@@ -423,12 +567,48 @@ def read_rows(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-FEW = ("--num-generations", 3, "--max-completion-length", 8, "--prompts-per-step", 4, "--max-steps", 2)
-KEYS = ("step, epoch, loss, learning_rate, grad_norm, num_tokens, tokens_per_second, step_time, reward, "
-        "rewards/accuracy/mean, rewards/accuracy/std, rewards/format/mean, rewards/format/std, reward_std, "
-        "frac_reward_zero_std, kl, entropy, clip_ratio, completions/mean_length, completions/clipped_ratio, "
-        "rollout_time, update_time, forward_time, backward_time, optimizer_time, eval_time, model_flops, model_flops_per_second, "
-        "loss/policy, loss/kl").split(", ")
+FEW = (
+    "--num-generations",
+    3,
+    "--max-completion-length",
+    8,
+    "--prompts-per-step",
+    4,
+    "--max-steps",
+    2,
+)
+KEYS = [
+    "step",
+    "epoch",
+    "loss",
+    "learning_rate",
+    "grad_norm",
+    "num_tokens",
+    "tokens_per_second",
+    "step_time",
+    "reward",
+    "rewards/accuracy/mean",
+    "rewards/accuracy/std",
+    "rewards/format/mean",
+    "rewards/format/std",
+    "reward_std",
+    "frac_reward_zero_std",
+    "kl",
+    "entropy",
+    "clip_ratio",
+    "completions/mean_length",
+    "completions/clipped_ratio",
+    "rollout_time",
+    "update_time",
+    "forward_time",
+    "backward_time",
+    "optimizer_time",
+    "eval_time",
+    "model_flops",
+    "model_flops_per_second",
+    "loss/policy",
+    "loss/kl",
+]
 
 
 def test_a_run_writes_log_and_rollouts(call, rooms, tiny_model, tmp_path, monkeypatch):
@@ -438,10 +618,18 @@ def test_a_run_writes_log_and_rollouts(call, rooms, tiny_model, tmp_path, monkey
     call(grpo, "--model", tiny_model, "--data", data_file, "--out", out, *FEW)
     log, rollouts = read_rows(out / "log.jsonl"), read_rows(out / "rollouts.jsonl")
     assert [row["step"] for row in log] == [1, 2] and all(set(row) == set(KEYS) for row in log)
-    assert [row["step"] for row in rollouts] == [1] * 4 + [2] * 4 and len({row["where"] for row in rollouts}) == 8
+    assert [row["step"] for row in rollouts] == [1] * 4 + [2] * 4 and len(
+        {row["where"] for row in rollouts}
+    ) == 8
     for row in rollouts:
-        assert ",".join(row) == "step,where,question_type,prompt,answer,images,completions,rewards,advantages"
-        assert all(len(values) == 3 for values in (row["completions"], row["advantages"], *row["rewards"].values()))
+        assert (
+            ",".join(row)
+            == "step,where,question_type,prompt,answer,images,completions,rewards,advantages"
+        )
+        assert all(
+            len(values) == 3
+            for values in (row["completions"], row["advantages"], *row["rewards"].values())
+        )
         assert row["rewards"]["accuracy"] == varied_reward(row["completions"], None)
     first = [row for row in rollouts if row["step"] == 1]
     accuracy = np.array([row["rewards"]["accuracy"] for row in first])
@@ -451,8 +639,13 @@ def test_a_run_writes_log_and_rollouts(call, rooms, tiny_model, tmp_path, monkey
     assert log[0]["rewards/accuracy/std"] == pytest.approx(accuracy.std())
     assert log[0]["reward_std"] == pytest.approx(total.std(1, ddof=1).mean())
     assert log[0]["frac_reward_zero_std"] == pytest.approx((total.std(1) == 0).mean())
-    assert log[0]["loss"] == pytest.approx(log[0]["loss/policy"] + log[0]["loss/kl"]) and abs(log[0]["loss"]) < 1e-6
-    assert log[0]["kl"] == pytest.approx(0, abs=1e-9) and log[1]["kl"] > 0 and log[0]["grad_norm"] > 0
+    assert (
+        log[0]["loss"] == pytest.approx(log[0]["loss/policy"] + log[0]["loss/kl"])
+        and abs(log[0]["loss"]) < 1e-6
+    )
+    assert (
+        log[0]["kl"] == pytest.approx(0, abs=1e-9) and log[1]["kl"] > 0 and log[0]["grad_norm"] > 0
+    )
     assert (out / "config.json").is_file()
 
 
@@ -460,40 +653,94 @@ def test_held_out_questions_are_answered_greedily(call, rooms, tiny_model, tmp_p
     """After step 1 and every N-th, the same ones; what is logged is the mean reward of plain greedy answers, and the run
     is not changed by the asking."""
     monkeypatch.setitem(rewards.REWARDS, "accuracy", varied_reward)
-    data_file, questions = rooms / "train" / "spld_spatial_data.jsonl", rooms / "test" / "spld_spatial_data.jsonl"
+    data_file, questions = (
+        rooms / "train" / "spld_spatial_data.jsonl",
+        rooms / "test" / "spld_spatial_data.jsonl",
+    )
     flags = ("--model", tiny_model, "--data", data_file, *FEW, "--max-steps", 3)
-    call(grpo, *flags, "--out", tmp_path / "asked", "--eval-every", 3, "--eval-data", questions, "--eval-limit", 5)
+    call(
+        grpo,
+        *flags,
+        "--out",
+        tmp_path / "asked",
+        "--eval-every",
+        3,
+        "--eval-data",
+        questions,
+        "--eval-limit",
+        5,
+    )
     call(grpo, *flags, "--out", tmp_path / "plain")
-    asked, plain = read_rows(tmp_path / "asked" / "log.jsonl"), read_rows(tmp_path / "plain" / "log.jsonl")
+    asked, plain = (
+        read_rows(tmp_path / "asked" / "log.jsonl"),
+        read_rows(tmp_path / "plain" / "log.jsonl"),
+    )
     keys = {"eval_rewards/accuracy/mean", "eval_rewards/format/mean"}
-    assert [keys <= set(row) for row in asked] == [True, False, True] and not any(keys & set(row) for row in plain)
+    assert [keys <= set(row) for row in asked] == [True, False, True] and not any(
+        keys & set(row) for row in plain
+    )
     assert [row["grad_norm"] for row in asked] == [row["grad_norm"] for row in plain]
     model, samples = load_model(tmp_path / "asked", torch.float32), read_all([questions], None)
     processor, texts = Processor(tiny_model, model.config, settings()), []
-    for sample in samples[::max(1, len(samples) // 5)][:5]:
+    for sample in samples[:: max(1, len(samples) // 5)][:5]:
         ids = collate([processor.example(sample, "thinking", answer=False)], model.config)
         rollout = generate(model, ids, 8, processor.stop_ids, banned=processor.banned("cpu"))
-        texts.append(processor.decode(rollout.ids[0, :rollout.lengths[0]].tolist()))
-    assert asked[2]["eval_rewards/accuracy/mean"] == pytest.approx(np.mean(varied_reward(texts, None)))
+        texts.append(processor.decode(rollout.ids[0, : rollout.lengths[0]].tolist()))
+    assert asked[2]["eval_rewards/accuracy/mean"] == pytest.approx(
+        np.mean(varied_reward(texts, None))
+    )
 
 
 def test_stage_1_goes_on_by_reinforcement(call, rooms, tiny_model, tmp_path, monkeypatch):
     """Localization rows are asked for boxes, as stage 1 asks, and paid by their IoU in the pixels the model sees."""
     judged = []
-    monkeypatch.setitem(rewards.REWARDS, "box_iou", lambda texts, sample: judged.extend([sample] * bool(texts)) or varied_reward(texts, sample))
-    call(grpo, "--model", tiny_model, "--data", rooms / "train" / "spld_grounding_data.jsonl", "--out", tmp_path / "out", *FEW,
-         "--reward-funcs", "box_iou", "--reward-weights", 2, "--max-pixels", 56 * 56, "--min-pixels", 28 * 28)
-    log, rollouts = read_rows(tmp_path / "out" / "log.jsonl"), read_rows(tmp_path / "out" / "rollouts.jsonl")
-    assert log[0]["reward"] == pytest.approx(2 * log[0]["rewards/box_iou/mean"]) and log[0]["grad_norm"] > 0
-    assert all("bounding box" in row["prompt"] and list(row["rewards"]) == ["box_iou"] for row in rollouts)
-    assert len(judged) == len(rollouts) and all(c <= 56 for s in judged for box in s.answer for c in box["bbox_2d"])
+    monkeypatch.setitem(
+        rewards.REWARDS,
+        "box_iou",
+        lambda texts, sample: judged.extend([sample] * bool(texts)) or varied_reward(texts, sample),
+    )
+    call(
+        grpo,
+        "--model",
+        tiny_model,
+        "--data",
+        rooms / "train" / "spld_grounding_data.jsonl",
+        "--out",
+        tmp_path / "out",
+        *FEW,
+        "--reward-funcs",
+        "box_iou",
+        "--reward-weights",
+        2,
+        "--max-pixels",
+        56 * 56,
+        "--min-pixels",
+        28 * 28,
+    )
+    log, rollouts = (
+        read_rows(tmp_path / "out" / "log.jsonl"),
+        read_rows(tmp_path / "out" / "rollouts.jsonl"),
+    )
+    assert (
+        log[0]["reward"] == pytest.approx(2 * log[0]["rewards/box_iou/mean"])
+        and log[0]["grad_norm"] > 0
+    )
+    assert all(
+        "bounding box" in row["prompt"] and list(row["rewards"]) == ["box_iou"] for row in rollouts
+    )
+    assert len(judged) == len(rollouts) and all(
+        c <= 56 for s in judged for box in s.answer for c in box["bbox_2d"]
+    )
 
 
 def test_a_share_that_stays_above_half_is_said_once():
     """Ten steps in a row, each key for itself; below half it starts over; the line names the flag."""
     counts, said = {}, []
     for step in range(40):
-        row = {"frac_reward_zero_std": 0.9 if step != 5 else 0.5, "completions/clipped_ratio": 0.6 if step > 25 else 0.1}
+        row = {
+            "frac_reward_zero_std": 0.9 if step != 5 else 0.5,
+            "completions/clipped_ratio": 0.6 if step > 25 else 0.1,
+        }
         said += [(step, line) for line in watch(row, counts)]
     assert [step for step, _ in said] == [15, 35]
     assert "--num-generations" in said[0][1] and "--max-completion-length" in said[1][1]
@@ -502,11 +749,36 @@ def test_a_share_that_stays_above_half_is_said_once():
 @pytest.mark.parametrize("loss_type", ("grpo", "dr_grpo", "dapo"))
 def test_the_reward_rises(call, rooms, tiny_model, tmp_path, monkeypatch, loss_type):
     """A reward for digits teaches an untrained model to write digits: the sign of the whole update is right."""
-    monkeypatch.setitem(rewards.REWARDS, "accuracy", lambda texts, sample: [
-        sum(c.isdigit() for c in text) / max(1, len(text)) for text in texts])
-    call(grpo, "--model", tiny_model, "--data", rooms / "train" / "spld_spatial_data.jsonl", "--out", tmp_path / "out",
-         "--num-generations", 16, "--max-completion-length", 4, "--prompts-per-step", 2, "--max-steps", 10,
-         "--learning-rate", 1e-2, "--beta", 0, "--loss-type", loss_type)
+    monkeypatch.setitem(
+        rewards.REWARDS,
+        "accuracy",
+        lambda texts, sample: [
+            sum(c.isdigit() for c in text) / max(1, len(text)) for text in texts
+        ],
+    )
+    call(
+        grpo,
+        "--model",
+        tiny_model,
+        "--data",
+        rooms / "train" / "spld_spatial_data.jsonl",
+        "--out",
+        tmp_path / "out",
+        "--num-generations",
+        16,
+        "--max-completion-length",
+        4,
+        "--prompts-per-step",
+        2,
+        "--max-steps",
+        10,
+        "--learning-rate",
+        1e-2,
+        "--beta",
+        0,
+        "--loss-type",
+        loss_type,
+    )
     reward = [row["rewards/accuracy/mean"] for row in read_rows(tmp_path / "out" / "log.jsonl")]
     assert np.mean(reward[-3:]) > np.mean(reward[:3]) + 0.3  # measured: from 0.35 to 0.95
 
@@ -514,26 +786,51 @@ def test_the_reward_rises(call, rooms, tiny_model, tmp_path, monkeypatch, loss_t
 # ---------------------------------------------------------------------------------------------- bad input
 
 
-@pytest.mark.parametrize("flags, expected", (
-    (("--num-generations", 1), "--num-generations is 1"),
-    (("--loss-type", "bnpo"), "that is --loss-type dapo"),
-    (("--reward-funcs", "format", "style"), "no reward 'style', expected of format, accuracy, box_iou"),
-    (("--reward-weights", 1), "--reward-weights has 1 numbers, expected 2: one for each of format, accuracy"),
-    (("--eval-every", 5), "--eval-every 5 needs --eval-data"),
-    (("--reward-funcs", "box_iou", "--reward-weights", 1), "no box_iou reward for question_type"),
-    (("--data", "BROKEN", "--drop-invalid"), "no rows in it"),
-    (("--max-completion-length", 4090), "--max-completion-length 4090 does not fit"),
-    (("--data", "EMPTY"), "no rows in it"),
-    (("--model", "nowhere"), "not a model directory"),
-), ids=str)
+@pytest.mark.parametrize(
+    "flags, expected",
+    (
+        (("--num-generations", 1), "--num-generations is 1"),
+        (("--loss-type", "bnpo"), "that is --loss-type dapo"),
+        (
+            ("--reward-funcs", "format", "style"),
+            "no reward 'style', expected of format, accuracy, box_iou",
+        ),
+        (
+            ("--reward-weights", 1),
+            "--reward-weights has 1 numbers, expected 2: one for each of format, accuracy",
+        ),
+        (("--eval-every", 5), "--eval-every 5 needs --eval-data"),
+        (
+            ("--reward-funcs", "box_iou", "--reward-weights", 1),
+            "no box_iou reward for question_type",
+        ),
+        (("--data", "BROKEN", "--drop-invalid"), "no rows in it"),
+        (("--max-completion-length", 4090), "--max-completion-length 4090 does not fit"),
+        (("--data", "EMPTY"), "no rows in it"),
+        (("--model", "nowhere"), "not a model directory"),
+    ),
+    ids=str,
+)
 def test_bad_input_is_one_line(call, rooms, tiny_model, tmp_path, flags, expected):
     """A user's mistake names flag, value and what was expected, before anything is trained."""
     (tmp_path / "empty.jsonl").touch()
     (tmp_path / "broken.jsonl").write_text("{}\n")
-    flags = [str(tmp_path / f"{flag.lower()}.jsonl") if flag in ("EMPTY", "BROKEN") else flag for flag in flags]
+    flags = [
+        str(tmp_path / f"{flag.lower()}.jsonl") if flag in ("EMPTY", "BROKEN") else flag
+        for flag in flags
+    ]
     with pytest.raises(UserError) as error:
-        call(grpo, "--model", tiny_model, "--data", rooms / "train" / "spld_spatial_data.jsonl",
-             "--out", tmp_path / "out", *FEW, *flags)
+        call(
+            grpo,
+            "--model",
+            tiny_model,
+            "--data",
+            rooms / "train" / "spld_spatial_data.jsonl",
+            "--out",
+            tmp_path / "out",
+            *FEW,
+            *flags,
+        )
     assert expected in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "out" / "log.jsonl").exists()
 

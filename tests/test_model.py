@@ -4,6 +4,7 @@ The oracle's weights are random but large, so that every norm, bias, window and 
 transformers continues text after a long video at other positions than the model was trained with (README of the
 release, and issues 45325 and 45381), it is given ours; those are tested on worked vectors below.
 """
+
 import dataclasses
 import itertools
 import math
@@ -12,17 +13,20 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import IMAGE, VIDEO, VISION_END, VISION_START, WORDS, flat_config
 
 import data
 import model as model_py
 from checkpoint import load_model, parse_config
-from conftest import IMAGE, VIDEO, VISION_END, VISION_START, WORDS, flat_config
-from model import Batch, KVCache, generate, mrope_positions, pick, score_tokens
-from rewards import UserError
+from data import mrope_positions
+from files import UserError
+from model import KVCache, generate, pick, score_tokens
 
 NEVER = (-1,)  # stop ids that no model says
 V = 150
-BANNED = (WORDS <= torch.arange(V)) & (torch.arange(V) <= VIDEO)  # the vision tokens: a picture is not a word to say
+BANNED = (torch.arange(V) >= WORDS) & (
+    torch.arange(V) <= VIDEO
+)  # the vision tokens: a picture is not a word to say
 
 
 # ---------------------------------------------------------------------------------------------- random rows
@@ -36,26 +40,50 @@ def random_config(rng):
     depth = int(rng.integers(1, 5))
     vision_heads, vision_dim = int(rng.choice([1, 2, 3])), int(rng.choice([8, 12, 16]))
     return flat_config(
-        hidden_size=heads * head_dim, num_attention_heads=heads, num_key_value_heads=kv_heads,
-        intermediate_size=int(rng.integers(20, 120)), num_hidden_layers=int(rng.integers(1, 4)),
-        rope_theta=float(rng.choice([10.0, 1e4, 1e6])), tie_word_embeddings=bool(rng.integers(2)),
-        rope_scaling={"type": "mrope", "mrope_section": np.diff([0, *cuts, head_dim // 2]).tolist()},
+        hidden_size=heads * head_dim,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        intermediate_size=int(rng.integers(20, 120)),
+        num_hidden_layers=int(rng.integers(1, 4)),
+        rope_theta=float(rng.choice([10.0, 1e4, 1e6])),
+        tie_word_embeddings=bool(rng.integers(2)),
+        rope_scaling={
+            "type": "mrope",
+            "mrope_section": np.diff([0, *cuts, head_dim // 2]).tolist(),
+        },
         rms_norm_eps=float(rng.choice([1e-5, 1e-6])),
-        vision={"depth": depth, "hidden_size": vision_heads * vision_dim, "num_heads": vision_heads,
-                "intermediate_size": int(rng.integers(20, 90)), "window_size": int(rng.choice([28, 56, 84, 112])),
-                "fullatt_block_indexes": [i for i in range(depth) if rng.integers(2)],
-                "tokens_per_second": int(rng.choice([1, 2, 4]))})
+        vision={
+            "depth": depth,
+            "hidden_size": vision_heads * vision_dim,
+            "num_heads": vision_heads,
+            "intermediate_size": int(rng.integers(20, 90)),
+            "window_size": int(rng.choice([28, 56, 84, 112])),
+            "fullatt_block_indexes": [i for i in range(depth) if rng.integers(2)],
+            "tokens_per_second": int(rng.choice([1, 2, 4])),
+        },
+    )
 
 
 def random_media(rng):
     """What one prompt shows: nothing, one to four pictures of any size, a video, or pictures beside a video."""
+
     def image():
         return "image", (1, *(2 * rng.integers(1, 8, 2)).tolist()), None
 
     def video():
-        return "video", (int(rng.integers(1, 6)), *(2 * rng.integers(1, 5, 2)).tolist()), float(rng.choice([0.5, 1.0, 1.7, 4.0]))
+        return (
+            "video",
+            (int(rng.integers(1, 6)), *(2 * rng.integers(1, 5, 2)).tolist()),
+            float(rng.choice([0.5, 1.0, 1.7, 4.0])),
+        )
 
-    return [[], [image()], [image() for _ in range(rng.integers(2, 5))], [video()], [image(), video(), image()]][rng.integers(5)]
+    return [
+        [],
+        [image()],
+        [image() for _ in range(rng.integers(2, 5))],
+        [video()],
+        [image(), video(), image()],
+    ][rng.integers(5)]
 
 
 def make_example(config, media, seed=0, text=5):
@@ -63,24 +91,39 @@ def make_example(config, media, seed=0, text=5):
     generator = torch.Generator().manual_seed(seed)
 
     def words():
-        return torch.randint(WORDS, (int(torch.randint(1, text + 1, (), generator=generator)),), generator=generator).tolist()
+        return torch.randint(
+            WORDS, (int(torch.randint(1, text + 1, (), generator=generator)),), generator=generator
+        ).tolist()
 
     ids = words()
     for kind, (t, h, w), _ in media:
-        ids += [VISION_START] + [IMAGE if kind == "image" else VIDEO] * (t * h * w // 4) + [VISION_END] + words()
+        ids += (
+            [VISION_START]
+            + [IMAGE if kind == "image" else VIDEO] * (t * h * w // 4)
+            + [VISION_END]
+            + words()
+        )
     ids = torch.tensor(ids)
     grids = [grid for _, grid, _ in media]
     patches = torch.randn(sum(math.prod(g) for g in grids), 1176, generator=generator)
-    return data.Example(ids, torch.full_like(ids, data.IGNORE),
-                        mrope_positions(ids, grids, [seconds for *_, seconds in media], config), patches, grids)
+    return data.Example(
+        ids,
+        torch.full_like(ids, data.IGNORE),
+        mrope_positions(ids, grids, [seconds for *_, seconds in media], config),
+        patches,
+        grids,
+    )
 
 
 def extend(example, completion):
     """The example with a completion that is scored: what a sampled row looks like to the training forward."""
     new = int(example.positions.max()) + 1 + torch.arange(len(completion))
-    return dataclasses.replace(example, ids=torch.cat((example.ids, completion)),
-                               labels=torch.cat((example.labels, completion)),
-                               positions=torch.cat((example.positions, new.expand(3, -1)), dim=1))
+    return dataclasses.replace(
+        example,
+        ids=torch.cat((example.ids, completion)),
+        labels=torch.cat((example.labels, completion)),
+        positions=torch.cat((example.positions, new.expand(3, -1)), dim=1),
+    )
 
 
 def completions(rollout):
@@ -106,18 +149,27 @@ def tiny(pair):
 def all_log_probs(model, batch):
     """Log-probabilities of every word after every token that is not padding, (places, V), and those places."""
     places = (torch.arange(batch.ids.shape[1]) < batch.lengths[:, None]).flatten().nonzero()[:, 0]
-    scored = dataclasses.replace(batch, predict_at=places.repeat_interleave(V), targets=torch.arange(V).repeat(len(places)))
+    scored = dataclasses.replace(
+        batch, predict_at=places.repeat_interleave(V), targets=torch.arange(V).repeat(len(places))
+    )
     return model(scored)[0].view(-1, V), places
 
 
 def their_inputs(examples, batch):
     """The same batch as transformers takes it: pictures and videos apart, a mask for the padding, our positions."""
-    inputs = {"input_ids": batch.ids, "position_ids": batch.positions,
-              "attention_mask": (torch.arange(batch.ids.shape[1]) < batch.lengths[:, None]).long()}
+    inputs = {
+        "input_ids": batch.ids,
+        "position_ids": batch.positions,
+        "attention_mask": (torch.arange(batch.ids.shape[1]) < batch.lengths[:, None]).long(),
+    }
     media = {"image": ([], []), "video": ([], [])}
     for example in examples:
-        runs = [word for word, _ in itertools.groupby(example.ids.tolist()) if word in (IMAGE, VIDEO)]
-        for word, grid, patches in zip(runs, example.grids, example.patches.split([math.prod(g) for g in example.grids])):
+        runs = [
+            word for word, _ in itertools.groupby(example.ids.tolist()) if word in (IMAGE, VIDEO)
+        ]
+        for word, grid, patches in zip(
+            runs, example.grids, example.patches.split([math.prod(g) for g in example.grids])
+        ):
             for held, value in zip(media["image" if word == IMAGE else "video"], (grid, patches)):
                 held.append(value)
     for kind, key in (("image", "pixel_values"), ("video", "pixel_values_videos")):
@@ -131,7 +183,10 @@ def compare_with_transformers(pair, seed):
     """One random model and batch. Returns the differences seen: logits relative to their spread, vision features."""
     rng = np.random.default_rng(seed)
     _, ours, theirs = pair(random_config(rng), seed)
-    examples = [make_example(ours.config, random_media(rng), 100 * seed + row) for row in range(rng.integers(1, 5))]
+    examples = [
+        make_example(ours.config, random_media(rng), 100 * seed + row)
+        for row in range(rng.integers(1, 5))
+    ]
     batch = data.collate(examples, ours.config)
     with torch.no_grad():
         expected = theirs(**their_inputs(examples, batch)).logits
@@ -146,28 +201,42 @@ def compare_with_transformers(pair, seed):
         rollout = generate(ours, batch, 32, NEVER, banned=BANNED)
         longer = [extend(e, c) for e, c in zip(examples, completions(rollout))]
         continued = data.collate(longer, ours.config)
-        logits_along = theirs(**their_inputs(longer, continued)).logits.flatten(0, 1)[continued.predict_at]
+        logits_along = theirs(**their_inputs(longer, continued)).logits.flatten(0, 1)[
+            continued.predict_at
+        ]
         chosen = logits_along.masked_fill(BANNED, -torch.inf).argmax(-1)
     assert len(chosen) == 32 * len(examples) and torch.equal(chosen, continued.targets)
     return float(logits), float((features - vision).abs().max())
 
 
-@pytest.mark.parametrize("seed", [s if s < 40 else pytest.param(s, marks=pytest.mark.slow) for s in range(240)])
+@pytest.mark.parametrize(
+    "seed", [s if s < 40 else pytest.param(s, marks=pytest.mark.slow) for s in range(240)]
+)
 def test_logits_features_and_greedy_tokens_are_transformers(pair, seed):
     """Any difference in architecture, rotary tables, windows, masks, positions of the cache or weight loading."""
     logits, vision = compare_with_transformers(pair, seed)
     assert logits <= 1e-4 and vision <= 1e-4
 
 
-@pytest.mark.parametrize("grids", [[(1, 2, 2)], [(1, 2, 30)], [(1, 30, 2)], [(1, 18, 22), (3, 10, 14), (1, 2, 2)], [(7, 6, 6)]])
+@pytest.mark.parametrize(
+    "grids",
+    [[(1, 2, 2)], [(1, 2, 30)], [(1, 30, 2)], [(1, 18, 22), (3, 10, 14), (1, 2, 2)], [(7, 6, 6)]],
+)
 @pytest.mark.parametrize("window", [28, 56, 112])
 @pytest.mark.parametrize("full", [[], [0], [1, 2], [0, 1, 2]])
 def test_vision_encoder_is_transformers(pair, grids, window, full):
     """Windows cut off at the picture's edges, thin pictures, several pictures at once, blocks of full attention."""
-    _, ours, theirs = pair(flat_config(vision={"window_size": window, "fullatt_block_indexes": full}))
-    patches = torch.randn(sum(math.prod(g) for g in grids), 1176, generator=torch.Generator().manual_seed(0))
+    _, ours, theirs = pair(
+        flat_config(vision={"window_size": window, "fullatt_block_indexes": full})
+    )
+    patches = torch.randn(
+        sum(math.prod(g) for g in grids), 1176, generator=torch.Generator().manual_seed(0)
+    )
     with torch.no_grad():
-        features, expected = ours.visual(patches, grids, ours.run), theirs.model.visual(patches, torch.tensor(grids)).pooler_output
+        features, expected = (
+            ours.visual(patches, grids, ours.run),
+            theirs.model.visual(patches, torch.tensor(grids)).pooler_output,
+        )
     assert (features - expected).abs().max() <= 1e-4
 
 
@@ -178,10 +247,17 @@ def test_greedy_is_transformers_generate(pair):
         example = make_example(ours.config, media, seed)
         inputs = their_inputs([example], data.collate([example], ours.config))
         inputs.pop("position_ids")
-        said = theirs.generate(**inputs, mm_token_type_ids=(example.ids == IMAGE).long()[None], max_new_tokens=32,
-                               min_new_tokens=32, do_sample=False, eos_token_id=None, pad_token_id=0)
+        said = theirs.generate(
+            **inputs,
+            mm_token_type_ids=(example.ids == IMAGE).long()[None],
+            max_new_tokens=32,
+            min_new_tokens=32,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
         ids = generate(ours, data.collate([example], ours.config), 32, NEVER).ids
-        assert torch.equal(said[:, len(example.ids):], ids)
+        assert torch.equal(said[:, len(example.ids) :], ids)
 
 
 def test_bfloat16_chooses_the_words_of_float32(pair):
@@ -195,14 +271,21 @@ def test_bfloat16_chooses_the_words_of_float32(pair):
         directory, full, oracle = pair(flat_config(num_hidden_layers=1), seed)
         half = load_model(directory, torch.bfloat16)
         exact = load_model(directory, torch.bfloat16).float()
-        examples = [make_example(full.config, media, 9 * seed + i) for i, media in enumerate([*MIXED, LATE])]
+        examples = [
+            make_example(full.config, media, 9 * seed + i) for i, media in enumerate([*MIXED, LATE])
+        ]
         batch = data.collate(examples, full.config)
         with torch.no_grad():
             reference, places = all_log_probs(exact, batch)
             log_probs, _ = all_log_probs(half, batch)
-            oracle = type(oracle).from_pretrained(directory, dtype=torch.bfloat16)  # .bfloat16() rounds rotary tables
+            oracle = type(oracle).from_pretrained(
+                directory, dtype=torch.bfloat16
+            )  # .bfloat16() rounds rotary tables
             expected = oracle(**their_inputs(examples, batch)).logits.flatten(0, 1)[places]
-        same, total = same + int((log_probs.argmax(-1) == reference.argmax(-1)).sum()), total + len(reference)
+        same, total = (
+            same + int((log_probs.argmax(-1) == reference.argmax(-1)).sum()),
+            total + len(reference),
+        )
         ours += float((log_probs - reference).square().mean())
         theirs += float((expected.float().log_softmax(-1) - reference).square().mean())
     assert total > 2000 and same >= 0.98 * total
@@ -222,20 +305,33 @@ def text_positions(*parts, config=parse_config(flat_config())):
             kind, (t, h, w), _ = part
             ids += [IMAGE if kind == "image" else VIDEO] * (t * h * w // 4)
             media.append(part)
-    return mrope_positions(torch.tensor(ids), [m[1] for m in media], [m[2] for m in media], config).T.tolist()
+    return mrope_positions(
+        torch.tensor(ids), [m[1] for m in media], [m[2] for m in media], config
+    ).T.tolist()
 
 
 def test_positions_of_a_picture():
     """Three words, a picture of 2 x 3 merged patches, two words: by hand."""
     assert text_positions(3, ("image", (1, 4, 6), None), 2) == [
-        [0, 0, 0], [1, 1, 1], [2, 2, 2],
-        [3, 3, 3], [3, 3, 4], [3, 3, 5], [3, 4, 3], [3, 4, 4], [3, 4, 5],
-        [6, 6, 6], [7, 7, 7]]
+        [0, 0, 0],
+        [1, 1, 1],
+        [2, 2, 2],
+        [3, 3, 3],
+        [3, 3, 4],
+        [3, 3, 5],
+        [3, 4, 3],
+        [3, 4, 4],
+        [3, 4, 5],
+        [6, 6, 6],
+        [7, 7, 7],
+    ]
 
 
 def test_text_continues_after_the_largest_position():
     """Issue 45381: 15 words, a video from 15 to 347 on the time axis, so text at 348; transformers 5.23 says 17."""
-    rows = text_positions(15, ("video", (84, 4, 4), 2.0), 3)  # 2 positions a second: steps of 4, 83 * 4 = 332
+    rows = text_positions(
+        15, ("video", (84, 4, 4), 2.0), 3
+    )  # 2 positions a second: steps of 4, 83 * 4 = 332
     assert rows[15] == [15, 15, 15] and rows[-4] == [347, 16, 16]
     assert rows[-3:] == [[348] * 3, [349] * 3, [350] * 3]
     rows = text_positions(1, ("video", (2, 2, 12), 1.0), 1)  # the width is longest: 1 + 6
@@ -244,11 +340,19 @@ def test_text_continues_after_the_largest_position():
     assert rows[-1] == [7] * 3
 
 
-@pytest.mark.parametrize("seconds, times", [
-    (0.4, [0, 0, 1, 2, 3, 4]),  # 0, 0.8, 1.6, 2.4, 3.2, 4.0: a step floored first would stand still
-    (0.85, [0, 1, 3, 5, 6, 8]),  # 0, 1.7, 3.4, 5.1, 6.8, 8.5
-    (2 / 3, [0, 1, 2, 4, 5, 6]),  # a video read at 3 frames a second
-    (1.0, [0, 2, 4, 6, 8, 10]), (4.0, [0, 8, 16, 24, 32, 40])])
+@pytest.mark.parametrize(
+    "seconds, times",
+    [
+        (
+            0.4,
+            [0, 0, 1, 2, 3, 4],
+        ),  # 0, 0.8, 1.6, 2.4, 3.2, 4.0: a step floored first would stand still
+        (0.85, [0, 1, 3, 5, 6, 8]),  # 0, 1.7, 3.4, 5.1, 6.8, 8.5
+        (2 / 3, [0, 1, 2, 4, 5, 6]),  # a video read at 3 frames a second
+        (1.0, [0, 2, 4, 6, 8, 10]),
+        (4.0, [0, 8, 16, 24, 32, 40]),
+    ],
+)
 def test_time_is_floored_after_the_product(seconds, times):
     rows = text_positions(2, ("video", (6, 2, 2), seconds), 1)
     assert [time - 2 for time, _, _ in rows[2:8]] == times
@@ -257,18 +361,31 @@ def test_time_is_floored_after_the_product(seconds, times):
 
 def test_a_still_picture_has_no_time():
     """transformers 5.3.0 moved pictures in time as well (issue 45325)."""
-    assert text_positions(("image", (1, 2, 2), None), 1) == text_positions(("video", (1, 2, 2), 4.0), 1)
+    assert text_positions(("image", (1, 2, 2), None), 1) == text_positions(
+        ("video", (1, 2, 2), 4.0), 1
+    )
     assert text_positions(("image", (2, 2, 2), None))[1][0] == 0
 
 
 def test_several_pictures_and_a_video():
-    rows = text_positions(2, ("image", (1, 4, 4), None), ("image", (1, 2, 6), None), 1, ("video", (2, 2, 2), 1.0), 1)
-    assert rows == [[0] * 3, [1] * 3,
-                    [2, 2, 2], [2, 2, 3], [2, 3, 2], [2, 3, 3],  # 2 x 2, ends at 3
-                    [4, 4, 4], [4, 4, 5], [4, 4, 6],  # 1 x 3, ends at 6
-                    [7] * 3,
-                    [8, 8, 8], [10, 8, 8],  # two frames, two positions apart
-                    [11] * 3]
+    rows = text_positions(
+        2, ("image", (1, 4, 4), None), ("image", (1, 2, 6), None), 1, ("video", (2, 2, 2), 1.0), 1
+    )
+    assert rows == [
+        [0] * 3,
+        [1] * 3,
+        [2, 2, 2],
+        [2, 2, 3],
+        [2, 3, 2],
+        [2, 3, 3],  # 2 x 2, ends at 3
+        [4, 4, 4],
+        [4, 4, 5],
+        [4, 4, 6],  # 1 x 3, ends at 6
+        [7] * 3,
+        [8, 8, 8],
+        [10, 8, 8],  # two frames, two positions apart
+        [11] * 3,
+    ]
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -276,20 +393,33 @@ def test_positions_of_pictures_are_transformers(pair, seed):
     """Random words and one to four pictures: where the two conventions are the same, so are the numbers."""
     _, ours, theirs = pair(flat_config())
     rng = np.random.default_rng(seed)
-    media = [("image", (1, *(2 * rng.integers(1, 12, 2)).tolist()), None) for _ in range(rng.integers(1, 5))]
+    media = [
+        ("image", (1, *(2 * rng.integers(1, 12, 2)).tolist()), None)
+        for _ in range(rng.integers(1, 5))
+    ]
     example = make_example(ours.config, media, seed)
-    expected, _ = theirs.model.get_rope_index(example.ids[None], mm_token_type_ids=(example.ids == IMAGE).long()[None],
-                                              image_grid_thw=torch.tensor(example.grids))
+    expected, _ = theirs.model.get_rope_index(
+        example.ids[None],
+        mm_token_type_ids=(example.ids == IMAGE).long()[None],
+        image_grid_thw=torch.tensor(example.grids),
+    )
     assert torch.equal(example.positions, expected[:, 0])
 
 
-@pytest.mark.parametrize("words, grids", [([IMAGE] * 3, [(1, 4, 4)]), ([IMAGE] * 8, [(1, 4, 4)]), ([1, 2], [(1, 2, 2)]),
-                                          ([VIDEO], [])])
+@pytest.mark.parametrize(
+    "words, grids",
+    [([IMAGE] * 3, [(1, 4, 4)]), ([IMAGE] * 8, [(1, 4, 4)]), ([1, 2], [(1, 2, 2)]), ([VIDEO], [])],
+)
 def test_placeholders_without_pictures_are_refused(words, grids):
     """More placeholders than pictures, or the reverse: one line with both numbers."""
     needed = sum(math.prod(g) // 4 for g in grids)
-    with pytest.raises(UserError, match=f"{sum(w > WORDS for w in words)} vision placeholders.* {needed} vision tokens"):
-        mrope_positions(torch.tensor(words), grids, [None] * len(grids), parse_config(flat_config()))
+    with pytest.raises(
+        UserError,
+        match=f"{sum(w > WORDS for w in words)} vision placeholders.* {needed} vision tokens",
+    ):
+        mrope_positions(
+            torch.tensor(words), grids, [None] * len(grids), parse_config(flat_config())
+        )
 
 
 # ---------------------------------------------------------------------------------------------- decoding
@@ -307,7 +437,9 @@ def test_cached_is_uncached(tiny):
     """Greedy decoding by running the whole sequence again for every token."""
     model, examples = tiny
     for example in examples:
-        said = generate(model, data.collate([example], model.config), 16, NEVER, banned=BANNED).ids[0]
+        said = generate(model, data.collate([example], model.config), 16, NEVER, banned=BANNED).ids[
+            0
+        ]
         sequence = []
         with torch.no_grad():
             for _ in range(16):
@@ -326,32 +458,57 @@ def test_groups_sample_the_same_however_they_are_batched(tiny):
     model, examples = tiny
     examples, uniforms = examples[1:4], noise(12, 20)
     stops = tuple(range(0, 150, 15))
-    together = generate(model, data.collate(examples, model.config), 20, stops, group=4, uniforms=uniforms)
+    together = generate(
+        model, data.collate(examples, model.config), 20, stops, group=4, uniforms=uniforms
+    )
     assert len(set(together.lengths.tolist())) > 3
     for b, example in enumerate(examples):
-        group = generate(model, data.collate([example], model.config), 20, stops, group=4, uniforms=uniforms[4 * b:4 * b + 4])
+        group = generate(
+            model,
+            data.collate([example], model.config),
+            20,
+            stops,
+            group=4,
+            uniforms=uniforms[4 * b : 4 * b + 4],
+        )
         for g in range(4):
-            row, noise_row = 4 * b + g, uniforms[4 * b + g:4 * b + g + 1]
-            single = generate(model, data.collate([example], model.config), 20, stops, uniforms=noise_row)
-            assert torch.equal(together.ids[row], group.ids[g]) and torch.equal(together.ids[row], single.ids[0])
+            row, noise_row = 4 * b + g, uniforms[4 * b + g : 4 * b + g + 1]
+            single = generate(
+                model, data.collate([example], model.config), 20, stops, uniforms=noise_row
+            )
+            assert torch.equal(together.ids[row], group.ids[g]) and torch.equal(
+                together.ids[row], single.ids[0]
+            )
             assert together.lengths[row] == group.lengths[g] == single.lengths[0]
 
 
 def test_rows_that_end_leave_without_a_trace(tiny, monkeypatch):
     """Every row is what it is in a run where none ever ends, cut after its first stop id; then zeros."""
     model, examples = tiny
-    batch, uniforms, stops = data.collate(examples, model.config), noise(20, 24), tuple(range(0, 150, 12))
+    batch, uniforms, stops = (
+        data.collate(examples, model.config),
+        noise(20, 24),
+        tuple(range(0, 150, 12)),
+    )
     kept = []
-    monkeypatch.setattr(KVCache, "keep", lambda self, rows, keep=KVCache.keep: (kept.append(int(rows.sum())), keep(self, rows)))
+    monkeypatch.setattr(
+        KVCache,
+        "keep",
+        lambda self, rows, keep=KVCache.keep: (kept.append(int(rows.sum())), keep(self, rows)),
+    )
     rollout = generate(model, batch, 24, stops, group=4, uniforms=uniforms)
     assert len(kept) >= 3
     endless = generate(model, batch, 24, NEVER, group=4, uniforms=uniforms)
     for row in range(20):
         said = endless.ids[row].tolist()
         length = next((i + 1 for i, word in enumerate(said) if word in stops), 24)
-        assert rollout.lengths[row] == length and bool(rollout.finished[row]) == (said[length - 1] in stops)
+        assert rollout.lengths[row] == length and bool(rollout.finished[row]) == (
+            said[length - 1] in stops
+        )
         assert rollout.ids[row].tolist() == said[:length] + [0] * (24 - length)
-        assert torch.allclose(rollout.log_probs[row, :length], endless.log_probs[row, :length], atol=1e-5)
+        assert torch.allclose(
+            rollout.log_probs[row, :length], endless.log_probs[row, :length], atol=1e-5
+        )
         assert not rollout.log_probs[row, length:].any()
 
 
@@ -360,8 +517,16 @@ def test_sampled_log_probs_are_the_scored_ones(tiny, temperature):
     """The policy's forward must see the distribution that was sampled from: same banned words, same temperature."""
     model, examples = tiny
     banned = BANNED | (torch.arange(V) % 3 == 0)
-    rollout = generate(model, data.collate(examples, model.config), 20, (4, 5, 7), group=3, uniforms=noise(15, 20),
-                       banned=banned, temperature=temperature)
+    rollout = generate(
+        model,
+        data.collate(examples, model.config),
+        20,
+        (4, 5, 7),
+        group=3,
+        uniforms=noise(15, 20),
+        banned=banned,
+        temperature=temperature,
+    )
     rows = [extend(examples[i // 3], c) for i, c in enumerate(completions(rollout))]
     scored = data.collate(rows, model.config)
     with torch.no_grad():
@@ -369,7 +534,11 @@ def test_sampled_log_probs_are_the_scored_ones(tiny, temperature):
     sampled = torch.cat([row[:length] for row, length in zip(rollout.log_probs, rollout.lengths)])
     assert not banned[scored.targets].any()
     assert torch.allclose(log_probs, sampled, rtol=0, atol=1e-4)
-    assert entropies.isfinite().all() and (entropies > 0).all() and (entropies <= math.log(V) + 1e-5).all()
+    assert (
+        entropies.isfinite().all()
+        and (entropies > 0).all()
+        and (entropies <= math.log(V) + 1e-5).all()
+    )
 
 
 # ---------------------------------------------------------------------------------------------- drawing and scoring
@@ -401,7 +570,9 @@ def test_banned_words_are_never_drawn(spread):
     banned = torch.zeros(97, dtype=torch.bool)
     banned[:5] = banned[50:53] = banned[-5:] = True
     lowest = torch.finfo(torch.float32).min
-    logits = (spread * torch.randn(200, 97, generator=torch.Generator().manual_seed(0))).masked_fill(banned, lowest)
+    logits = (
+        spread * torch.randn(200, 97, generator=torch.Generator().manual_seed(0))
+    ).masked_fill(banned, lowest)
     for u in (0.0, 1e-300, 1e-9, 0.5, 1 - 2**-24, math.nextafter(1.0, 0.0)):
         tokens, log_probs = pick(logits, torch.full((200,), u, dtype=torch.float64))
         assert not banned[tokens].any() and log_probs.isfinite().all()
@@ -414,7 +585,10 @@ def test_tiled_scores_are_the_full_softmax(monkeypatch, rows, temperature):
     monkeypatch.setattr(model_py, "HEAD_LOGITS", 7 * rows)
     generator = torch.Generator().manual_seed(rows)
     hidden, head = (torch.randn(n, 16, generator=generator, requires_grad=True) for n in (rows, 50))
-    targets, weights = torch.randint(10, 50, (rows,), generator=generator), torch.randn(rows, generator=generator)
+    targets, weights = (
+        torch.randint(10, 50, (rows,), generator=generator),
+        torch.randn(rows, generator=generator),
+    )
     banned = torch.arange(50) < 10
     log_probs, entropies = score_tokens(hidden, targets, head, banned, temperature)
     gradients = torch.autograd.grad((log_probs * weights).sum(), (hidden, head))
@@ -448,7 +622,11 @@ def gradients(model, batches, weights):
     return log_probs.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("media", [[], PICTURES[:1], [*PICTURES, *PICTURES, *PICTURES], CLIP], ids=["text", "image", "views", "video"])
+@pytest.mark.parametrize(
+    "media",
+    [[], PICTURES[:1], [*PICTURES, *PICTURES, *PICTURES], CLIP],
+    ids=["text", "image", "views", "video"],
+)
 @pytest.mark.parametrize("tied", [True, False])
 def test_group_that_shares_its_prompt_is_the_rows_apart(pair, media, tied):
     """[prompt | c1 | ... | cG] with completions of unequal length: log-probs and every gradient of separate rows."""
@@ -456,14 +634,23 @@ def test_group_that_shares_its_prompt_is_the_rows_apart(pair, media, tied):
     example, generator = make_example(model.config, media, seed=3), torch.Generator().manual_seed(1)
     G, C, P = 4, 7, len(example.ids)
     words, lengths = torch.randint(WORDS, (G, C), generator=generator), [7, 1, 4, 6]
-    words = words * (torch.arange(C) < torch.tensor(lengths)[:, None])  # zeros after the end, as in a rollout
+    words = words * (
+        torch.arange(C) < torch.tensor(lengths)[:, None]
+    )  # zeros after the end, as in a rollout
     following = int(example.positions.max()) + 1 + torch.arange(C).repeat(G)
     prompt = data.collate([example], model.config)
-    predict_at = torch.cat([torch.tensor([P - 1, *range(P + g * C, P + g * C + n - 1)]) for g, n in enumerate(lengths)])
+    predict_at = torch.cat(
+        [torch.tensor([P - 1, *range(P + g * C, P + g * C + n - 1)]) for g, n in enumerate(lengths)]
+    )
     shared = dataclasses.replace(
-        prompt, ids=torch.cat((example.ids, words.flatten()))[None], lengths=torch.tensor([P + G * C]), group=(G, C),
-        positions=torch.cat((example.positions, following.expand(3, -1)), dim=1)[:, None], predict_at=predict_at,
-        targets=torch.cat([row[:n] for row, n in zip(words, lengths)]))
+        prompt,
+        ids=torch.cat((example.ids, words.flatten()))[None],
+        lengths=torch.tensor([P + G * C]),
+        group=(G, C),
+        positions=torch.cat((example.positions, following.expand(3, -1)), dim=1)[:, None],
+        predict_at=predict_at,
+        targets=torch.cat([row[:n] for row, n in zip(words, lengths)]),
+    )
     apart = data.collate([extend(example, row[:n]) for row, n in zip(words, lengths)], model.config)
 
     weights = torch.randn(sum(lengths), generator=generator)
@@ -473,7 +660,7 @@ def test_group_that_shares_its_prompt_is_the_rows_apart(pair, media, tied):
     for name in ours:
         largest = theirs[name].abs().max()
         assert (ours[name] - theirs[name]).abs().max() <= 1e-5 * largest, name
-        assert largest > 0 or not media and name.startswith("visual.")
+        assert largest > 0 or (not media and name.startswith("visual."))
 
 
 def test_activation_checkpointing_changes_no_gradient(tiny):
@@ -504,7 +691,11 @@ def test_padding_and_neighbours_change_no_score(tiny):
     rows = [extend(e, torch.arange(5) + i) for i, e in enumerate(examples)]
     batch = data.collate(rows, model.config)
     padding = torch.arange(batch.ids.shape[1]) >= batch.lengths[:, None]
-    noisy = dataclasses.replace(batch, ids=batch.ids.masked_fill(padding, 7), positions=batch.positions.masked_fill(padding, 9))
+    noisy = dataclasses.replace(
+        batch,
+        ids=batch.ids.masked_fill(padding, 7),
+        positions=batch.positions.masked_fill(padding, 9),
+    )
     with torch.no_grad():
         alone = torch.cat([model(data.collate([row], model.config))[0] for row in rows])
         assert torch.allclose(model(batch)[0], alone, rtol=0, atol=1e-5)

@@ -1,4 +1,5 @@
 """report.py: the page shows the numbers of the run, is well-formed, stands alone, and lets no data become markup."""
+
 import base64
 import html.parser
 import io
@@ -9,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import report
-from charts import ticks
-from report import BOTTOM, LEFT, RIGHT, TOP, pictures, spread
-from rewards import UserError
+from files import UserError
+from look import report
+from look.charts import ticks
+from look.report import BOTTOM, LEFT, RIGHT, TOP, pictures, spread
 
 VOID = {"meta", "img", "br"}
 EVIL = "</p><script>alert(1)</script>\"'&"
@@ -59,10 +60,36 @@ def write(path, *rows):
 
 
 def scores(shift):
-    types = {"object count": {"n": 40, "score": 0.5 + shift, "low": 0.4 + shift, "high": 0.7, "blind": 0.55},
-             "relative direction": {"n": 24, "score": 0.25 + shift, "low": 0.1, "high": 0.5, "blind": 0.25}}
-    return {"overall": 0.375 + shift, "types": types, "well_formed": 0.9, "recipe": {}, "localization": {
-        "n": 60, "mean_iou": 0.4 + shift, "valid_json": 0.98, "precision": 0.5, "recall": 0.5, "mean_box_iou": 0.127}}
+    types = {
+        "object count": {
+            "n": 40,
+            "score": 0.5 + shift,
+            "low": 0.4 + shift,
+            "high": 0.7,
+            "blind": 0.55,
+        },
+        "relative direction": {
+            "n": 24,
+            "score": 0.25 + shift,
+            "low": 0.1,
+            "high": 0.5,
+            "blind": 0.25,
+        },
+    }
+    return {
+        "overall": 0.375 + shift,
+        "types": types,
+        "well_formed": 0.9,
+        "recipe": {},
+        "localization": {
+            "n": 60,
+            "mean_iou": 0.4 + shift,
+            "valid_json": 0.98,
+            "precision": 0.5,
+            "recall": 0.5,
+            "mean_box_iou": 0.127,
+        },
+    }
 
 
 @pytest.fixture
@@ -74,21 +101,59 @@ def run(tmp_path):
     question = f"<|vision_start|><|image_pad|><|vision_end|>How many? {EVIL}"
     prompt = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
     for rung in ("base", "grpo"):
-        shared = {"prompt": prompt, "images": [str(picture)], "completion": f"<think>{rung}</think>{EVIL}"}
-        write(tmp_path / "eval" / rung / "predictions.jsonl",
-              shared | {"where": "a.jsonl:1", "question_type": "localization", "answer": [box], "score": 0.625,
-                        "prediction": [box | {"label": "other"}] if rung == "grpo" else None, "size": [56, 28]},
-              shared | {"where": "b.jsonl:1", "question_type": f"count {EVIL}", "answer": EVIL, "score": 0.3,
-                        "prediction": EVIL})
-        write(tmp_path / rung / "log.jsonl",
-              *({"step": i, "loss": 1.0 / i, "reward": i, "kl": None} for i in range(1, 6)))
-    write(tmp_path / "grpo" / "rollouts.jsonl", *(
-        {"step": step, "where": "b.jsonl:1", "question_type": "object count", "prompt": prompt, "answer": EVIL,
-         "images": [str(picture), "gone.png"], "completions": [f"low {step}", EVIL], "advantages": [-0.5, 1.25],
-         "rewards": {"format": [1.0, 1.0], EVIL: [0.0, 0.75]}} for step in range(1, 8)))
-    rungs = [{"name": name, "style": EVIL, "seconds": 41.4, "scores": scores(shift)} for name, shift in
-             (("base", 0.0), ("grpo", 0.2))]
-    (tmp_path / "results.json").write_text(json.dumps({"preset": EVIL, "seed": 3, "rungs": rungs, "seconds": 90}))
+        shared = {
+            "prompt": prompt,
+            "images": [str(picture)],
+            "completion": f"<think>{rung}</think>{EVIL}",
+        }
+        write(
+            tmp_path / "eval" / rung / "predictions.jsonl",
+            shared
+            | {
+                "where": "a.jsonl:1",
+                "question_type": "localization",
+                "answer": [box],
+                "score": 0.625,
+                "prediction": [box | {"label": "other"}] if rung == "grpo" else None,
+                "size": [56, 28],
+            },
+            shared
+            | {
+                "where": "b.jsonl:1",
+                "question_type": f"count {EVIL}",
+                "answer": EVIL,
+                "score": 0.3,
+                "prediction": EVIL,
+            },
+        )
+        write(
+            tmp_path / rung / "log.jsonl",
+            *({"step": i, "loss": 1.0 / i, "reward": i, "kl": None} for i in range(1, 6)),
+        )
+    write(
+        tmp_path / "grpo" / "rollouts.jsonl",
+        *(
+            {
+                "step": step,
+                "where": "b.jsonl:1",
+                "question_type": "object count",
+                "prompt": prompt,
+                "answer": EVIL,
+                "images": [str(picture), "gone.png"],
+                "completions": [f"low {step}", EVIL],
+                "advantages": [-0.5, 1.25],
+                "rewards": {"format": [1.0, 1.0], EVIL: [0.0, 0.75]},
+            }
+            for step in range(1, 8)
+        ),
+    )
+    rungs = [
+        {"name": name, "style": EVIL, "seconds": 41.4, "scores": scores(shift)}
+        for name, shift in (("base", 0.0), ("grpo", 0.2))
+    ]
+    (tmp_path / "results.json").write_text(
+        json.dumps({"preset": EVIL, "seed": 3, "rungs": rungs, "seconds": 90})
+    )
     return tmp_path
 
 
@@ -121,8 +186,16 @@ def test_the_page_asks_for_nothing_outside_itself(run):
 def test_table_holds_the_numbers_of_results_json(run):
     """Rungs are rows in order, under the blind baseline; a swapped column would show here."""
     rows = Page(page(run)).rows
-    assert rows[0] == ["rung answers", "localization mean IoU n = 60", "valid JSON n = 60", "object count n = 40",
-                       "relative direction n = 24", "mean over types", "well-formed", "seconds"]
+    assert rows[0] == [
+        "rung answers",
+        "localization mean IoU n = 60",
+        "valid JSON n = 60",
+        "object count n = 40",
+        "relative direction n = 24",
+        "mean over types",
+        "well-formed",
+        "seconds",
+    ]
     assert rows[1][1:] == ["0.127", "–", "0.550", "0.250", "0.400", "–", "–"]
     assert rows[2][1:] == ["0.400", "0.980", "0.500", "0.250", "0.375", "0.900", "41"]
     assert rows[3][1:] == ["0.600", "0.980", "0.700", "0.450", "0.575", "0.900", "41"]
@@ -131,32 +204,52 @@ def test_table_holds_the_numbers_of_results_json(run):
 
 def test_cells_are_shaded_by_the_gain_over_blind_and_bold_where_it_is_sure():
     """Green above, red below, depth 0.6 times the gain; bold only when the whole interval lies above."""
-    assert report.cell(0.75, 0.25, 0.3, 10) == '<td class="clear" style="background:rgb(40 167 90 / 0.30)">0.750</td>'
-    assert report.cell(0.75, 0.25, 0.2, 10) == '<td style="background:rgb(40 167 90 / 0.30)">0.750</td>'
-    assert report.cell(0.1, 0.2, 0.05, 10) == '<td style="background:rgb(208 72 60 / 0.06)">0.100</td>'
+    assert (
+        report.cell(0.75, 0.25, 0.3, 10)
+        == '<td class="clear" style="background:rgb(40 167 90 / 0.30)">0.750</td>'
+    )
+    assert (
+        report.cell(0.75, 0.25, 0.2, 10)
+        == '<td style="background:rgb(40 167 90 / 0.30)">0.750</td>'
+    )
+    assert (
+        report.cell(0.1, 0.2, 0.05, 10) == '<td style="background:rgb(208 72 60 / 0.06)">0.100</td>'
+    )
     assert report.cell(0.1, None, 0.05, 10) == "<td>0.100</td>"
 
 
 def test_table_without_localization_or_blind_baselines():
     """A benchmark without training data has no blind baseline: dashes, not a crash and not a zero."""
-    bare = scores(0.0) | {"types": {"size": {"n": 5, "score": 0.5, "low": 0.1, "high": 0.9, "blind": None}}}
+    bare = scores(0.0) | {
+        "types": {"size": {"n": 5, "score": 0.5, "low": 0.1, "high": 0.9, "blind": None}}
+    }
     del bare["localization"]
-    rows = Page(report.ladder([{"name": "base", "style": "direct", "seconds": 1, "scores": bare}])).rows
+    rows = Page(
+        report.ladder([{"name": "base", "style": "direct", "seconds": 1, "scores": bare}])
+    ).rows
     assert rows[1][1:] == ["–"] * 6
     assert rows[2][1:] == ["–", "–", "0.500", "0.375", "0.900", "1"]
 
 
 def polyline(figure):
-    return [tuple(map(float, point.split(","))) for point in re.search(r'polyline points="([^"]*)"', figure)[1].split()]
+    return [
+        tuple(map(float, point.split(",")))
+        for point in re.search(r'polyline points="([^"]*)"', figure)[1].split()
+    ]
 
 
 def test_polyline_of_a_known_log():
     """Five steps are too few to smooth: the line passes through them, from 0 at the left edge to the last step."""
     rows = [{"step": s, "loss": v} for s, v in ((1, 2.0), (2, 1.0), (3, 0.0), (4, 1.0), (5, 2.0))]
     figure = report.panel(rows, "loss", "loss", "nats per token")
-    top, bottom = TOP + (BOTTOM - TOP) / 22, BOTTOM - (BOTTOM - TOP) / 22  # the margin is 0.1 of a range of 2.2
+    top, bottom = (
+        TOP + (BOTTOM - TOP) / 22,
+        BOTTOM - (BOTTOM - TOP) / 22,
+    )  # the margin is 0.1 of a range of 2.2
     middle, width = (top + bottom) / 2, RIGHT - LEFT
-    expected = [(LEFT + width * s / 5, y) for s, y in zip(range(1, 6), (top, middle, bottom, middle, top))]
+    expected = [
+        (LEFT + width * s / 5, y) for s, y in zip(range(1, 6), (top, middle, bottom, middle, top))
+    ]
     np.testing.assert_allclose(polyline(figure), expected, atol=0.051)
     assert figure.count("h0") == 5 and "nats per token" in figure
 
@@ -166,12 +259,21 @@ def test_line_is_the_running_mean():
     rows = [{"step": s, "loss": 7.0 * (s == 24)} for s in range(1, 49)]
     y = np.array([b for _, b in polyline(report.panel(rows, "loss", "loss", ""))])
     low = y == y.max()
-    assert low.sum() == 41 and np.flatnonzero(~low).tolist() == list(range(20, 27)) and np.ptp(y[~low]) == 0
+    assert (
+        low.sum() == 41
+        and np.flatnonzero(~low).tolist() == list(range(20, 27))
+        and np.ptp(y[~low]) == 0
+    )
 
 
 def test_steps_without_a_value_are_counted():
     """A NaN in the log must not erase the curve, nor go unmentioned."""
-    rows = [{"step": 1, "kl": 0.1}, {"step": 2, "kl": float("nan")}, {"step": 3, "kl": None}, {"step": 4, "kl": 0.2}]
+    rows = [
+        {"step": 1, "kl": 0.1},
+        {"step": 2, "kl": float("nan")},
+        {"step": 3, "kl": None},
+        {"step": 4, "kl": 0.2},
+    ]
     figure = report.panel(rows, "kl", "KL", "nats")
     assert len(polyline(figure)) == 2 and "2 of 4 steps without" in figure
     assert "svg" not in report.panel(rows, "reward", "reward", "sum")
@@ -180,8 +282,12 @@ def test_steps_without_a_value_are_counted():
 @pytest.mark.parametrize("values", [[1.0], [0.0, 0.0], [3.0, 3.0], [1e-9, 2e-9], [-5.0, 1e6]])
 def test_any_range_can_be_drawn(values):
     """A flat or single-step curve has no range of its own: a division by zero here would cost the whole page."""
-    points = polyline(report.panel([{"step": i + 1, "x": v} for i, v in enumerate(values)], "x", "x", ""))
-    assert len(points) == len(values) and all(TOP <= y <= BOTTOM and LEFT <= x <= RIGHT for x, y in points)
+    points = polyline(
+        report.panel([{"step": i + 1, "x": v} for i, v in enumerate(values)], "x", "x", "")
+    )
+    assert len(points) == len(values) and all(
+        TOP <= y <= BOTTOM and LEFT <= x <= RIGHT for x, y in points
+    )
 
 
 def test_long_logs_are_thinned():
@@ -190,9 +296,15 @@ def test_long_logs_are_thinned():
     assert len(polyline(report.panel(rows, "x", "x", ""))) == 375
 
 
-@pytest.mark.parametrize("low, high, expected", [
-    (0, 1, [0, 0.5, 1]), (0, 1500, [0, 500, 1000, 1500]), (1.41, 1.72, [1.5, 1.6, 1.7]),
-    (-0.003, 0.004, [-0.002, 0, 0.002, 0.004])])
+@pytest.mark.parametrize(
+    "low, high, expected",
+    [
+        (0, 1, [0, 0.5, 1]),
+        (0, 1500, [0, 500, 1000, 1500]),
+        (1.41, 1.72, [1.5, 1.6, 1.7]),
+        (-0.003, 0.004, [-0.002, 0, 0.002, 0.004]),
+    ],
+)
 def test_ticks_are_round_and_inside(low, high, expected):
     found = ticks(low, high)
     np.testing.assert_allclose(found, expected, atol=1e-12)
@@ -204,7 +316,9 @@ def test_boxes_are_drawn_where_they_are(run):
     text = page(run)
     assert 'viewBox="0 0 56 28"' in text
     shape = 'd="M4.0 4.0H20.0V24.0H4.0Z"'
-    assert text.count(f'<path class="true" stroke="{report.COLORS[0]}" {shape}/>') == 2  # in both rungs
+    assert (
+        text.count(f'<path class="true" stroke="{report.COLORS[0]}" {shape}/>') == 2
+    )  # in both rungs
     assert text.count(f'<path class="seen" stroke="#fff" {shape}/>') == 1
     assert "no boxes" in text and "IoU 0.62" in text
 
@@ -238,8 +352,15 @@ def test_an_empty_run_says_what_is_missing(tmp_path):
     """The page can be made at any time: each section of a run that has not begun is a sentence."""
     text = page(tmp_path)
     Page(text)
-    for sentence in ("Not run yet: base,", "No log yet: stage 1,", "Not tested yet: base,", "No rollouts yet: + GRPO.",
-                     "Nothing yet that could show trouble.", "Not probed yet", "Climb more of them: python ladder.py --without"):
+    for sentence in (
+        "Not run yet: base,",
+        "No log yet: stage 1,",
+        "Not tested yet: base,",
+        "No rollouts yet: + GRPO.",
+        "Nothing yet that could show trouble.",
+        "Not probed yet",
+        "Climb more of them: python ladder.py --without",
+    ):
         assert sentence in text
     assert "<table" not in text and "<svg" not in text
 
@@ -252,11 +373,19 @@ def test_a_partial_run_shows_what_is_there(run):
     assert "Base: loss" in text and "Stage 1: loss" not in text
 
 
-@pytest.mark.parametrize("name, line, message", [
-    ("grpo/log.jsonl", '{"step": 6, "loss"', "log.jsonl:6: not JSON"),
-    ("grpo/log.jsonl", '{"loss": 1}', "log.jsonl:6: expected an object with the keys step; missing: step"),
-    ("grpo/rollouts.jsonl", "[1]", "rollouts.jsonl:8: expected an object"),
-    ("eval/base/predictions.jsonl", "", "predictions.jsonl:3: not JSON")])
+@pytest.mark.parametrize(
+    "name, line, message",
+    [
+        ("grpo/log.jsonl", '{"step": 6, "loss"', "log.jsonl:6: not JSON"),
+        (
+            "grpo/log.jsonl",
+            '{"loss": 1}',
+            "log.jsonl:6: expected an object with the keys step; missing: step",
+        ),
+        ("grpo/rollouts.jsonl", "[1]", "rollouts.jsonl:8: expected an object"),
+        ("eval/base/predictions.jsonl", "", "predictions.jsonl:3: not JSON"),
+    ],
+)
 def test_a_malformed_line_is_named(run, name, line, message):
     """A truncated or foreign file must be found by file and line, not by a traceback."""
     with open(run / name, "a") as file:
@@ -271,7 +400,10 @@ def test_a_user_mistake_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsy
     with pytest.raises(SystemExit) as stop:
         report.main()
     assert stop.value.code == 2
-    assert capsys.readouterr().err == f"{tmp_path / 'nowhere'}: no such directory; expected the --out of ladder.py\n"
+    assert (
+        capsys.readouterr().err
+        == f"{tmp_path / 'nowhere'}: no such directory; expected the --out of ladder.py\n"
+    )
 
 
 def decode(uri):
@@ -313,12 +445,17 @@ def test_the_staircase_draws_what_the_rungs_score(run):
     del found[0]["scores"]["localization"]
     results = {"preset": "tiny", "seed": 0, "rungs": [*found, found[1] | {"name": "stage2-no1"}]}
     (run / "results.json").write_text(json.dumps(results))
-    svg = base64.b64decode(re.search("svg[+]xml;base64,([^\"]*)", page(run))[1]).decode()
-    bars = [(float(y), float(h)) for y, h in re.findall(r'<rect class="c[^>]* y="([0-9.]+)"[^>]*height="([0-9.]+)"', svg)]
+    svg = base64.b64decode(re.search('svg[+]xml;base64,([^"]*)', page(run))[1]).decode()
+    bars = [
+        (float(y), float(h))
+        for y, h in re.findall(r'<rect class="c[^>]* y="([0-9.]+)"[^>]*height="([0-9.]+)"', svg)
+    ]
     assert len(bars) == 3 and bars[1][1] / bars[0][1] == pytest.approx(0.575 / 0.375, rel=0.01)
-    level, = (float(y) for y in re.findall(r'class="level"[^>]* y1="([0-9.]+)"', svg))
+    (level,) = (float(y) for y in re.findall(r'class="level"[^>]* y1="([0-9.]+)"', svg))
     base = bars[0][0] + bars[0][1]
-    assert (base - level) / bars[0][1] == pytest.approx(0.25 / 0.375, rel=0.01) and svg.count('class="whisker"') == 1
+    assert (base - level) / bars[0][1] == pytest.approx(0.25 / 0.375, rel=0.01) and svg.count(
+        'class="whisker"'
+    ) == 1
     (run / "results.json").unlink()
     assert "svg+xml" not in page(run)
 
@@ -326,15 +463,34 @@ def test_the_staircase_draws_what_the_rungs_score(run):
 def test_probes_signs_and_other_ways_have_their_sections(run):
     """Charts and pictures that probes.py left, the lines of signs.py, the table of compare.ways."""
     text = page(run)
-    assert "Not probed yet" in text and "5 steps of GRPO and 0 looks at held-out questions are too few" in text
+    assert (
+        "Not probed yet" in text
+        and "5 steps of GRPO and 0 looks at held-out questions are too few" in text
+    )
     assert not any("grpo" in row for row in Page(text).rows)
     (run / "probes" / "hints").mkdir(parents=True)
     (run / "probes" / "hints.svg").write_text("<svg></svg>")
     Image.new("RGB", (28, 28)).save(run / "probes" / "hints" / "full.png")
     for rung, score in (("cold", 0.25), ("grpo", 0.75)):
-        write(run / "eval" / rung / "predictions.jsonl", {
-            "id": "1", "where": "b.jsonl:1", "question_type": "object count", "prompt": "", "completion": "", "prediction": 1,
-            "answer": "1", "score": score, "blind": None, "images": []})
+        write(
+            run / "eval" / rung / "predictions.jsonl",
+            {
+                "id": "1",
+                "where": "b.jsonl:1",
+                "question_type": "object count",
+                "prompt": "",
+                "completion": "",
+                "prediction": 1,
+                "answer": "1",
+                "score": score,
+                "blind": None,
+                "images": [],
+            },
+        )
     text = page(run)
-    assert "Do hints help?" in text and "<small>full</small>" in text and "Not probed yet" not in text
-    assert ["cold (no GRPO)", "0.250", "grpo", "-50.0 [-50.0, -50.0]", "-50.0", "-2.1"] in Page(text).rows
+    assert (
+        "Do hints help?" in text and "<small>full</small>" in text and "Not probed yet" not in text
+    )
+    assert ["cold (no GRPO)", "0.250", "grpo", "-50.0 [-50.0, -50.0]", "-50.0", "-2.1"] in Page(
+        text
+    ).rows

@@ -1,4 +1,5 @@
 """rewards.py: parsers by their own documented tables, the authors' vectors, invariants, and no text that raises."""
+
 import json
 import math
 import re
@@ -6,7 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import rewards
 
@@ -33,7 +35,14 @@ AUTHORS = [
     (CHOICE, tagged("A"), "A", 1, 1, None),
     (CHOICE, tagged("a."), "A", 1, 1, None),
     (CHOICE, tagged("A. left"), "A", 1, 0, (1, 1, "letter followed by its text counts")),
-    (CHOICE, "<think>x</think><answer>B</answer><answer>A</answer>", "A", 0, 1, None),  # the last answer counts
+    (
+        CHOICE,
+        "<think>x</think><answer>B</answer><answer>A</answer>",
+        "A",
+        0,
+        1,
+        None,
+    ),  # the last answer counts
     (CHOICE, "A", "A", 0, 1, None),  # accuracy is paid without the format
     (CHOICE, "<think>a<think>b</think><answer>A</answer>", "A", 0, 1, None),
     (CHOICE, tagged("(B)"), "B", 1, 0, (1, 1, "brackets count")),
@@ -49,41 +58,77 @@ AUTHORS = [
 
 
 @pytest.mark.parametrize("kind, completion, truth, form, accuracy, ours", AUTHORS)
-def test_rewards_equal_the_authors_but_for_the_listed_differences(kind, completion, truth, form, accuracy, ours):
+def test_rewards_equal_the_authors_but_for_the_listed_differences(
+    kind, completion, truth, form, accuracy, ours
+):
     """A changed parser would train towards another reward than the paper's."""
     expected = ours[:2] if ours else (form, accuracy)
     assert rewards.REWARDS["format"]([completion]) == [expected[0]]
     assert rewards.REWARDS["accuracy"]([completion], Row(kind, truth)) == [expected[1]]
 
 
-@pytest.mark.parametrize("text", [
-    "<think> </think><answer>A</answer>", "<think>x</think><answer>\n</answer>",
-    "<think>x</think>junk</think><answer>A</answer>", "<think>x</think><answer>A</answer></answer>"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<think> </think><answer>A</answer>",
+        "<think>x</think><answer>\n</answer>",
+        "<think>x</think>junk</think><answer>A</answer>",
+        "<think>x</think><answer>A</answer></answer>",
+    ],
+)
 def test_format_is_stricter_than_the_authors_regex(text):
     """Each of these passes the authors' regex; a policy can earn the format there without a thought."""
     assert re.fullmatch(r"^<think>.*?</think>\s*<answer>.*?</answer>$", text, re.DOTALL)
     assert rewards.format_reward([text]) == [0.0]
 
 
-@pytest.mark.parametrize("text", [
-    "", "A", "<think>x</think>", "<answer>A</answer>", "<answer>A</answer><think>x</think>", "x" + tagged("A"),
-    tagged("A") + "x", "<think>x</think>y<answer>A</answer>", "<think>x<answer>A</answer></think>", tagged("A") * 2,
-    "<think><answer>x</think></answer>", "<THINK>x</THINK><ANSWER>A</ANSWER>", "<think>x</think><answer>A"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "A",
+        "<think>x</think>",
+        "<answer>A</answer>",
+        "<answer>A</answer><think>x</think>",
+        "x" + tagged("A"),
+        tagged("A") + "x",
+        "<think>x</think>y<answer>A</answer>",
+        "<think>x<answer>A</answer></think>",
+        tagged("A") * 2,
+        "<think><answer>x</think></answer>",
+        "<THINK>x</THINK><ANSWER>A</ANSWER>",
+        "<think>x</think><answer>A",
+    ],
+)
 def test_format_refuses_all_that_is_not_one_of_each_tag_in_order(text):
-    assert rewards.format_reward([text, f"\n {tagged('A')} \n"]) == [0.0, 1.0]  # space around it is allowed
+    assert rewards.format_reward([text, f"\n {tagged('A')} \n"]) == [
+        0.0,
+        1.0,
+    ]  # space around it is allowed
 
 
-@pytest.mark.parametrize("text, answer", [
-    ("<answer>A</answer><answer>B", "A"), ("<answer>A<answer>B</answer>", "B"), ("<answer>A</answer></answer>", "A"),
-    ("<answer>A", None), ("A</answer>", None), ("", None), ("<answer></answer>", ""),
-    ("<answer>a\nb</answer>", "a\nb")])
+@pytest.mark.parametrize(
+    "text, answer",
+    [
+        ("<answer>A</answer><answer>B", "A"),
+        ("<answer>A<answer>B</answer>", "B"),
+        ("<answer>A</answer></answer>", "A"),
+        ("<answer>A", None),
+        ("A</answer>", None),
+        ("", None),
+        ("<answer></answer>", ""),
+        ("<answer>a\nb</answer>", "a\nb"),
+    ],
+)
 def test_extract_answer_takes_the_last_closed_and_innermost(text, answer):
     assert rewards.extract_answer(text) == answer
 
 
 def documented(function):
     """The texts that a docstring's table lists: (accepted, refused), without the headings."""
-    rows = [re.split(r" {2,}", line.strip()) for line in function.__doc__.splitlines() if ":  " in line]
+    rows = [
+        re.split(r" {2,}", line.strip()) for line in function.__doc__.splitlines() if ":  " in line
+    ]
     texts = [[text for text in row if len(text) < 3 or text[-1] != ":"] for row in rows]
     return sum(texts[:-1], []), texts[-1]
 
@@ -98,27 +143,73 @@ def test_parse_choice_does_what_its_docstring_lists():
 
 def test_parse_number_does_what_its_docstring_lists():
     """As above; each accepted text's value is written out here."""
-    values = {"3.5": 3.5, "3.5.": 3.5, ".5": .5, "5.": 5, "+4": 4, "-4": -4, "1e1": 10,
-              "1,200": 1200, "1,200.5": 1200.5, "3.5 m": 3.5, "3.5m": 3.5, "85 cm": 85, "2 meters": 2, "20 m2": 20,
-              "20 square meters": 20}
+    values = {
+        "3.5": 3.5,
+        "3.5.": 3.5,
+        ".5": 0.5,
+        "5.": 5,
+        "+4": 4,
+        "-4": -4,
+        "1e1": 10,
+        "1,200": 1200,
+        "1,200.5": 1200.5,
+        "3.5 m": 3.5,
+        "3.5m": 3.5,
+        "85 cm": 85,
+        "2 meters": 2,
+        "20 m2": 20,
+        "20 square meters": 20,
+    }
     accepted, refused = documented(rewards.parse_number)
     assert accepted == list(values) and len(refused) == 9
     assert [rewards.parse_number(text) for text in accepted] == list(values.values())
     assert [rewards.parse_number(text) for text in refused] == [None] * 9
 
 
-@pytest.mark.parametrize("text", [
-    "", " ", "-", ".", ",", "1,2", "1 200", "m", "1.2.3", "--4", "٣", "²", "1e", "0x10", "1_000"])
+@pytest.mark.parametrize(
+    "text",
+    ["", " ", "-", ".", ",", "1,2", "1 200", "m", "1.2.3", "--4", "٣", "²", "1e", "0x10", "1_000"],
+)
 def test_parse_number_refuses_what_is_not_one_number(text):
     assert rewards.parse_number(text) is None
 
 
 # |prediction - truth| on and around the thresholds; run through the authors' code
-MRA = [(3, 4, .6), (2, 4, .1), (105, 100, 1), (95, 100, 1), (80, 100, .6), (1.2, 1.0, .7), (55, 100, .1),
-       (1.45, 1.0, .2), (62, 100, .3), (1.1, 1.0, .9), (90, 100, .9), (75, 100, .6), (65, 100, .4), (60, 100, .3),
-       (1.35, 1, .3), (12, 10, .6), (.95, 1.0, 1), (4, 4, 1), (1, 4, 0), (20.5, 22.3, .9), (30, 20, .1), (2.0, 1.5, .4),
-       (0, 0, 1), (.1, 0, 0), (-4, -4, 1), (-3, -4, .6), (4, -4, 0),  # ours: theirs divides by zero or is always 1
-       (math.inf, 4, 0), (-math.inf, 4, 0), (math.nan, 4, 0), (math.nan, 0, 0), (1e308, -1e308, 0), (1e308, 1e-308, 0)]
+MRA = [
+    (3, 4, 0.6),
+    (2, 4, 0.1),
+    (105, 100, 1),
+    (95, 100, 1),
+    (80, 100, 0.6),
+    (1.2, 1.0, 0.7),
+    (55, 100, 0.1),
+    (1.45, 1.0, 0.2),
+    (62, 100, 0.3),
+    (1.1, 1.0, 0.9),
+    (90, 100, 0.9),
+    (75, 100, 0.6),
+    (65, 100, 0.4),
+    (60, 100, 0.3),
+    (1.35, 1, 0.3),
+    (12, 10, 0.6),
+    (0.95, 1.0, 1),
+    (4, 4, 1),
+    (1, 4, 0),
+    (20.5, 22.3, 0.9),
+    (30, 20, 0.1),
+    (2.0, 1.5, 0.4),
+    (0, 0, 1),
+    (0.1, 0, 0),
+    (-4, -4, 1),
+    (-3, -4, 0.6),
+    (4, -4, 0),  # ours: theirs divides by zero or is always 1
+    (math.inf, 4, 0),
+    (-math.inf, 4, 0),
+    (math.nan, 4, 0),
+    (math.nan, 0, 0),
+    (1e308, -1e308, 0),
+    (1e308, 1e-308, 0),
+]
 
 
 @pytest.mark.parametrize("prediction, truth, score", MRA)
@@ -128,7 +219,7 @@ def test_mean_relative_accuracy_at_its_thresholds(prediction, truth, score):
 
 
 def test_mean_relative_accuracy_equals_the_formula_as_the_authors_compute_it():
-    confidences = np.linspace(.5, .95, int((.95 - .5) / .05 + 2))
+    confidences = np.linspace(0.5, 0.95, int((0.95 - 0.5) / 0.05 + 2))
     for truth in (1, 4, 10, 22.3, 100):
         for percent in range(40, 165, 5):
             prediction = truth * percent / 100
@@ -136,11 +227,16 @@ def test_mean_relative_accuracy_equals_the_formula_as_the_authors_compute_it():
             assert rewards.mean_relative_accuracy(prediction, truth) == expected
 
 
-@given(st.floats(allow_nan=True, allow_infinity=True), st.floats(allow_nan=False, allow_infinity=False))
+@given(
+    st.floats(allow_nan=True, allow_infinity=True), st.floats(allow_nan=False, allow_infinity=False)
+)
 def test_mean_relative_accuracy_is_a_tenth_step_in_the_unit_interval(prediction, truth):
     """A NaN or a crash for any pair would stop a training run."""
     score = rewards.mean_relative_accuracy(prediction, truth)
-    assert score in [step / 10 for step in range(11)] and rewards.mean_relative_accuracy(truth, truth) == 1.0
+    assert (
+        score in [step / 10 for step in range(11)]
+        and rewards.mean_relative_accuracy(truth, truth) == 1.0
+    )
 
 
 # ------------------------------------------------------------------------------------------------------- boxes
@@ -148,33 +244,96 @@ ROWS = '{"bbox_2d": [1, 2, 30, 40], "label": "bed"}', '{"label": "desk", "bbox_2
 BOTH = [box(1, 2, 30, 40), box(5, 6.5, 7, 8, "desk")]
 
 
-@pytest.mark.parametrize("text", [
-    "\n".join(ROWS), ",\n".join(ROWS), ",\n".join(ROWS) + ",\n", "[" + ", ".join(ROWS) + "]",
-    "[\n" + ",\n".join(ROWS) + "\n]", "```json\n" + "\n".join(ROWS) + "\n```", "```\n[" + ",".join(ROWS) + "]\n```",
-    "Here:\n```json\n[" + ",".join(ROWS) + "]```\nDone.",
-    json.dumps(BOTH, indent=4), "\n".join(json.dumps(row, indent=1) for row in BOTH), "\r\n".join(ROWS)])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\n".join(ROWS),
+        ",\n".join(ROWS),
+        ",\n".join(ROWS) + ",\n",
+        "[" + ", ".join(ROWS) + "]",
+        "[\n" + ",\n".join(ROWS) + "\n]",
+        "```json\n" + "\n".join(ROWS) + "\n```",
+        "```\n[" + ",".join(ROWS) + "]\n```",
+        "Here:\n```json\n[" + ",".join(ROWS) + "]```\nDone.",
+        json.dumps(BOTH, indent=4),
+        "\n".join(json.dumps(row, indent=1) for row in BOTH),
+        "\r\n".join(ROWS),
+    ],
+)
 def test_parse_boxes_takes_lists_and_lines_fenced_or_not(text):
     assert rewards.parse_boxes(text) == BOTH
 
 
-@pytest.mark.parametrize("text", [
-    "", "bed", "4", "null", '"bed"', "{}", "[[]]", "[1]", '[{"bbox_2d": [1, 2, 3, 4]}]', '[{"label": "bed"}]',
-    json.dumps([box(1, 2, 3, 4)])[:-1], '{"bbox_2d": [1, 2, 3], "label": "bed"}',
-    '{"bbox_2d": [1, 2, 3, 4, 5], "label": "a"}',
-    '{"bbox_2d": [1, 2, 3, "4"], "label": "bed"}', '{"bbox_2d": [1, 2, 3, true], "label": "bed"}',
-    '{"bbox_2d": [1, 2, 3, NaN], "label": "bed"}', '{"bbox_2d": [1, 2, 3, 1e999], "label": "bed"}',
-    '{"bbox_2d": [1, 2, 3, 1' + "0" * 5000 + '], "label": "bed"}', '{"bbox_2d": [1, 2, 3, 4], "label": 5}',
-    '{"bbox_2d": "1234", "label": "bed"}', '{"bbox_2d": {"1": 1, "2": 2, "3": 3, "4": 4}, "label": "bed"}',
-    "[" * 100_000, '{"a":' * 100_000,
-    json.dumps(json.dumps([box(1, 2, 3, 4)]))])  # the last: encoded twice, as the authors' stage-1 answers are
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "bed",
+        "4",
+        "null",
+        '"bed"',
+        "{}",
+        "[[]]",
+        "[1]",
+        '[{"bbox_2d": [1, 2, 3, 4]}]',
+        '[{"label": "bed"}]',
+        json.dumps([box(1, 2, 3, 4)])[:-1],
+        '{"bbox_2d": [1, 2, 3], "label": "bed"}',
+        '{"bbox_2d": [1, 2, 3, 4, 5], "label": "a"}',
+        '{"bbox_2d": [1, 2, 3, "4"], "label": "bed"}',
+        '{"bbox_2d": [1, 2, 3, true], "label": "bed"}',
+        '{"bbox_2d": [1, 2, 3, NaN], "label": "bed"}',
+        '{"bbox_2d": [1, 2, 3, 1e999], "label": "bed"}',
+        '{"bbox_2d": [1, 2, 3, 1' + "0" * 5000 + '], "label": "bed"}',
+        '{"bbox_2d": [1, 2, 3, 4], "label": 5}',
+        '{"bbox_2d": "1234", "label": "bed"}',
+        '{"bbox_2d": {"1": 1, "2": 2, "3": 3, "4": 4}, "label": "bed"}',
+        "[" * 100_000,
+        '{"a":' * 100_000,
+        json.dumps(json.dumps([box(1, 2, 3, 4)])),
+    ],
+)  # the last: encoded twice, as the authors' stage-1 answers are
 def test_parse_boxes_refuses_what_is_not_json_of_that_form(text):
     assert rewards.parse_boxes(text) is None
 
 
-FRAGMENTS = st.lists(st.sampled_from([
-    "<think>", "</think>", "<answer>", "</answer>", "```json", "```", "{", "}", "[", "]", '"bbox_2d"', '"label"', ":",
-    ",", "\n", " ", '"bed"', "1", "-2.5", "1e999", "NaN", "true", "null", "A", "B.", "(C)", "3.5 m", "1,200", "\\",
-    "\ud800", "\u2028"])).map("".join)
+FRAGMENTS = st.lists(
+    st.sampled_from(
+        [
+            "<think>",
+            "</think>",
+            "<answer>",
+            "</answer>",
+            "```json",
+            "```",
+            "{",
+            "}",
+            "[",
+            "]",
+            '"bbox_2d"',
+            '"label"',
+            ":",
+            ",",
+            "\n",
+            " ",
+            '"bed"',
+            "1",
+            "-2.5",
+            "1e999",
+            "NaN",
+            "true",
+            "null",
+            "A",
+            "B.",
+            "(C)",
+            "3.5 m",
+            "1,200",
+            "\\",
+            "\ud800",
+            "\u2028",
+        ]
+    )
+).map("".join)
 
 
 @settings(max_examples=300)
@@ -196,7 +355,9 @@ CORNERS = st.tuples(*[st.floats(-1e3, 1e3)] * 4)
 def test_box_iou_is_symmetric_bounded_and_one_only_for_itself(a, b):
     iou = rewards.box_iou(a, b)
     assert iou == rewards.box_iou(b, a) and 0.0 <= iou <= 1.0
-    assert rewards.box_iou(a, a) == float((a[2] - a[0] > 0 and a[3] - a[1] > 0) and (a[2] - a[0]) * (a[3] - a[1]) > 0)
+    assert rewards.box_iou(a, a) == float(
+        (a[2] - a[0] > 0 and a[3] - a[1] > 0) and (a[2] - a[0]) * (a[3] - a[1]) > 0
+    )
 
 
 def test_box_iou_equals_counting_pixels():
@@ -208,14 +369,26 @@ def test_box_iou_equals_counting_pixels():
         for grid, (x1, y1, x2, y2) in zip(grids, (a, b)):
             grid[y1:y2, x1:x2] = True
         union = (grids[0] | grids[1]).sum()
-        assert rewards.box_iou(a.tolist(), b.tolist()) == ((grids[0] & grids[1]).sum() / union if union else 0.0)
+        assert rewards.box_iou(a.tolist(), b.tolist()) == (
+            (grids[0] & grids[1]).sum() / union if union else 0.0
+        )
 
 
 def test_localization_scores_by_hand():
     true = [box(0, 0, 10, 10), box(20, 0, 30, 10), box(0, 0, 4, 4, "desk")]
-    predicted = [box(0, 0, 10, 5), box(0, 0, 10, 8), box(21, 0, 31, 10, " Bed"), box(0, 0, 4, 4, "lamp")]
+    predicted = [
+        box(0, 0, 10, 5),
+        box(0, 0, 10, 8),
+        box(21, 0, 31, 10, " Bed"),
+        box(0, 0, 4, 4, "lamp"),
+    ]
     scores = rewards.localization_scores(predicted, true)
-    assert scores == {"ious": [0.8, 90 / 110, 0.0], "mean_iou": (0.8 + 90 / 110) / 3, "precision": 0.5, "recall": 2 / 3}
+    assert scores == {
+        "ious": [0.8, 90 / 110, 0.0],
+        "mean_iou": (0.8 + 90 / 110) / 3,
+        "precision": 0.5,
+        "recall": 2 / 3,
+    }
 
 
 def test_one_prediction_is_matched_to_one_object_only():
@@ -232,7 +405,12 @@ def test_an_answer_without_boxes_scores_zero(predicted):
 
 def test_box_rewards_pay_the_mean_iou_with_and_without_tags():
     sample = Row("localization", (box(0, 0, 4, 4), box(4, 4, 8, 8, "desk")))
-    texts = [json.dumps(sample.answer), tagged(ROWS[0]), tagged(json.dumps([box(0, 0, 4, 2)])), "bed"]
+    texts = [
+        json.dumps(sample.answer),
+        tagged(ROWS[0]),
+        tagged(json.dumps([box(0, 0, 4, 2)])),
+        "bed",
+    ]
     iou = rewards.box_iou((1, 2, 30, 40), (0, 0, 4, 4))
     assert rewards.REWARDS["box_iou"](texts, sample) == [1.0, iou / 2, 0.25, 0.0]
     assert rewards.REWARDS["accuracy"](texts, sample) == [1.0, iou / 2, 0.25, 0.0]
@@ -244,7 +422,9 @@ def test_a_truth_that_cannot_be_scored_is_named(kind, answer):
     with pytest.raises(rewards.UserError) as error:
         rewards.accuracy_reward(["B"], Row(kind, answer))
     message = str(error.value)
-    assert message.startswith("file.jsonl:17: ") and repr(kind) in message and repr(answer) in message
+    assert (
+        message.startswith("file.jsonl:17: ") and repr(kind) in message and repr(answer) in message
+    )
     assert "\n" not in message
 
 

@@ -1,4 +1,5 @@
 """rooms.py and scenes.py: the answers, boxes and files of the rooms, recomputed from the stored 3D scene by other routes."""
+
 import io
 import itertools
 import json
@@ -10,12 +11,24 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import scenes
-from rewards import UserError
-from rooms import (CAST, CEILING, DIFFICULTY, FURNITURE, GAP, SIZE, jpeg, make_room, make_thing, mjpeg_avi,
-                   polygon_distance, render)
+from files import UserError
+from rooms import scenes
+from rooms.render import (
+    CAST,
+    CEILING,
+    DIFFICULTY,
+    FURNITURE,
+    GAP,
+    SIZE,
+    jpeg,
+    make_room,
+    make_thing,
+    mjpeg_avi,
+    polygon_distance,
+    render,
+)
+from rooms.scenes import TYPES
 from runtime import main_guard
-from scenes import TYPES
 
 ROOMS = range(24)
 
@@ -24,6 +37,7 @@ ROOMS = range(24)
 def made():
     """[(index, room, [(image, ids, sights)], rows, files)] of some training rooms, caught in make_files."""
     out, last = [], {}
+
     def keep_room(*arguments):
         last.update(room=make_room(*arguments), pictures=[])
         return last["room"]
@@ -45,9 +59,13 @@ def cell(thing, n=120):
     """Points on the outline of a thing's footprint, from its yaw by a rotation matrix."""
     w, d = thing.dims[:2]
     t = np.linspace(-0.5, 0.5, n)
-    outline = np.concatenate([np.c_[t * w, np.full(n, s * d / 2)] for s in (-1, 1)]
-                             + [np.c_[np.full(n, s * w / 2), t * d] for s in (-1, 1)])
-    turn = np.array([[math.cos(thing.yaw), -math.sin(thing.yaw)], [math.sin(thing.yaw), math.cos(thing.yaw)]])
+    outline = np.concatenate(
+        [np.c_[t * w, np.full(n, s * d / 2)] for s in (-1, 1)]
+        + [np.c_[np.full(n, s * w / 2), t * d] for s in (-1, 1)]
+    )
+    turn = np.array(
+        [[math.cos(thing.yaw), -math.sin(thing.yaw)], [math.sin(thing.yaw), math.cos(thing.yaw)]]
+    )
     return outline @ turn.T + thing.center
 
 
@@ -81,11 +99,22 @@ def test_rooms_are_solid(made):
                 local = (cell(one) - other.center) @ [[c, -s], [s, c]]
                 assert (np.abs(local) > other.dims[:2] / 2).any(1).all()
         for thing, solids in zip(room.things, room.solids):
-            assert (cell(thing) > 0).all() and (cell(thing) < room.sides).all() and thing.dims[2] < CEILING
-            assert min(np.linalg.norm(cell(thing) - (c.x, c.y), axis=1).min() for c in room.cameras) > 0.7
-            for solid in solids:  # the solids stay in the thing's box and are what their vertices span
+            assert (
+                (cell(thing) > 0).all()
+                and (cell(thing) < room.sides).all()
+                and thing.dims[2] < CEILING
+            )
+            assert (
+                min(np.linalg.norm(cell(thing) - (c.x, c.y), axis=1).min() for c in room.cameras)
+                > 0.7
+            )
+            for (
+                solid
+            ) in solids:  # the solids stay in the thing's box and are what their vertices span
                 assert (solid.normals @ solid.vertices.T <= solid.offsets[:, None] + 1e-9).all()
-                assert ((solid.normals @ solid.vertices.T > solid.offsets[:, None] - 1e-9).sum(1) >= 3).all()
+                assert (
+                    (solid.normals @ solid.vertices.T > solid.offsets[:, None] - 1e-9).sum(1) >= 3
+                ).all()
             vertices = np.concatenate([s.vertices for s in solids])
             c, s = math.cos(thing.yaw), math.sin(thing.yaw)
             local = np.c_[(vertices[:, :2] - thing.center) @ [[c, -s], [s, c]], vertices[:, 2]]
@@ -98,10 +127,14 @@ def test_sights_are_those_of_a_second_renderer(made):
         for camera, (_, ids, sights) in list(zip(room.cameras, pictures))[:3]:
             focal, alone = SIZE / 2 / math.tan(math.radians(32)), []
             yaw, pitch = camera.yaw, math.radians(15)
-            ahead = np.array([math.cos(yaw) * math.cos(pitch), math.sin(yaw) * math.cos(pitch), -math.sin(pitch)])
+            ahead = np.array(
+                [math.cos(yaw) * math.cos(pitch), math.sin(yaw) * math.cos(pitch), -math.sin(pitch)]
+            )
             right = np.array([math.sin(yaw), -math.cos(yaw), 0])
             v, u = np.mgrid[:SIZE, :SIZE] + 0.5 - SIZE / 2
-            rays = focal * ahead + u[..., None] * right + v[..., None] * np.cross(ahead, right)  # (S, S, 3)
+            rays = (
+                focal * ahead + u[..., None] * right + v[..., None] * np.cross(ahead, right)
+            )  # (S, S, 3)
             for solids in room.solids:
                 t = np.full((SIZE, SIZE), np.inf)
                 for solid in solids:  # clip every ray of the picture by one plane after the other
@@ -117,16 +150,20 @@ def test_sights_are_those_of_a_second_renderer(made):
             assert (expected != ids).mean() < 1e-3  # rounding at the edges
             for k, sight in enumerate(sights):
                 ys, xs = np.nonzero(ids == k + 1)
-                assert sight.box == ((xs.min(), ys.min(), xs.max() + 1, ys.max() + 1) if len(xs) else None)
+                assert sight.box == (
+                    (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1) if len(xs) else None
+                )
                 if len(xs) > 50:
-                    assert sight.ratio == pytest.approx(len(xs) / (alone[k] < np.inf).sum(), abs=0.05)
+                    assert sight.ratio == pytest.approx(
+                        len(xs) / (alone[k] < np.inf).sum(), abs=0.05
+                    )
 
 
 def test_a_thing_alone_is_wholly_visible():
     """The visibility ratio compares with the thing alone in the room; a lens cast must change no id."""
     room = make_room(np.random.default_rng(3), False)
     for k in range(len(room.things)):
-        single = room._replace(things=room.things[k:k + 1], solids=room.solids[k:k + 1])
+        single = room._replace(things=room.things[k : k + 1], solids=room.solids[k : k + 1])
         for camera in room.cameras:
             both = render(room, camera)[2][k]
             (sight,) = render(single, camera, cast=0)[2]
@@ -159,7 +196,10 @@ def test_answers_from_the_scene(made):
         if kind == "object size":
             assert answer == str(max(round(100 * float(v)) for v in things[0].dims))
         elif kind == "absolute distance":
-            assert float(answer) == pytest.approx(brute_distance(*things), abs=0.06) and float(answer) >= 0.2
+            assert (
+                float(answer) == pytest.approx(brute_distance(*things), abs=0.06)
+                and float(answer) >= 0.2
+            )
         elif kind == "relative distance":
             *others, target = things
             gaps = sorted((brute_distance(o, target), o.name) for o in others)
@@ -168,23 +208,40 @@ def test_answers_from_the_scene(made):
         elif kind == "relative direction" and family == "single_image":
             camera = room.cameras[int(row["image"][0][-5])]
             c, s = math.cos(camera.yaw), math.sin(camera.yaw)
-            (xa, za), (xb, zb) = (np.array([[s, -c], [c, s]]) @ (t.center - (camera.x, camera.y)) for t in things)
-            assert chosen(row) == f"{'left' if xa < xb else 'right'}-{'front' if za < zb else 'back'}"
+            (xa, za), (xb, zb) = (
+                np.array([[s, -c], [c, s]]) @ (t.center - (camera.x, camera.y)) for t in things
+            )
+            assert (
+                chosen(row) == f"{'left' if xa < xb else 'right'}-{'front' if za < zb else 'back'}"
+            )
             assert abs(xa - xb) > 0.34 and abs(za - zb) > 0.34 and (xa / za < xb / zb) == (xa < xb)
         elif kind == "relative direction":
             stand, face, target = (complex(*t.center) for t in things)
-            turned = (target - stand) / (face - stand)  # the facing direction turned onto the real axis
+            turned = (target - stand) / (
+                face - stand
+            )  # the facing direction turned onto the real axis
             degrees = math.degrees(math.atan2(turned.imag, turned.real))
-            assert chosen(row) == ("back" if abs(degrees) > 135 else "left" if degrees > 0 else "right")
+            assert chosen(row) == (
+                "back" if abs(degrees) > 135 else "left" if degrees > 0 else "right"
+            )
             assert min(abs(degrees), abs(abs(degrees) - 135)) >= 15 - 1e-6
         elif kind == "object count":
-            assert int(answer) == len(numbers[0]) == Counter(t.name for t in room.things)[things[0].name]
+            assert (
+                int(answer)
+                == len(numbers[0])
+                == Counter(t.name for t in room.things)[things[0].name]
+            )
         elif kind == "room size":
             assert float(answer) == pytest.approx(np.prod(room.sides), abs=0.05 + 1e-9)
         else:
-            first = [min(i for i, (_, ids, _) in enumerate(pictures) if (ids == ks[0] + 1).any()) for ks in numbers]
+            first = [
+                min(i for i, (_, ids, _) in enumerate(pictures) if (ids == ks[0] + 1).any())
+                for ks in numbers
+            ]
             assert len(set(first)) == 3
-            assert chosen(row) == ", ".join(t.name for _, t in sorted(zip(first, things), key=lambda pair: pair[0]))
+            assert chosen(row) == ", ".join(
+                t.name for _, t in sorted(zip(first, things), key=lambda pair: pair[0])
+            )
             assert len(row["options"]) == len(set(row["options"])) == 4
     assert {t for t, _ in seen} == {t for family in TYPES.values() for t in family}
 
@@ -192,10 +249,12 @@ def test_answers_from_the_scene(made):
 def test_named_things_are_visible(made):
     """A question about something that no picture shows well could not be answered."""
     for room, pictures, row, numbers, _ in questions(made):
-        shown = pictures if row["data_type"] != "single_image" else [pictures[int(row["image"][0][-5])]]
+        shown = (
+            pictures if row["data_type"] != "single_image" else [pictures[int(row["image"][0][-5])]]
+        )
         for k in itertools.chain(*numbers):
             sights = [(p[2][k], (p[1] == k + 1).sum()) for p in shown]
-            assert any(n >= 0.005 * SIZE ** 2 and s.ratio >= 0.5 for s, n in sights)
+            assert any(n >= 0.005 * SIZE**2 and s.ratio >= 0.5 for s, n in sights)
 
 
 def test_localization_rows(made):
@@ -210,22 +269,31 @@ def test_localization_rows(made):
             expected = []
             for name in re.findall("|".join(FURNITURE), row["question"]):
                 kind = [k for k, t in enumerate(room.things) if t.name == name]
-                assert len(kind) == 1 or row["question_id"] not in spatial and row["question"].startswith("Where")
+                assert len(kind) == 1 or (
+                    row["question_id"] not in spatial and row["question"].startswith("Where")
+                )
                 shown = {k: np.argwhere(ids == k + 1) for k in kind if (ids == k + 1).any()}
                 assert shown and all(sights[k].clear for k in shown)
-                corners = [[*p.min(0)[::-1].tolist(), *(p.max(0)[::-1] + 1).tolist()] for p in shown.values()]
+                corners = [
+                    [*p.min(0)[::-1].tolist(), *(p.max(0)[::-1] + 1).tolist()]
+                    for p in shown.values()
+                ]
                 expected += [{"bbox_2d": box, "label": name} for box in sorted(corners)]
             assert row["answer"] == expected
             twin = spatial.get(row["question_id"], row)
-            assert (twin["question"], twin["image"]) == (row["question"], row["image"]) and row["image"][0] in files
+            assert (twin["question"], twin["image"]) == (row["question"], row["image"]) and row[
+                "image"
+            ][0] in files
             sizes[len(row["answer"])] += 1
     assert {1, 2, 3, 4} <= set(sizes)
 
 
 def test_chains_state_the_scene(made):
     """A cold-start chain with wrong boxes, places or sums would teach the model to ignore what it sees."""
-    clause = re.compile(r"The (\w+)(?: in (?:view|frame) (\d))? from (\d+) (\d+) to (\d+) (\d+), "
-                        r"(left|right) (\d+) (ahead|behind) (\d+)\.")
+    clause = re.compile(
+        r"The (\w+)(?: in (?:view|frame) (\d))? from (\d+) (\d+) to (\d+) (\d+), "
+        r"(left|right) (\d+) (ahead|behind) (\d+)\."
+    )
     for room, pictures, row, numbers, solution in questions(made):
         chain, answer = re.fullmatch("<think>(.*)</think><answer>(.*)</answer>", solution).groups()
         assert answer == row["answer"] and len(chain.split()) <= 75
@@ -235,10 +303,14 @@ def test_chains_state_the_scene(made):
         for name, picture, *rest in clause.findall(chain):
             number = int(picture or 1) - 1 + offset
             box, (side, x, order, y) = tuple(map(int, rest[:4])), rest[4:]
-            (k,) = [k for k in left if room.things[k].name == name and pictures[number][2][k].box == box]
+            (k,) = [
+                k for k in left if room.things[k].name == name and pictures[number][2][k].box == box
+            ]
             left.remove(k)
             assert picture == "" or not any(p[2][k].clear for p in pictures[:number])
-            toward = (complex(*room.things[k].center) - complex(camera.x, camera.y)) * np.exp(-1j * camera.yaw)
+            toward = (complex(*room.things[k].center) - complex(camera.x, camera.y)) * np.exp(
+                -1j * camera.yaw
+            )
             assert abs(int(x) * (1 if side == "right" else -1) + 10 * toward.imag) <= 0.51
             assert abs(int(y) * (1 if order == "ahead" else -1) - 10 * toward.real) <= 0.51
         if row["question_type"] == "absolute distance":
@@ -251,10 +323,16 @@ def test_chains_state_the_scene(made):
             assert chain.endswith(f": {answer}")
         if row["question_type"] == "object size":
             sides = [int(side) for side in re.search(r"(\d+) by (\d+) by (\d+): ", chain).groups()]
-            assert sides == [round(100 * side) for side in room.things[numbers[0][0]].dims] and str(max(sides)) == answer
+            assert (
+                sides == [round(100 * side) for side in room.things[numbers[0][0]].dims]
+                and str(max(sides)) == answer
+            )
         if row["question_type"] == "relative distance":
             *others, target = (room.things[k] for (k,) in numbers)
-            past = [(name, int(gap)) for name, gap in re.findall(r"(\w+) (\d+)[,:]", chain[chain.index("Past"):])]
+            past = [
+                (name, int(gap))
+                for name, gap in re.findall(r"(\w+) (\d+)[,:]", chain[chain.index("Past") :])
+            ]
             gaps = sorted((brute_distance(other, target), other.name) for other in others)
             assert [name for name, _ in past] == [name for _, name in gaps]
             assert all(abs(gap - 10 * true) < 0.9 for (_, gap), (true, _) in zip(past, gaps))
@@ -263,16 +341,29 @@ def test_chains_state_the_scene(made):
             assert ", ".join(name for name, _ in firsts) == chosen(row)
             assert dict(firsts) == {name: picture for name, picture, *_ in clause.findall(chain)}
         if row["question_type"] == "relative direction" and row["data_type"] == "single_image":
-            a, b = [(int(x) * (-1) ** (side == "left"), int(y)) for *_, side, x, _, y in clause.findall(chain)]
+            a, b = [
+                (int(x) * (-1) ** (side == "left"), int(y))
+                for *_, side, x, _, y in clause.findall(chain)
+            ]
             said = re.search(r"it is (left|right) (\d+) (front|back) (\d+): ", chain).groups()
-            assert (a[0] - b[0], a[1] - b[1]) == (int(said[1]) * (-1) ** (said[0] == "left"),
-                                                  int(said[3]) * (-1) ** (said[2] == "front"))
+            assert (a[0] - b[0], a[1] - b[1]) == (
+                int(said[1]) * (-1) ** (said[0] == "left"),
+                int(said[3]) * (-1) ** (said[2] == "front"),
+            )
         if row["question_type"] == "relative direction" and row["data_type"] != "single_image":
             a, b, c = (complex(*room.things[k].center) for (k,) in numbers)
             side, degrees = re.search(r"turn (left|right) (\d+): ", chain).groups()
-            assert abs(np.angle((c - a) / (b - a), deg=True) - int(degrees) * (-1) ** (side == "right")) <= 0.51
+            assert (
+                abs(
+                    np.angle((c - a) / (b - a), deg=True) - int(degrees) * (-1) ** (side == "right")
+                )
+                <= 0.51
+            )
         if row["question_type"] == "object count":
-            assert chain.endswith(f" it holds {len(clause.findall(chain))}") and str(len(clause.findall(chain))) == answer
+            assert (
+                chain.endswith(f" it holds {len(clause.findall(chain))}")
+                and str(len(clause.findall(chain))) == answer
+            )
         if row["question_type"] == "room size":
             w, d = map(int, re.search(r"(\d+) by (\d+): ", chain).groups())
             assert f"{w * d / 100:.1f}" == answer
@@ -281,7 +372,9 @@ def test_chains_state_the_scene(made):
 def test_answers_are_balanced():
     """A letter, side or position that is right more often than others would be learned instead of the scene."""
     letters, sides = {n: Counter() for n in (2, 3, 4)}, Counter()
-    for row in itertools.chain(*(scenes.make_files(9, "train", i, 28)[1]["spatial"] for i in range(160))):
+    for row in itertools.chain(
+        *(scenes.make_files(9, "train", i, 28)[1]["spatial"] for i in range(160))
+    ):
         if row["options"]:
             letters[len(row["options"])][row["answer"]] += 1
             if row["data_type"] == "single_image" and row["question_type"] == "relative direction":
@@ -289,14 +382,19 @@ def test_answers_are_balanced():
     for n, counts in [*letters.items(), (4, sides)]:
         total = counts.total()
         assert total >= 20 and len(counts) == n
-        assert all(abs(c - total / n) < 4 * math.sqrt(total / n * (1 - 1 / n)) for c in counts.values())  # 4 sigma
+        assert all(
+            abs(c - total / n) < 4 * math.sqrt(total / n * (1 - 1 / n)) for c in counts.values()
+        )  # 4 sigma
 
 
 def test_polygon_distance_by_sampling():
     """The closed form against dense samples, for turned boxes at any distance."""
     rng = np.random.default_rng(0)
     for _ in range(200):
-        a, b = (make_thing("bin", rng.uniform(0, 4, 2), rng.uniform(0, 7), rng.uniform(0.3, 2, 3)) for _ in "ab")
+        a, b = (
+            make_thing("bin", rng.uniform(0, 4, 2), rng.uniform(0, 7), rng.uniform(0.3, 2, 3))
+            for _ in "ab"
+        )
         exact, sampled = polygon_distance(a.footprint, b.footprint), brute_distance(a, b)
         assert exact <= sampled + 1e-9 and (exact == 0 or sampled - exact < 0.03)
 
@@ -325,8 +423,14 @@ def test_files_do_not_depend_on_processes(tmp_path):
     data = pytest.importorskip("data")
     for n in (1, 2):
         scenes.write_rooms(tmp_path / str(n), 32, 4, test_scenes=4, size=56, processes=n)
-    one, two = ({p.relative_to(tmp_path / n): p.read_bytes() for p in (tmp_path / n).rglob("*") if p.is_file()}
-                for n in "12")
+    one, two = (
+        {
+            p.relative_to(tmp_path / n): p.read_bytes()
+            for p in (tmp_path / n).rglob("*")
+            if p.is_file()
+        }
+        for n in "12"
+    )
     assert one == two and len(list(tmp_path.iterdir())) == 2
     train = tmp_path / "1" / "train"
     assert not (tmp_path / "1" / "val" / "spld_coldstart_data.jsonl").exists()
@@ -335,9 +439,13 @@ def test_files_do_not_depend_on_processes(tmp_path):
         for line in (train / f"spld_{kind}_data.jsonl").read_text().splitlines():
             row = json.loads(line)
             assert all((train / "images" / name).is_file() for name in row["image"])
-            assert (kind == "coldstart") == ("prompt" in row) and ("options" in row) == (kind != "grounding")
+            assert (kind == "coldstart") == ("prompt" in row) and ("options" in row) == (
+                kind != "grounding"
+            )
     assert any(p.suffix == ".avi" for p in one)
-    assert {Image.open(io.BytesIO(content)).size for p, content in one.items() if p.suffix == ".jpg"} == {(56, 56)}
+    assert {
+        Image.open(io.BytesIO(content)).size for p, content in one.items() if p.suffix == ".jpg"
+    } == {(56, 56)}
 
 
 def test_difficulty_is_what_is_asked_for():
@@ -345,19 +453,30 @@ def test_difficulty_is_what_is_asked_for():
     hard = DIFFICULTY | {"view_sides": (6.0, 7.0), "view_categories": (6, 8), "scale": (0.2, 0.4)}
     for seed in range(20):
         room = make_room(np.random.default_rng(seed), False, False, hard)
-        assert (room.sides >= 6).all() and (room.sides <= 7).all() and 6 <= len({t.name for t in room.things}) <= 8
+        assert (
+            (room.sides >= 6).all()
+            and (room.sides <= 7).all()
+            and 6 <= len({t.name for t in room.things}) <= 8
+        )
         for thing in room.things:
             factors = thing.dims / FURNITURE[thing.name][1]
             assert (factors > 0.2 * 0.85).all() and (factors < 0.4 * 1.18).all()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, pair, expected", (("view_sides", (1.0, 1.0), "do not fit between walls"),
-                                                  ("video_categories", (2, 2), "no video with an order of appearance")))
+@pytest.mark.parametrize(
+    "name, pair, expected",
+    (
+        ("view_sides", (1.0, 1.0), "do not fit between walls"),
+        ("video_categories", (2, 2), "no video with an order of appearance"),
+    ),
+)
 def test_rooms_that_cannot_be_are_given_up(tmp_path, name, pair, expected):
     """After many tries one line, and no folder."""
     with pytest.raises(UserError, match=expected):
-        scenes.write_rooms(tmp_path / "new", 4, 0, test_scenes=0, size=28, processes=1, **{name: pair})
+        scenes.write_rooms(
+            tmp_path / "new", 4, 0, test_scenes=0, size=28, processes=1, **{name: pair}
+        )
     assert not list(tmp_path.iterdir())
 
 
@@ -372,10 +491,14 @@ def test_folder_mistakes(tmp_path, capsys, monkeypatch):
         scenes.write_rooms(out, 1, 1, test_scenes=0, size=28, processes=1)
     with pytest.raises(UserError, match="multiple of 28"):
         scenes.write_rooms(tmp_path / "new", 1, 0, size=30)
-    for name, pair, expected in (("scale", (2, 1), "--scale 2 1: expected the least and the most, above 0"),
-                                 ("view_categories", (3, 9), "above 0, at most 8")):
+    for name, pair, expected in (
+        ("scale", (2, 1), "--scale 2 1: expected the least and the most, above 0"),
+        ("view_categories", (3, 9), "above 0, at most 8"),
+    ):
         with pytest.raises(UserError, match=expected):
-            scenes.write_rooms(tmp_path / "new", 4, 0, test_scenes=0, size=28, processes=1, **{name: pair})
+            scenes.write_rooms(
+                tmp_path / "new", 4, 0, test_scenes=0, size=28, processes=1, **{name: pair}
+            )
     (tmp_path / "file").write_text("")
     for bad in (tmp_path / "file", tmp_path / "file" / "rooms"):
         with pytest.raises(UserError, match="cannot write"):

@@ -1,4 +1,5 @@
 """train_sft.py: what is trained, that its loss is plain cross entropy, and that batches can be cut as one likes."""
+
 import json
 import math
 import random
@@ -10,19 +11,23 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import launch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import train_sft
 from checkpoint import load_model
-from conftest import launch
 from data import IGNORE, Processor, collate, cost, read_all, style_of
-from rewards import UserError
+from files import UserError
 from runtime import micro_batches, recipe_settings, rows_of_step
 from train_sft import Rows, train_step, with_replay
 
-FILES = {"1": "spld_grounding_data.jsonl", "2": "spld_spatial_data.jsonl", "cold": "spld_coldstart_data.jsonl"}
+FILES = {
+    "1": "spld_grounding_data.jsonl",
+    "2": "spld_spatial_data.jsonl",
+    "cold": "spld_coldstart_data.jsonl",
+}
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +55,14 @@ def test_labels_are_the_answer_and_its_end(world, rooms, stage):
             answer = "```json\n[" + ",\n".join(json.dumps(box) for box in row["answer"]) + "]\n```"
         else:
             answer = row["solution"] if stage == "cold" else row["answer"]
-        assert torch.equal(example.labels[trained], example.ids[trained]) and len(trained) == last - first + 1
-        before, said, after = (processor.tokenizer.decode(example.ids[part].tolist(), skip_special_tokens=False)
-                               for part in (slice(first), trained, slice(last + 1, None)))
+        assert (
+            torch.equal(example.labels[trained], example.ids[trained])
+            and len(trained) == last - first + 1
+        )
+        before, said, after = (
+            processor.tokenizer.decode(example.ids[part].tolist(), skip_special_tokens=False)
+            for part in (slice(first), trained, slice(last + 1, None))
+        )
         assert said == answer + "<|im_end|>"
         assert before.endswith("<|im_end|>\n<|im_start|>assistant\n") and after == "\n"
 
@@ -82,7 +92,9 @@ def test_replay_makes_up_its_ratio(ratio):
 def mixed_examples(world, rooms, count=8):
     """Rows of all stages: one picture, several, video, with short and long answers."""
     samples = [s for name in FILES.values() for s in read_all([rooms / "train" / name], None)]
-    return [world.processor.example(s, style_of(s)) for s in random.Random(0).sample(samples, count)]
+    return [
+        world.processor.example(s, style_of(s)) for s in random.Random(0).sample(samples, count)
+    ]
 
 
 def step_of(world, batches):
@@ -103,12 +115,22 @@ def test_loss_is_cross_entropy_over_the_answers(world, rooms):
     examples, hidden = mixed_examples(world, rooms), []
     batch = collate(examples, world.model.config)
     mine = step_of(world, [batch])
-    hook = world.model.model.layers[-1].register_forward_hook(lambda layer, given, x: hidden.append(x))
+    hook = world.model.model.layers[-1].register_forward_hook(
+        lambda layer, given, x: hidden.append(x)
+    )
     world.model(batch)
     hook.remove()
-    logits = world.model.model.norm(hidden[0]) @ world.model.model.embed_tokens.weight.T  # (B, T, V)
-    losses = torch.cat([F.cross_entropy(logits[i, :len(e.ids) - 1], e.labels[1:], ignore_index=IGNORE, reduction="none")
-                        [e.labels[1:] != IGNORE] for i, e in enumerate(examples)])
+    logits = (
+        world.model.model.norm(hidden[0]) @ world.model.model.embed_tokens.weight.T
+    )  # (B, T, V)
+    losses = torch.cat(
+        [
+            F.cross_entropy(
+                logits[i, : len(e.ids) - 1], e.labels[1:], ignore_index=IGNORE, reduction="none"
+            )[e.labels[1:] != IGNORE]
+            for i, e in enumerate(examples)
+        ]
+    )
     losses.mean().backward()
     grads = {name: p.grad.clone() for name, p in world.model.named_parameters()}
     world.model.zero_grad()
@@ -134,9 +156,11 @@ def test_micro_batches_do_not_change_the_gradient(world, rooms, sizes):
 def test_every_row_comes_once_an_epoch(count, batch_size, seed, epochs):
     """Whatever the batch size, each stretch of `count` rows is a permutation: no row is left out at an epoch's end."""
     steps = -(-epochs * count // batch_size)
-    rows = [row for step in range(1, steps + 1) for row in rows_of_step(step, count, batch_size, seed)]
+    rows = [
+        row for step in range(1, steps + 1) for row in rows_of_step(step, count, batch_size, seed)
+    ]
     for epoch in range(epochs):
-        assert sorted(rows[epoch * count:(epoch + 1) * count]) == list(range(count))
+        assert sorted(rows[epoch * count : (epoch + 1) * count]) == list(range(count))
     assert rows_of_step(steps, count, batch_size, seed) == rows[-batch_size:]
 
 
@@ -170,21 +194,56 @@ def test_ranks_share_a_step_evenly(costs, size, world):
 
 
 FEW = ("--batch-size", 6, "--micro-batch", 3, "--max-steps", 6)
-KEYS = {"step", "epoch", "loss", "learning_rate", "grad_norm", "num_tokens", "tokens_per_second", "step_time", "data_time",
-        "forward_time", "backward_time", "optimizer_time", "model_flops", "model_flops_per_second"}
+KEYS = {
+    "step",
+    "epoch",
+    "loss",
+    "learning_rate",
+    "grad_norm",
+    "num_tokens",
+    "tokens_per_second",
+    "step_time",
+    "data_time",
+    "forward_time",
+    "backward_time",
+    "optimizer_time",
+    "model_flops",
+    "model_flops_per_second",
+}
 
 
 @pytest.mark.parametrize("stage", FILES)
 def test_a_few_steps_reduce_the_loss(call, rooms, tiny_model, tmp_path, stage):
     """Each stage's command learns, logs the agreed keys and leaves a model directory that loads and has moved."""
     out = tmp_path / "out"
-    call(train_sft, "--stage", stage, "--model", tiny_model, "--data", rooms / "train" / FILES[stage], "--out", out,
-         "--replay", rooms / "train" / FILES["1"], "--replay-ratio", 0.2, *FEW)
+    call(
+        train_sft,
+        "--stage",
+        stage,
+        "--model",
+        tiny_model,
+        "--data",
+        rooms / "train" / FILES[stage],
+        "--out",
+        out,
+        "--replay",
+        rooms / "train" / FILES["1"],
+        "--replay-ratio",
+        0.2,
+        *FEW,
+    )
     log = read_rows(out / "log.jsonl")
-    assert [row["step"] for row in log] == [1, 2, 3, 4, 5, 6] and all(set(row) == KEYS for row in log)
+    assert [row["step"] for row in log] == [1, 2, 3, 4, 5, 6] and all(
+        set(row) == KEYS for row in log
+    )
     assert abs(log[0]["loss"] - math.log(1000)) < 1.5 and log[-1]["loss"] < log[0]["loss"] - 1
-    before, after = load_file(tiny_model / "model.safetensors"), load_file(out / "model.safetensors")
-    assert before.keys() == after.keys() and all(not torch.equal(before[name], after[name]) for name in before)
+    before, after = (
+        load_file(tiny_model / "model.safetensors"),
+        load_file(out / "model.safetensors"),
+    )
+    assert before.keys() == after.keys() and all(
+        not torch.equal(before[name], after[name]) for name in before
+    )
     assert load_model(out).config.source == load_model(tiny_model).config.source
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (out / name).read_bytes() == (tiny_model / name).read_bytes()
@@ -200,9 +259,24 @@ def test_a_loss_that_is_not_finite_is_refused(call, rooms, tiny_model, tmp_path,
     path, out = rooms / "train" / FILES["1"], tmp_path / "out"
     monkeypatch.setattr(train_sft, "rows_of_step", lambda *given: [3, 1, 4, 15, 9, 2])
     with pytest.raises(UserError) as error:
-        call(train_sft, "--stage", "1", "--model", broken, "--data", path, "--out", out, *FEW, "--save-every", 1)
+        call(
+            train_sft,
+            "--stage",
+            "1",
+            "--model",
+            broken,
+            "--data",
+            path,
+            "--out",
+            out,
+            *FEW,
+            "--save-every",
+            1,
+        )
     assert str(error.value).startswith("loss nan") and "\n" not in str(error.value)
-    assert str(error.value).endswith(": " + ", ".join(f"{path}:{line}" for line in (2, 3, 4, 5, 10, 16)))
+    assert str(error.value).endswith(
+        ": " + ", ".join(f"{path}:{line}" for line in (2, 3, 4, 5, 10, 16))
+    )
     assert [p.name for p in out.iterdir()] == ["config_run.json"]
 
 
@@ -213,8 +287,20 @@ def test_a_broken_picture_names_its_row(rooms, tiny_model, tmp_path):
     for picture in images.glob("*/view*.jpg"):
         picture.write_bytes(b"not a picture")
     for workers in (0, 1):
-        done = launch(train_sft.__file__, "--stage", "1", "--model", tiny_model, "--data", path,
-                      "--out", tmp_path / f"out{workers}", "--workers", workers, *FEW)
+        done = launch(
+            train_sft.__file__,
+            "--stage",
+            "1",
+            "--model",
+            tiny_model,
+            "--data",
+            path,
+            "--out",
+            tmp_path / f"out{workers}",
+            "--workers",
+            workers,
+            *FEW,
+        )
         line = done.stderr.splitlines()[-1]
         number = int(re.match(rf"train_sft.py: step \d: {re.escape(str(path))}:(\d+): ", line)[1])
         assert f"{images / read_rows(path)[number - 1]['image'][0]}: not a readable picture" in line
@@ -224,9 +310,15 @@ def test_a_broken_picture_names_its_row(rooms, tiny_model, tmp_path):
 def test_cost_grows_with_pictures_and_words(rooms):
     """Rows of like length are padded together: a video is dearer than a picture, a chain than an answer."""
     samples = [s for name in FILES.values() for s in read_all([rooms / "train" / name], None)]
-    by_type = {kind: [cost(s) for s in samples if s.data_type == kind and s.solution is None]
-               for kind in ("single_image", "multi_view", "video")}
+    by_type = {
+        kind: [cost(s) for s in samples if s.data_type == kind and s.solution is None]
+        for kind in ("single_image", "multi_view", "video")
+    }
     assert max(by_type["single_image"]) < min(by_type["multi_view"]) <= max(by_type["multi_view"])
-    talk = {text: replace(samples[0], question="", messages=(("user", ("Count.",)), ("assistant", (text,)))) for text in
-            ("One.", "One lamp and two chairs.")}
+    talk = {
+        text: replace(
+            samples[0], question="", messages=(("user", ("Count.",)), ("assistant", (text,)))
+        )
+        for text in ("One.", "One lamp and two chairs.")
+    }
     assert cost(talk["One."]) + 4 == cost(talk["One lamp and two chairs."])

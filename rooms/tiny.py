@@ -1,7 +1,7 @@
 """A tiny model directory: Qwen2.5-VL's architecture with a few million random weights and a tokenizer of its own.
 
-    python tiny.py --data runs/base/rooms/train runs/tiny/rooms/train --out runs/base/start
-    python tiny.py --data runs/base/rooms/train runs/tiny/rooms/train --out runs/base/start --grow base   # not random
+    python -m rooms.tiny --data runs/base/rooms/train runs/tiny/rooms/train --out runs/base/start
+    python -m rooms.tiny --data runs/base/rooms/train runs/tiny/rooms/train --out runs/base/start --grow base   # not random
 
 Everything that makes the laptop ladder small is a value in the files written here; no other code knows of it.
 """
@@ -14,44 +14,89 @@ from pathlib import Path
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from checkpoint import build_model, load_model, parse_config, save_model, write_json
+from checkpoint import build_model, load_model, parse_config, save_model
 from data import PROMPTS, answer_text, load_tokenizer, prompt_text, read_samples, style_of
+from files import UserError, write_json
 from model import text_rope
-from rewards import UserError
-from runtime import Parser, main_guard
+from runtime import main_guard
+from settings import Parser
 
 CONFIG = {  # 2.3 million weights; width, depth and M-RoPE for sequences of about 100 tokens
-    "architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl", "torch_dtype": "float32",
-    "hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 6, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "rope_theta": 100.0, "max_position_embeddings": 4096,
-    "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]}, "hidden_act": "silu",
-    "tie_word_embeddings": True, "use_sliding_window": False,
-    "vision_config": {"depth": 4, "hidden_size": 128, "num_heads": 4, "intermediate_size": 256, "in_chans": 3,
-                      "out_hidden_size": 128, "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2,
-                      "window_size": 56, "fullatt_block_indexes": [1, 3], "tokens_per_second": 1,
-                      "hidden_act": "silu"},
+    "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+    "model_type": "qwen2_5_vl",
+    "torch_dtype": "float32",
+    "hidden_size": 128,
+    "intermediate_size": 320,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 100.0,
+    "max_position_embeddings": 4096,
+    "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]},
+    "hidden_act": "silu",
+    "tie_word_embeddings": True,
+    "use_sliding_window": False,
+    "vision_config": {
+        "depth": 4,
+        "hidden_size": 128,
+        "num_heads": 4,
+        "intermediate_size": 256,
+        "in_chans": 3,
+        "out_hidden_size": 128,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "window_size": 56,
+        "fullatt_block_indexes": [1, 3],
+        "tokens_per_second": 1,
+        "hidden_act": "silu",
+    },
 }
 WORDS = 1536  # of the tokenizer, special tokens apart
-SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>",
-           "<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>",
-           "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")  # Qwen2.5's, in its order
-PIECES = Regex(r'```json\n\[|\{"bbox_2d": \[|\], "label": "|"\},\n|"\}\]\n```'  # the JSON around boxes, whole
-               r'|\n[A-D]\.|(?<!user|assistant)\n[A-Z][^\n\d{}"]*[.:]'  # an option's letter, a line of instructions, whole
-               r'|</?think>|</?answer>|[0-9]{1,3}| ?[A-Za-z]+(?:-[A-Za-z]+)*| ?[^\sA-Za-z0-9]|\s+')
+SPECIAL = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|object_ref_start|>",
+    "<|object_ref_end|>",
+    "<|box_start|>",
+    "<|box_end|>",
+    "<|quad_start|>",
+    "<|quad_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)  # Qwen2.5's, in its order
+PIECES = Regex(
+    r'```json\n\[|\{"bbox_2d": \[|\], "label": "|"\},\n|"\}\]\n```'  # the JSON around boxes, whole
+    r'|\n[A-D]\.|(?<!user|assistant)\n[A-Z][^\n\d{}"]*[.:]'  # an option's letter, a line of instructions, whole
+    r"|</?think>|</?answer>|[0-9]{1,3}| ?[A-Za-z]+(?:-[A-Za-z]+)*| ?[^\sA-Za-z0-9]|\s+"
+)
 CHAT_TEMPLATE = (  # the chat format of data.Processor.example, for transformers
-    "{% if messages[0].role != 'system' %}<|im_start|>system\n" + PROMPTS["system"] + "<|im_end|>\n{% endif %}"
+    "{% if messages[0].role != 'system' %}<|im_start|>system\n"
+    + PROMPTS["system"]
+    + "<|im_end|>\n{% endif %}"
     "{% for message in messages %}<|im_start|>{{ message.role }}\n"
     "{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}"
     "{% if part.type == 'text' %}{{ part.text }}{% else %}"
     "<|vision_start|><|{{ part.type }}_pad|><|vision_end|>{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
 def corpus(samples):
     """Every text the samples' conversations hold, and the numbers below 400 often enough to become tokens."""
     for sample in samples:
         if sample.messages:
-            yield from (role + "\n" + text for role, parts in sample.messages for text in parts if isinstance(text, str))
+            yield from (
+                role + "\n" + text
+                for role, parts in sample.messages
+                for text in parts
+                if isinstance(text, str)
+            )
         else:
             yield "user\n" + prompt_text(sample, style_of(sample))
             yield answer_text(sample, style_of(sample), (1, 1))
@@ -62,11 +107,21 @@ def corpus(samples):
 def train_tokenizer(texts):
     """Byte-level BPE whose words are PIECES: a number of up to three digits or a fixed line is one token."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(PIECES, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(PIECES, "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=WORDS, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False))
+    tokenizer.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=WORDS,
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        ),
+    )
     tokenizer.add_special_tokens(list(SPECIAL))
     return tokenizer
 
@@ -123,10 +178,14 @@ def name_options(embedding, tokenizer):
 
     The base never reads the former; what it knows of the latter then holds for options. embedding (V, W), changed in place.
     """
-    words = [[tokenizer.encode(text).ids for text in (f"\n{letter}.", f" {letter}")] for letter in "ABCD"]
+    words = [
+        [tokenizer.encode(text).ids for text in (f"\n{letter}.", f" {letter}")] for letter in "ABCD"
+    ]
     with torch.no_grad():
         for option, letter in words:
-            if len(option) == len(letter) == 1:  # not so in the tokenizer of a corpus without options
+            if (
+                len(option) == len(letter) == 1
+            ):  # not so in the tokenizer of a corpus without options
                 embedding[option] = embedding[letter]
 
 
@@ -138,16 +197,25 @@ def grow(model, tokenizer, smaller):
     """
     old, words = load_model(smaller, torch.float32), load_tokenizer(smaller)
     weights, new = dict(old.named_parameters()), len(model.model.layers) - len(old.model.layers)
-    shapes = [(replace(config.text, vocab_size=0, num_hidden_layers=0), config.vision) for config in (old.config, model.config)]
+    shapes = [
+        (replace(config.text, vocab_size=0, num_hidden_layers=0), config.vision)
+        for config in (old.config, model.config)
+    ]
     if new < 0 or shapes[0] != shapes[1]:
-        raise UserError(f"--grow {smaller}: expected tiny.CONFIG's shape, with at most {len(model.model.layers)} decoder layers")
+        raise UserError(
+            f"--grow {smaller}: expected tiny.CONFIG's shape, with at most {len(model.model.layers)} decoder layers"
+        )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             layer = re.fullmatch(r"model\.layers\.(\d+)\.(.*)", name)
             if "embed_tokens" in name:
                 for i in range(len(parameter)):
                     known = words.token_to_id(tokenizer.id_to_token(i))
-                    parts = words.encode(tokenizer.decode([i], skip_special_tokens=False)).ids if known is None else [known]
+                    parts = (
+                        words.encode(tokenizer.decode([i], skip_special_tokens=False)).ids
+                        if known is None
+                        else [known]
+                    )
                     parameter[i] = weights[name][parts].mean(dim=0)
             elif not layer:
                 parameter.copy_(weights[name])
@@ -160,9 +228,14 @@ def write_model(out, source, tokenizer, max_pixels, seed, smaller=None):
 
     source: config.json without its token ids."""
     out, ids = Path(out), {name: tokenizer.token_to_id(name) for name in SPECIAL}
-    source = source | {"image_token_id": ids["<|image_pad|>"], "video_token_id": ids["<|video_pad|>"],
-                       "vision_start_token_id": ids["<|vision_start|>"], "vision_end_token_id": ids["<|vision_end|>"],
-                       "bos_token_id": ids["<|endoftext|>"], "eos_token_id": ids["<|im_end|>"]}
+    source = source | {
+        "image_token_id": ids["<|image_pad|>"],
+        "video_token_id": ids["<|video_pad|>"],
+        "vision_start_token_id": ids["<|vision_start|>"],
+        "vision_end_token_id": ids["<|vision_end|>"],
+        "bos_token_id": ids["<|endoftext|>"],
+        "eos_token_id": ids["<|im_end|>"],
+    }
     model = build_model(parse_config(source)).to_empty(device="cpu")
     initialize(model, seed)
     order_numbers(model.model.embed_tokens.weight, tokenizer)
@@ -172,25 +245,55 @@ def write_model(out, source, tokenizer, max_pixels, seed, smaller=None):
     name_options(model.model.embed_tokens.weight, tokenizer)
     out.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(out / "tokenizer.json"))
-    write_json(out / "tokenizer_config.json", {
-        "tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>",
-        "chat_template": CHAT_TEMPLATE, "additional_special_tokens": list(SPECIAL[1:])})
-    write_json(out / "generation_config.json", {
-        "eos_token_id": [ids["<|im_end|>"], ids["<|endoftext|>"]], "pad_token_id": ids["<|endoftext|>"]})
-    write_json(out / "preprocessor_config.json", {
-        "image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2_5_VLProcessor", "patch_size": 14,
-        "temporal_patch_size": 2, "merge_size": 2, "min_pixels": 4 * 28 * 28, "max_pixels": max_pixels})
+    write_json(
+        out / "tokenizer_config.json",
+        {
+            "tokenizer_class": "Qwen2Tokenizer",
+            "eos_token": "<|im_end|>",
+            "pad_token": "<|endoftext|>",
+            "chat_template": CHAT_TEMPLATE,
+            "additional_special_tokens": list(SPECIAL[1:]),
+        },
+    )
+    write_json(
+        out / "generation_config.json",
+        {
+            "eos_token_id": [ids["<|im_end|>"], ids["<|endoftext|>"]],
+            "pad_token_id": ids["<|endoftext|>"],
+        },
+    )
+    write_json(
+        out / "preprocessor_config.json",
+        {
+            "image_processor_type": "Qwen2VLImageProcessor",
+            "processor_class": "Qwen2_5_VLProcessor",
+            "patch_size": 14,
+            "temporal_patch_size": 2,
+            "merge_size": 2,
+            "min_pixels": 4 * 28 * 28,
+            "max_pixels": max_pixels,
+        },
+    )
     save_model(out, model.named_parameters(), model.config)
     return sum(p.numel() for p in model.parameters())
 
 
 def main():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, nargs="+", help="folders with the *_data.jsonl whose text the tokenizer learns")
+    parser.add_argument(
+        "--data",
+        required=True,
+        nargs="+",
+        help="folders with the *_data.jsonl whose text the tokenizer learns",
+    )
     parser.add_argument("--out", required=True, help="model directory to write")
-    parser.add_argument("--size", type=int, default=112, help="pictures are shown at most this wide and high")
+    parser.add_argument(
+        "--size", type=int, default=112, help="pictures are shown at most this wide and high"
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--grow", metavar="DIR", help="begin with this model's weights, of as many layers or fewer")
+    parser.add_argument(
+        "--grow", metavar="DIR", help="begin with this model's weights, of as many layers or fewer"
+    )
     args = parser.parse_args()
     out = Path(args.out)
     if (out / "config.json").is_file():
@@ -200,12 +303,16 @@ def main():
     for folder in args.data:
         files = sorted(Path(folder).glob("*_data.jsonl"))
         if not files:
-            raise UserError(f"{folder}: no *_data.jsonl in it; make rooms with: python scenes.py --out DIR")
+            raise UserError(
+                f"{folder}: no *_data.jsonl in it; make rooms with: python -m rooms.scenes --out DIR"
+            )
         samples += [s for file in files for s in read_samples(file, file.parent / "images")]
 
     tokenizer = train_tokenizer(corpus(samples))
     words = tokenizer.get_vocab_size()
-    weights = write_model(out, CONFIG | {"vocab_size": words}, tokenizer, args.size**2, args.seed, args.grow)
+    weights = write_model(
+        out, CONFIG | {"vocab_size": words}, tokenizer, args.size**2, args.seed, args.grow
+    )
     print(f"wrote {out}: {weights:,} weights, {words} words")
 
 

@@ -1,17 +1,18 @@
 """base_tasks.py: what is said of a room agrees with it, and never in the ladder's words."""
+
 import json
 import re
 
 import numpy as np
 import pytest
 
-import base_tasks
-import scenes
-from base_tasks import BLOCK, TASKS, TOLD, kinds, recall, sums, talk
 from data import read_samples
 from rewards import parse_boxes
-from rooms import Camera, Room, Sight, make_thing
-from scenes import FILES, VIDEO, make_files, make_world
+from rooms import scenes
+from rooms import talk as base_tasks
+from rooms.render import Camera, Room, Sight, make_thing
+from rooms.scenes import FILES, VIDEO, make_files, make_world
+from rooms.talk import BLOCK, TASKS, TOLD, kinds, recall, sums, talk
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,12 @@ def said():
 
 
 def answers(said, *tasks):
-    found = [(world, ids, question, answer) for world, ids, turns in said for task, question, answer in turns if task in tasks]
+    found = [
+        (world, ids, question, answer)
+        for world, ids, turns in said
+        for task, question, answer in turns
+        if task in tasks
+    ]
     assert len(found) > 5
     return found
 
@@ -44,25 +50,45 @@ def thing(world, name):
 
 def worked_world():
     """A lamp 2 m ahead and 1 m to the left of a camera, a bed 3 m ahead and 0.5 m to its right, boxes made up."""
-    things = [make_thing("lamp", (3, 2), 0, (0.6, 0.6, 1.3)), make_thing("bed", (4, 0.5), 0, (1, 1.6, 0.8))]
+    things = [
+        make_thing("lamp", (3, 2), 0, (0.6, 0.6, 1.3)),
+        make_thing("bed", (4, 0.5), 0, (1, 1.6, 0.8)),
+    ]
     sights = [Sight((8, 16, 24, 56), 1.0, True), Sight((60, 40, 92, 64), 1.0, True)]
-    room = Room(np.array([5.0, 4.0]), things, [], np.array([[0, 1.2], [1.2, 0]]), [Camera(1, 1, 0)], None)
+    room = Room(
+        np.array([5.0, 4.0]), things, [], np.array([[0, 1.2], [1.2, 0]]), [Camera(1, 1, 0)], None
+    )
     return make_world(room, [sights], "", Camera(1, 1, 0))
 
 
-@pytest.mark.parametrize("task, expected", (
-    ("count", "I see 1 bed and 1 lamp."), ("place", "The lamp is left 10 ahead 20."),
-    ("reach", "From 8 16 to 24 56 reaches the lamp. From 60 40 to 92 64 reaches the bed."),
-    ("show", "The lamp from 8 16 to 24 56, left 10 ahead 20. The bed from 60 40 to 92 64, right 5 ahead 30."),
-    ("measure", "60 by 60 by 130: 130 at the most."), ("measure", "130 at the most: 60 by 60 by 130."),
-    ("compare", "it is left 15 front 10."), ("compare", "from left 10 ahead 20 to right 5 ahead 30: it is left 15 front 10."),
-    ("gap", "1.2 meters."), ("gap", "from right 5 ahead 30 to left 10 ahead 20, 18 apart: 1.2 meters."),
-    ("total", "it holds 1."), ("total", "from left 10 ahead 20: it holds 1."),
-    ("pace", "20.0 in all: 50 by 40."), ("pace", "50 by 40: 20.0 in all.")))
+@pytest.mark.parametrize(
+    "task, expected",
+    (
+        ("count", "I see 1 bed and 1 lamp."),
+        ("place", "The lamp is left 10 ahead 20."),
+        ("reach", "From 8 16 to 24 56 reaches the lamp. From 60 40 to 92 64 reaches the bed."),
+        (
+            "show",
+            "The lamp from 8 16 to 24 56, left 10 ahead 20. The bed from 60 40 to 92 64, right 5 ahead 30.",
+        ),
+        ("measure", "60 by 60 by 130: 130 at the most."),
+        ("measure", "130 at the most: 60 by 60 by 130."),
+        ("compare", "it is left 15 front 10."),
+        ("compare", "from left 10 ahead 20 to right 5 ahead 30: it is left 15 front 10."),
+        ("gap", "1.2 meters."),
+        ("gap", "from right 5 ahead 30 to left 10 ahead 20, 18 apart: 1.2 meters."),
+        ("total", "it holds 1."),
+        ("total", "from left 10 ahead 20: it holds 1."),
+        ("pace", "20.0 in all: 50 by 40."),
+        ("pace", "50 by 40: 20.0 in all."),
+    ),
+)
 def test_worked_example(task, expected):
     """Computed by hand from the two things of worked_world."""
     world = worked_world()
-    found = {getattr(base_tasks, task)(np.random.default_rng(seed), world, None)[1] for seed in range(40)}
+    found = {
+        getattr(base_tasks, task)(np.random.default_rng(seed), world, None)[1] for seed in range(40)
+    }
     assert expected in found
 
 
@@ -71,10 +97,12 @@ def test_a_picture_is_read_block_by_block():
     world, ids = worked_world(), np.zeros((112, 112), np.uint8)
     ids[:BLOCK, :BLOCK] = 2
     ids[0, 0] = 1
-    ids[BLOCK:BLOCK + 4, BLOCK:2 * BLOCK - 4] = 1  # 96 of 784 pixels: 2 short of an eighth
+    ids[BLOCK : BLOCK + 4, BLOCK : 2 * BLOCK - 4] = 1  # 96 of 784 pixels: 2 short of an eighth
     ids[-BLOCK:, -4:] = 1
-    assert base_tasks.read(None, world, [ids])[1] == ("bed nothing nothing nothing. nothing nothing nothing nothing. "
-                                                     "nothing nothing nothing nothing. nothing nothing nothing lamp.")
+    assert base_tasks.read(None, world, [ids])[1] == (
+        "bed nothing nothing nothing. nothing nothing nothing nothing. "
+        "nothing nothing nothing nothing. nothing nothing nothing lamp."
+    )
 
 
 def test_pixels_hold_what_is_said(said):
@@ -88,20 +116,28 @@ def test_pixels_hold_what_is_said(said):
             assert nothing if k == 0 else world.room.things[k - 1].name == name
     for world, ids, question, answer in answers(said, "reach"):
         found = re.findall(r"From (\d+) (\d+) to (\d+) (\d+) reaches the (\w+)", answer)
-        true = [(*world.sights[0][k].box, name) for name, things in kinds(world).items()
-                if name in re.findall(r"\w+", question) for k in things]
+        true = [
+            (*world.sights[0][k].box, name)
+            for name, things in kinds(world).items()
+            if name in re.findall(r"\w+", question)
+            for k in things
+        ]
         assert sorted((*map(int, numbers), name) for *numbers, name in found) == sorted(true)
 
 
 def on_the_floor(world, text):
     """Every place that a text states, as right + ahead * 1j in decimeters."""
-    return [int(x) * (-1) ** (side == "left") + 1j * int(y) * (-1) ** (order == "behind")
-            for side, x, order, y in re.findall(r"(left|right) (\d+) (ahead|behind) (\d+)", text)]
+    return [
+        int(x) * (-1) ** (side == "left") + 1j * int(y) * (-1) ** (order == "behind")
+        for side, x, order, y in re.findall(r"(left|right) (\d+) (ahead|behind) (\d+)", text)
+    ]
 
 
 def true_place(world, name):
     """The same of a thing's center, by complex numbers."""
-    toward = complex(*world.room.things[thing(world, name)].center) - complex(world.camera.x, world.camera.y)
+    toward = complex(*world.room.things[thing(world, name)].center) - complex(
+        world.camera.x, world.camera.y
+    )
     toward *= 10 * np.exp(-1j * world.camera.yaw)
     return -toward.imag + 1j * toward.real
 
@@ -112,9 +148,14 @@ def test_what_is_shown_is_there(said):
     for world, ids, question, answer in answers(said, "show"):
         for name, picture, *corners, floor in re.findall(pattern, answer):
             k, number = thing(world, name), int(picture or 1)
-            assert not any(sights[k].clear for sights in world.sights[:number - 1])
+            assert not any(sights[k].clear for sights in world.sights[: number - 1])
             rows, columns = np.nonzero(ids[number - 1] == k + 1)
-            assert [*map(int, corners)] == [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+            assert [*map(int, corners)] == [
+                columns.min(),
+                rows.min(),
+                columns.max() + 1,
+                rows.max() + 1,
+            ]
             assert abs(on_the_floor(world, floor)[0] - true_place(world, name)) < 0.72
 
 
@@ -126,8 +167,17 @@ def test_ways_on_the_floor_agree_with_the_scene(said):
         for stated, place in zip(on_the_floor(world, answer), (a, b)):
             assert abs(stated - place) < 0.72
         if question.startswith("Compare"):
-            side, x, order, y = re.search(r"is (left|right) (\d+) (front|back) (\d+)", answer).groups()
-            assert abs(int(x) * (-1) ** (side == "left") + 1j * int(y) * (-1) ** (order == "front") - (a - b)) < 1.42
+            side, x, order, y = re.search(
+                r"is (left|right) (\d+) (front|back) (\d+)", answer
+            ).groups()
+            assert (
+                abs(
+                    int(x) * (-1) ** (side == "left")
+                    + 1j * int(y) * (-1) ** (order == "front")
+                    - (a - b)
+                )
+                < 1.42
+            )
         else:
             gap = world.room.gaps[thing(world, asked[0]), thing(world, asked[1])]
             assert float(re.search(r"([\d.]+) meters", answer)[1]) == round(gap, 1)
@@ -137,24 +187,38 @@ def test_near_is_in_order(said):
     for world, _, question, answer in answers(said, "near"):
         start, past = re.search(r"from the (\w+)", question)[1], re.findall(r"(\w+) (\d+)", answer)
         gaps = [world.room.gaps[thing(world, start), thing(world, name)] for name, _ in past]
-        assert gaps == sorted(gaps) and [round(10 * gap) for gap in gaps] == [int(n) for _, n in past]
+        assert gaps == sorted(gaps) and [round(10 * gap) for gap in gaps] == [
+            int(n) for _, n in past
+        ]
 
 
 def test_turns_are_angles_of_the_scene(said):
     """By complex numbers of the true centers, whatever the camera."""
     for world, _, question, answer in answers(said, "turn"):
-        a, b, c = (complex(*world.room.things[thing(world, name)].center) for name in re.findall(r"the (\w+)", question))
-        turn = np.degrees(np.angle((c - a) / (b - a)))  # counter-clockwise, as the room's y axis is left of its x axis
+        a, b, c = (
+            complex(*world.room.things[thing(world, name)].center)
+            for name in re.findall(r"the (\w+)", question)
+        )
+        turn = np.degrees(
+            np.angle((c - a) / (b - a))
+        )  # counter-clockwise, as the room's y axis is left of its x axis
         side, degrees = re.search(r"turn (left|right) (\d+)", answer).groups()
         off = turn - int(degrees) * (1 if side == "left" else -1)
-        assert abs((off + 180) % 360 - 180) < 25 / min(abs(b - a), abs(c - a))  # places are rounded to 10 cm
+        assert abs((off + 180) % 360 - 180) < 25 / min(
+            abs(b - a), abs(c - a)
+        )  # places are rounded to 10 cm
 
 
 def test_totals_and_entrances(said):
     """Counted over all pictures' ids; a thing comes in where it is first clear."""
     for world, ids, question, answer in answers(said, "total"):
         kind = re.search(r"every (\w+)", question)[1]
-        seen = {k for picture in ids for k in np.unique(picture[picture > 0]) if world.room.things[k - 1].name == kind}
+        seen = {
+            k
+            for picture in ids
+            for k in np.unique(picture[picture > 0])
+            if world.room.things[k - 1].name == kind
+        }
         assert int(re.search(r"holds (\d+)", answer)[1]) == len(seen)
     for world, _, question, answer in answers(said, "enter"):
         for name, number in re.findall(r"(\w+) in \w+ (\d)", answer):
@@ -171,20 +235,31 @@ def test_sums_by_other_routes():
         kinds_met.add(question.split()[0])
         if question.startswith("Compare"):
             side, x, order, y = answer[6:-1].split()
-            assert spots[0] - spots[1] == int(x) * (-1) ** (side == "left") + 1j * int(y) * (-1) ** (order == "front")
+            assert spots[0] - spots[1] == int(x) * (-1) ** (side == "left") + 1j * int(y) * (
+                -1
+            ) ** (order == "front")
         elif question.startswith("How far"):
             assert abs(int(answer.split()[0]) - abs(spots[0] - spots[1])) <= 0.5
         elif question.startswith("At"):
             a, b, c = spots
             turn = np.degrees(np.angle((c - a) / (b - a))) if abs(b - a) * abs(c - a) else None
             side, degrees = answer[5:-1].split()
-            assert turn is None or abs(turn - int(degrees) * (1 if side == "left" else -1)) % 360 < 0.51
+            assert (
+                turn is None
+                or abs(turn - int(degrees) * (1 if side == "left" else -1)) % 360 < 0.51
+            )
         elif question.startswith("Pace"):
             w, d = map(int, re.findall(r"\d+", question))
             assert answer == f"{w * d / 100:.1f} in all."
         else:
             pairs = sorted((int(n), word) for word, n in re.findall(r"(\w+) (\d+)", question))
-            assert answer == ", ".join(word for _, word in pairs[:1 if question.startswith("Least") else None]) + "."
+            assert (
+                answer
+                == ", ".join(
+                    word for _, word in pairs[: 1 if question.startswith("Least") else None]
+                )
+                + "."
+            )
     assert kinds_met == {"Compare", "How", "At", "Pace", "In", "Least"}
 
 
@@ -192,7 +267,9 @@ def test_recall_says_what_was_told():
     """Every word once, with the letter that stands before it in the question, in any order."""
     rng, same = np.random.default_rng(0), 0
     for _ in range(200):
-        told, asked, said = re.fullmatch("Told (.*), say (.*)\\.Told (.*)\\.", "".join(recall(rng, None, None))).groups()
+        told, asked, said = re.fullmatch(
+            "Told (.*), say (.*)\\.Told (.*)\\.", "".join(recall(rng, None, None))
+        ).groups()
         letters = {word: letter for letter, word in (item.split() for item in told.split(", "))}
         assert said == ", ".join(f"{word} {letters[word]}" for word in asked.split(", "))
         assert len(letters) == len(set(letters.values())) == len(said.split(", ")) <= 8
@@ -202,24 +279,40 @@ def test_recall_says_what_was_told():
 
 def test_nothing_is_said_in_the_ladders_words(said):
     """No boxes as JSON, no chains, no options, and none of its questions."""
-    ladder = [re.escape(text).replace(r"\{\}", r"\w+") for _, texts in [*VIDEO.values(), *scenes.SINGLE_IMAGE.values()]
-              for text in texts]
+    ladder = [
+        re.escape(text).replace(r"\{\}", r"\w+")
+        for _, texts in [*VIDEO.values(), *scenes.SINGLE_IMAGE.values()]
+        for text in texts
+    ]
     done = set()
     for world, _, turns in said:
         for task, question, answer in turns:
             done.add((world.word, task))
-            assert parse_boxes(answer) is None and "<" not in answer and not re.search(r"\b[A-D]\. ", question + answer)
-            assert not any(re.search(pattern, question) for pattern in ladder) and "Where in the picture" not in question
+            assert (
+                parse_boxes(answer) is None
+                and "<" not in answer
+                and not re.search(r"\b[A-D]\. ", question + answer)
+            )
+            assert (
+                not any(re.search(pattern, question) for pattern in ladder)
+                and "Where in the picture" not in question
+            )
     assert done == {(word, task.__name__) for word, tasks in TASKS.items() for task in tasks}
     rng = np.random.default_rng(0)
     for text in (part for _ in range(200) for task in TOLD for part in task(rng, None, None)):
-        assert not re.search(r"\b[A-D]\. |\n|[<{]", text) and not any(re.search(pattern, text) for pattern in ladder)
+        assert not re.search(r"\b[A-D]\. |\n|[<{]", text) and not any(
+            re.search(pattern, text) for pattern in ladder
+        )
 
 
 def test_the_bases_rooms_are_not_the_ladders():
     """Same seed, same split, same index: another room."""
     for split in scenes.SPLITS:
-        pictures = [set(make_files(0, split, index, 28, tasks=tasks)[0].values()) for tasks in FILES for index in range(3)]
+        pictures = [
+            set(make_files(0, split, index, 28, tasks=tasks)[0].values())
+            for tasks in FILES
+            for index in range(3)
+        ]
         assert not set.union(*pictures[:3]) & set.union(*pictures[3:])
 
 
@@ -233,14 +326,29 @@ def test_rows_are_one_question_each(tmp_path):
         assert {len(s.messages) for s in samples} == {2} and len(samples) > 50
         tasks = {s.question_type.removeprefix("chat: ") for s in samples}
         told = {task.__name__ for task in TOLD}
-        assert told <= tasks <= told.union(task.__name__ for tasks in TASKS.values() for task in tasks)
-        assert all((s.question_type.removeprefix("chat: ") in told) == (not s.media) for s in samples)
-        assert {(m.kind, len(m.sources) > 1) for s in samples for m in s.media} >= {("image", False)}
+        assert (
+            told <= tasks <= told.union(task.__name__ for tasks in TASKS.values() for task in tasks)
+        )
+        assert all(
+            (s.question_type.removeprefix("chat: ") in told) == (not s.media) for s in samples
+        )
+        assert {(m.kind, len(m.sources) > 1) for s in samples for m in s.media} >= {
+            ("image", False)
+        }
         rows = [json.loads(line) for line in (folder / "base_data.jsonl").read_text().splitlines()]
         assert all(set(row) == {"messages", "question_type"} for row in rows)
-        levels = [3 if len(s.media) > 1 or any(media.kind == "video" for media in s.media)
-                  else 0 if s.question_type == "chat: recall"
-                  else 1 + (s.question_type.removeprefix("chat: ") in ("compare", "gap", "near", "sums")) for s in samples]
+        levels = [
+            3
+            if len(s.media) > 1 or any(media.kind == "video" for media in s.media)
+            else 0
+            if s.question_type == "chat: recall"
+            else 1 + (s.question_type.removeprefix("chat: ") in ("compare", "gap", "near", "sums"))
+            for s in samples
+        ]
         assert levels == sorted(levels) and set(levels) == {0, 1, 2, 3}
-        counts = [row["messages"][1]["content"].count(",") for row in rows if row["question_type"] == "count"]
-        assert counts[0] == 0 and sum(counts[:len(counts) // 2]) <= sum(counts[len(counts) // 2:])
+        counts = [
+            row["messages"][1]["content"].count(",")
+            for row in rows
+            if row["question_type"] == "count"
+        ]
+        assert counts[0] == 0 and sum(counts[: len(counts) // 2]) <= sum(counts[len(counts) // 2 :])

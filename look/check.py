@@ -16,8 +16,9 @@ from tqdm import tqdm
 
 from checkpoint import load_config
 from data import Processor, open_header, open_picture, read_samples, style_of
-from rewards import NUMBER_TYPES, UserError, parse_number
-from runtime import Parser, add_flags, main_guard, refuse_bad_values
+from files import UserError
+from rewards import NUMBER_TYPES, parse_number
+from settings import Parser, add_flags
 
 
 def warnings(sample, places):
@@ -37,8 +38,12 @@ def warnings(sample, places):
 
 def pictures_of(sample):
     """Paths of a sample's pictures and of the frames of its videos, but for video files."""
-    return [path for media in sample.media if media.kind == "image" or isinstance(media.source, tuple)
-            for path in media.sources]
+    return [
+        path
+        for media in sample.media
+        if media.kind == "image" or isinstance(media.source, tuple)
+        for path in media.sources
+    ]
 
 
 def decode_error(path):
@@ -60,8 +65,18 @@ def check(path, images, processor=None, max_tokens=None):
     samples = read_samples(path, images, wrong)
     pictures = list(dict.fromkeys(picture for sample in samples for picture in pictures_of(sample)))
     with Pool() as pool:
-        errors = dict(zip(pictures, tqdm(pool.imap(decode_error, pictures, 16), desc="pictures", total=len(pictures),
-                                         mininterval=2, disable=None)))
+        errors = dict(
+            zip(
+                pictures,
+                tqdm(
+                    pool.imap(decode_error, pictures, 16),
+                    desc="pictures",
+                    total=len(pictures),
+                    mininterval=2,
+                    disable=None,
+                ),
+            )
+        )
     for sample in samples:
         broken = next(filter(None, map(errors.get, pictures_of(sample))), None)
         if broken:
@@ -75,29 +90,55 @@ def check(path, images, processor=None, max_tokens=None):
                 odd.append(f"{sample.where}: {lengths[-1]} tokens, more than {max_tokens}")
     if not wrong and not kinds:
         raise UserError(f"{path}: no rows in it")
-    wrong.sort(key=lambda text: int(text[len(str(path)) + 1:].partition(":")[0]))  # by line
+    wrong.sort(key=lambda text: int(text[len(str(path)) + 1 :].partition(":")[0]))  # by line
     for label, texts in (("error", wrong), ("warning", odd)):
         for text in texts:
             print(f"{label}: {text}")
     for kind, count in sorted(kinds.items()):
         print(f"{count:>8}  {' '.join(kind).strip()}")
     for bits, count in sorted(Counter(map(int.bit_length, lengths)).items()):
-        print(f"{count:>8}  of {2**bits // 2} to {2**bits - 1} tokens {'#' * round(50 * count / len(lengths))}")
-    print(f"{path}: {len(wrong) + kinds.total()} rows, {len(wrong)} errors, {len(odd)} warnings"
-          + (f", at most {max(lengths)} tokens" if lengths else ""))
+        print(
+            f"{count:>8}  of {2**bits // 2} to {2**bits - 1} tokens {'#' * round(50 * count / len(lengths))}"
+        )
+    print(
+        f"{path}: {len(wrong) + kinds.total()} rows, {len(wrong)} errors, {len(odd)} warnings"
+        + (f", at most {max(lengths)} tokens" if lengths else "")
+    )
     return len(wrong)
 
 
 def main():
-    parser = Parser(prog="data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        prog="data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("command", choices=["check"])
     parser.add_argument("file", help="jsonl file")
-    parser.add_argument("--max-tokens", type=int, help="warn of rows longer than this; needs --model")
-    add_flags(parser, ("images", "model", "min_pixels", "max_pixels", "num_frames", "fps", "video_seconds", "prompts"))
+    parser.add_argument(
+        "--max-tokens", type=int, help="warn of rows longer than this; needs --model"
+    )
+    add_flags(
+        parser,
+        (
+            "images",
+            "model",
+            "min_pixels",
+            "max_pixels",
+            "num_frames",
+            "fps",
+            "video_seconds",
+            "prompts",
+        ),
+    )
     parser.set_defaults(num_frames=16, video_seconds="grid")
     args = parser.parse_args()
     refuse_bad_values(parser, args)
     if args.max_tokens and not args.model:
         parser.error("--max-tokens needs --model, whose tokenizer counts")
     processor = Processor(args.model, load_config(args.model), args) if args.model else None
-    sys.exit(2 if check(args.file, args.images or Path(args.file).parent / "images", processor, args.max_tokens) else 0)
+    sys.exit(
+        2
+        if check(
+            args.file, args.images or Path(args.file).parent / "images", processor, args.max_tokens
+        )
+        else 0
+    )

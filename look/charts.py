@@ -1,4 +1,5 @@
 """Charts without a library, with intervals: bars, and differences; SVG that stands alone and suits light and dark pages."""
+
 from html import escape
 
 import numpy as np
@@ -24,8 +25,10 @@ def text(words, x, y, anchor="start", kind="label"):
 
 
 def drawing(width, height, parts):
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}">'
-            f"<style>{STYLE}</style>{''.join(parts)}</svg>\n")
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}">'
+        f"<style>{STYLE}</style>{''.join(parts)}</svg>\n"
+    )
 
 
 def save_chart(svg, path):
@@ -42,15 +45,29 @@ def bars(rows, paper, panels):
              figure has no bar there, a panel without a bar is left out.
     """
     groups = [(row["name"], row, "") for row in rows] + [
-        (group, {name: {"value": value} for name, value in figures.items()}, "paper") for group, figures in paper.items()]
+        (group, {name: {"value": value} for name, value in figures.items()}, "paper")
+        for group, figures in paper.items()
+    ]
     left, height, svg = 44, 250, []
     step = max([124, *(7 * len(label) for label, _, _ in groups)])
-    panels = [panel for panel in panels if any(bar in row for _, row, _ in groups for bar in panel[1])]
+    panels = [
+        panel for panel in panels if any(bar in row for _, row, _ in groups for bar in panel[1])
+    ]
     for number, (title, figures, levels) in enumerate(panels):
-        shown = [(label, row, kind) for label, row, kind in groups if any(bar in row for bar in figures)]
+        shown = [
+            (label, row, kind) for label, row, kind in groups if any(bar in row for bar in figures)
+        ]
         dashed = {level: rows[0][level]["value"] for level in levels if level in rows[0]}
-        most = 1.05 * max(*dashed.values(), 1e-3, *(row[bar].get("high", row[bar]["value"])
-                                                    for _, row, _ in shown for bar in figures if bar in row))
+        most = 1.05 * max(
+            *dashed.values(),
+            1e-3,
+            *(
+                row[bar].get("high", row[bar]["value"])
+                for _, row, _ in shown
+                for bar in figures
+                if bar in row
+            ),
+        )
         top, base, right = height * number, height * number + 204, left + step * len(shown)
         wide, colours = min(26, 84 // len(figures)), {1: "c", 2: "ca", 3: "abc"}[len(figures)]
 
@@ -59,20 +76,52 @@ def bars(rows, paper, panels):
 
         svg.append(text(title, left, top + 20, kind="title"))
         for i, bar in enumerate(figures if len(figures) > 1 else ()):
-            svg += [rect(colours[i], left + 190 * i, top + 31, 10, 10), text(bar, left + 190 * i + 15, top + 40)]
+            svg += [
+                rect(colours[i], left + 190 * i, top + 31, 10, 10),
+                text(bar, left + 190 * i + 15, top + 40),
+            ]
         for tick in ticks(0, most, 5):
-            svg += [line("tick", left, right, up(tick), up(tick)), text(f"{tick:.4g}", left - 6, up(tick) + 4, "end")]
+            svg += [
+                line("tick", left, right, up(tick), up(tick)),
+                text(f"{tick:.4g}", left - 6, up(tick) + 4, "end"),
+            ]
         for place, (label, row, kind) in enumerate(shown):
             middle = left + step * (place + 0.5)
-            svg += [text(label, middle, base + 17, "middle"), text(kind, middle, base + 32, "middle")]
+            svg += [
+                text(label, middle, base + 17, "middle"),
+                text(kind, middle, base + 32, "middle"),
+            ]
             for i, bar in enumerate(figures):
                 x, figure = middle + wide * (i - len(figures) / 2), row.get(bar, {"value": 0})
-                svg.append(rect(f"{colours[i]} {kind}", x + 1, up(figure["value"]), wide - 2, base - up(figure["value"])))
+                svg.append(
+                    rect(
+                        f"{colours[i]} {kind}",
+                        x + 1,
+                        up(figure["value"]),
+                        wide - 2,
+                        base - up(figure["value"]),
+                    )
+                )
                 if "low" in figure:
-                    svg.append(line("whisker", x + wide / 2, x + wide / 2, up(figure["low"]), up(figure["high"])))
+                    svg.append(
+                        line(
+                            "whisker",
+                            x + wide / 2,
+                            x + wide / 2,
+                            up(figure["low"]),
+                            up(figure["high"]),
+                        )
+                    )
         for level, value in dashed.items():
-            svg += [line("level", left, right, up(value), up(value)), text(level, right + 6, up(value) + 4)]
-    return drawing(left + max([step * len(groups) + 96, *(8 * len(title) for title, _, _ in panels)]), height * len(panels), svg)
+            svg += [
+                line("level", left, right, up(value), up(value)),
+                text(level, right + 6, up(value) + 4),
+            ]
+    return drawing(
+        left + max([step * len(groups) + 96, *(8 * len(title) for title, _, _ in panels)]),
+        height * len(panels),
+        svg,
+    )
 
 
 def differences(rows, title):
@@ -82,8 +131,15 @@ def differences(rows, title):
     Args:    rows: [{"name", "value", "low", "high", "seeds": numbers, "paper": number or None}].
     """
     left, right, top, step = 150, 620, 62, 24
-    ends = [0.0, *(number for row in rows for number in (row["low"], row["high"], *row["seeds"], row["paper"])
-                   if number is not None)]
+    ends = [
+        0.0,
+        *(
+            number
+            for row in rows
+            for number in (row["low"], row["high"], *row["seeds"], row["paper"])
+            if number is not None
+        ),
+    ]
     margin, bottom = 0.04 * (max(ends) - min(ends)) or 1.0, top + step * len(rows)
 
     def across(value):
@@ -96,13 +152,19 @@ def differences(rows, title):
     for x, kind, words in ((17, "c", "all"), (77, "a", "each seed"), (177, "ring", "the paper")):
         svg += [circle(kind, x, 38), text(words, x + 11, 42)]
     for tick in ticks(min(ends) - margin, max(ends) + margin, 6):
-        svg += [line("tick" if tick else "level", across(tick), across(tick), top, bottom),
-                text(f"{tick:+.4g}" if tick else "0", across(tick), bottom + 18, "middle")]
+        svg += [
+            line("tick" if tick else "level", across(tick), across(tick), top, bottom),
+            text(f"{tick:+.4g}" if tick else "0", across(tick), bottom + 18, "middle"),
+        ]
     for number, row in enumerate(rows):
         y = top + step * (number + 0.5)
-        svg += [text(row["name"], left - 12, y + 4, "end"), line("whisker", across(row["low"]), across(row["high"]), y, y),
-                *(circle("a", across(seed), y) for seed in row["seeds"]), circle("c", across(row["value"]), y),
-                *([circle("ring", across(row["paper"]), y)] if row["paper"] is not None else [])]
+        svg += [
+            text(row["name"], left - 12, y + 4, "end"),
+            line("whisker", across(row["low"]), across(row["high"]), y, y),
+            *(circle("a", across(seed), y) for seed in row["seeds"]),
+            circle("c", across(row["value"]), y),
+            *([circle("ring", across(row["paper"]), y)] if row["paper"] is not None else []),
+        ]
     return drawing(right + 24, bottom + 30, svg)
 
 
@@ -110,4 +172,6 @@ def ticks(low, high, count=4):
     """At most count + 1 round numbers within [low, high], 1, 2 or 5 times a power of ten apart."""
     power = 10 ** np.floor(np.log10((high - low) / count))
     step = next(power * m for m in (1, 2, 5, 10) if power * m * count >= (high - low) * (1 - 1e-9))
-    return step * np.arange(np.ceil(low / step - 1e-9), np.floor(high / step + 1e-9) + 1) + 0.0  # no minus zero
+    return (
+        step * np.arange(np.ceil(low / step - 1e-9), np.floor(high / step + 1e-9) + 1) + 0.0
+    )  # no minus zero

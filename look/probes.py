@@ -1,10 +1,10 @@
 """The paper's three analyses of what the ladder changes, on any checkpoints and data: hints, attention, entropy.
 
-    python probes.py hints runs/tiny            # the rungs of a ladder, each asked in its own style about its test rooms
-    python probes.py attention runs/tiny
-    python probes.py entropy runs/tiny
-    python probes.py all runs/tiny              # the three
-    python probes.py hints --model DIR DIR --data SpatialLadder-26k --out DIR      # any checkpoints, data in that format
+    python -m look.probes hints runs/tiny            # the rungs of a ladder, each asked in its own style about its test rooms
+    python -m look.probes attention runs/tiny
+    python -m look.probes entropy runs/tiny
+    python -m look.probes all runs/tiny              # the three
+    python -m look.probes hints --model DIR DIR --data SpatialLadder-26k --out DIR      # any checkpoints, data in that format
 
 Each writes its table as NAME.json and a chart NAME.svg, the first two pictures NAME/*.png besides, to RUN/probes or --out.
 A model whose weights and settings have not changed is not probed again. Intervals are 95% bootstraps over questions.
@@ -40,34 +40,70 @@ from PIL import Image, ImageDraw
 
 from ask import draw_boxes
 from benchmarks import bootstrap_interval
-from charts import bars, save_chart
-from checkpoint import load_model, read_json, write_json
+from checkpoint import load_model
 from data import Media, Processor, check_media, collate, cost, open_picture, read_all, style_of
-from eval import SEEN, answer_rows, model_hash, subset
+from eval import answer_rows, model_hash, subset
+from files import UserError, read_json, write_json, writing
 from grpo import complete, noise
 from ladder import BASE, GROUNDING, RECIPES, RUNGS, SPATIAL, WAYS
+from look.charts import bars, save_chart
 from model import KVCache
-from rewards import CHOICE_TYPES, NUMBER_TYPES, SCORES, UserError, accuracy_reward, extract_answer
-from runtime import Parser, Ranks, add_flags, main_guard, refuse_bad_values, writing
+from rewards import CHOICE_TYPES, NUMBER_TYPES, SCORES, accuracy_reward, extract_answer
+from runtime import Ranks, main_guard
+from settings import PICTURES, Parser, add_flags
 
 PAPER = {  # group -> figures, of arXiv 2510.08531
-    "hints": {"Qwen2.5-VL-3B": {"none": 0.365, "location": 0.415, "full": 0.46},
-              "SpatialLadder-3B": {"none": 0.82, "location": 0.825, "full": 0.835}},
-    "attention": {"Qwen2.5-VL-3B": {"iou": 0.338, "entropy": 0.193}, "SpatialLadder-3B": {"iou": 0.377, "entropy": 0.176}},
-    "entropy": {"before": {"entropy": 1.24}, "stages 1 and 2": {"entropy": 1.47}, "stage 3": {"entropy": 0.66}}}
+    "hints": {
+        "Qwen2.5-VL-3B": {"none": 0.365, "location": 0.415, "full": 0.46},
+        "SpatialLadder-3B": {"none": 0.82, "location": 0.825, "full": 0.835},
+    },
+    "attention": {
+        "Qwen2.5-VL-3B": {"iou": 0.338, "entropy": 0.193},
+        "SpatialLadder-3B": {"iou": 0.377, "entropy": 0.176},
+    },
+    "entropy": {
+        "before": {"entropy": 1.24},
+        "stages 1 and 2": {"entropy": 1.47},
+        "stage 3": {"entropy": 0.66},
+    },
+}
 CONDITIONS = ("none", "location", "full")
 PANELS = {  # of a chart: title, figures drawn as bars, figures of the first model drawn as dashed lines
-    "hints": [("directions answered right, share", CONDITIONS, ("chance",)),
-              ("answers without a letter, share", tuple(f"{name}: invalid" for name in CONDITIONS), ())],
-    "attention": [("IoU of attended cells and true boxes, answering (the paper's definition is not known)",
-                   ("iou", "another's map"), ("random cells", "best cells")),
-                  ("the same, locating", ("locating: iou", "locating: another's map"), ("random cells", "best cells")),
-                  ("entropy of the map / ln(cells) (the paper's definition is not known)",
-                   ("entropy", "locating: entropy"), ())],
-    "entropy": [("semantic entropy, nats", ("entropy",), ()), ("answers that cannot be parsed, share", ("invalid",), ())]}
+    "hints": [
+        ("directions answered right, share", CONDITIONS, ("chance",)),
+        ("answers without a letter, share", tuple(f"{name}: invalid" for name in CONDITIONS), ()),
+    ],
+    "attention": [
+        (
+            "IoU of attended cells and true boxes, answering (the paper's definition is not known)",
+            ("iou", "another's map"),
+            ("random cells", "best cells"),
+        ),
+        (
+            "the same, locating",
+            ("locating: iou", "locating: another's map"),
+            ("random cells", "best cells"),
+        ),
+        (
+            "entropy of the map / ln(cells) (the paper's definition is not known)",
+            ("entropy", "locating: entropy"),
+            (),
+        ),
+    ],
+    "entropy": [
+        ("semantic entropy, nats", ("entropy",), ()),
+        ("answers that cannot be parsed, share", ("invalid",), ()),
+    ],
+}
 LIMITS = {"hints": 200, "attention": 200, "entropy": 40}  # questions; of each type in entropy
-COLOURS = {"red": (255, 0, 0), "blue": (0, 0, 255), "green": (0, 255, 0), "yellow": (255, 255, 0), "pink": (255, 0, 255),
-           "turquoise": (0, 255, 255)}
+COLOURS = {
+    "red": (255, 0, 0),
+    "blue": (0, 0, 255),
+    "green": (0, 255, 0),
+    "yellow": (255, 255, 0),
+    "pink": (255, 0, 255),
+    "turquoise": (0, 255, 255),
+}
 RANDOM_MAPS = 20  # drawn for each question
 OVERLAYS, LARGE = 4, 448  # questions whose maps are painted; pixels of the longer side, at least
 
@@ -78,9 +114,14 @@ OVERLAYS, LARGE = 4, 448  # questions whose maps are painted; pixels of the long
 def spatial_pairs(samples):
     """(question of relative direction, localization row of the same picture and question text) wherever both are there."""
     boxes = {(s.media, s.question): s for s in samples if s.question_type == "localization"}
-    pairs = [(s, boxes[s.media, s.question]) for s in samples
-             if s.question_type == "relative direction" and (s.media, s.question) in boxes]
-    return [(question, located) for question, located in pairs if len(located.answer) <= len(COLOURS)]
+    pairs = [
+        (s, boxes[s.media, s.question])
+        for s in samples
+        if s.question_type == "relative direction" and (s.media, s.question) in boxes
+    ]
+    return [
+        (question, located) for question, located in pairs if len(located.answer) <= len(COLOURS)
+    ]
 
 
 def meaning(text, sample):
@@ -102,7 +143,7 @@ def save_png(picture, path):
 def batches(samples, size):
     """Places in `samples`, at most `size` together, rows of like cost beside one another."""
     order = sorted(range(len(samples)), key=lambda row: cost(samples[row]))
-    return [order[i:i + size] for i in range(0, len(order), size)]
+    return [order[i : i + size] for i in range(0, len(order), size)]
 
 
 # ---------------------------------------------------------------------------------------------- hints
@@ -115,7 +156,10 @@ def direction(a, b):
     ('left of and above', 'right of')
     """
     (xa, ya), (xb, yb) = centre(a), centre(b)
-    across, down = ("left of", "", "right of")[np.sign(xa - xb) + 1], ("above", "", "below")[np.sign(ya - yb) + 1]
+    across, down = (
+        ("left of", "", "right of")[np.sign(xa - xb) + 1],
+        ("above", "", "below")[np.sign(ya - yb) + 1],
+    )
     return " and ".join(filter(None, (across, down))) or "at"
 
 
@@ -129,12 +173,16 @@ def hint_text(boxes, condition):
     >>> hint_text([{"bbox_2d": [0, 0, 2, 2], "label": "bin"}, {"bbox_2d": [4, 0, 6, 2], "label": "bed"}], "full")
     'The red box marks the bin, the blue box the bed. The centre of the red box is left of that of the blue box.'
     """
-    marks = [f"the {colour} box {'' if i else 'marks '}the {box['label']}"
-             for i, (colour, box) in enumerate(zip(COLOURS, boxes))]
+    marks = [
+        f"the {colour} box {'' if i else 'marks '}the {box['label']}"
+        for i, (colour, box) in enumerate(zip(COLOURS, boxes))
+    ]
     sentences = [", ".join(marks)]
     if condition == "full":
-        sentences += [f"the centre of the {a} box is {direction(one['bbox_2d'], other['bbox_2d'])} that of the {b} box"
-                      for (a, one), (b, other) in itertools.pairwise(zip(COLOURS, boxes))]
+        sentences += [
+            f"the centre of the {a} box is {direction(one['bbox_2d'], other['bbox_2d'])} that of the {b} box"
+            for (a, one), (b, other) in itertools.pairwise(zip(COLOURS, boxes))
+        ]
     return " ".join(f"T{sentence[1:]}." for sentence in sentences)
 
 
@@ -148,7 +196,11 @@ def mark(picture, boxes, condition):
         centres = [centre(box["bbox_2d"]) for box in boxes]
         draw.line(centres, fill="white", width=line)
         for colour, (x, y) in zip(COLOURS.values(), centres):
-            draw.ellipse((x - 2 * line, y - 2 * line, x + 2 * line, y + 2 * line), fill=colour, outline="white")
+            draw.ellipse(
+                (x - 2 * line, y - 2 * line, x + 2 * line, y + 2 * line),
+                fill=colour,
+                outline="white",
+            )
 
 
 def hinted(question, located, condition):
@@ -159,17 +211,25 @@ def hinted(question, located, condition):
     mark(picture, located.answer, condition)
     png = io.BytesIO()
     picture.save(png, "PNG")
-    return dataclasses.replace(question, question=f"{question.question} {text}", media=(Media("image", png.getvalue()),),
-                               prompt=question.prompt and f"{question.prompt} {text}")
+    return dataclasses.replace(
+        question,
+        question=f"{question.question} {text}",
+        media=(Media("image", png.getvalue()),),
+        prompt=question.prompt and f"{question.prompt} {text}",
+    )
 
 
 def probe_hints(model, processor, pairs, args, device):
     """Accuracy under each condition, and the share of answers without a letter."""
-    right, invalid = ({condition: np.zeros(len(pairs)) for condition in CONDITIONS} for _ in range(2))
+    right, invalid = (
+        {condition: np.zeros(len(pairs)) for condition in CONDITIONS} for _ in range(2)
+    )
     for condition in CONDITIONS:
         for rows in batches([question for question, _ in pairs], args.batch_size):
             asked = [hinted(*pairs[row], condition) for row in rows]
-            for row, answer in zip(rows, answer_rows(model, processor, asked, range(len(asked)), args, device)):
+            for row, answer in zip(
+                rows, answer_rows(model, processor, asked, range(len(asked)), args, device)
+            ):
                 right[condition][row] = accuracy_reward([answer["completion"]], pairs[row][0])[0]
                 invalid[condition][row] = meaning(answer["completion"], pairs[row][0]) is None
     figures = right | {f"{name} - none": right[name] - right["none"] for name in CONDITIONS[1:]}
@@ -214,8 +274,11 @@ class WatchedCache(KVCache):
 @torch.no_grad()
 def attention_maps(model, processor, samples, args, device):
     """A map (h, w) for each sample, which sums to 1: row by row the merged vision tokens of its one picture."""
-    merge, L, H = (model.config.vision.spatial_merge_size, model.config.text.num_hidden_layers,
-                   model.config.text.num_attention_heads)
+    merge, L, H = (
+        model.config.vision.spatial_merge_size,
+        model.config.text.num_hidden_layers,
+        model.config.text.num_attention_heads,
+    )
     layers, heads = args.layers or [*range(L - -(-L // 3), L)], args.heads or [*range(H)]
     for flag, numbers, count in (("--layers", layers, L), ("--heads", heads, H)):
         if max(numbers) >= count:
@@ -258,7 +321,9 @@ def attended_iou(heat, truth):
     0.3333333333333333
     """
     cells = np.zeros(heat.shape, bool)
-    cells.flat[np.argsort(-heat, axis=None, kind="stable")[:max(1, round(heat.size * truth.mean()))]] = True
+    cells.flat[
+        np.argsort(-heat, axis=None, kind="stable")[: max(1, round(heat.size * truth.mean()))]
+    ] = True
     seen = in_pixels(cells, truth.shape)
     return float((seen & truth).sum() / (seen | truth).sum())
 
@@ -289,28 +354,49 @@ def probe_attention(model, processor, pairs, args, device):
     for kind, asked in zip(("", "locating: "), zip(*pairs)):
         maps[kind] = [None] * len(pairs)
         for rows in batches(asked, args.batch_size):
-            for row, heat in zip(rows, attention_maps(model, processor, [asked[row] for row in rows], args, device)):
+            for row, heat in zip(
+                rows, attention_maps(model, processor, [asked[row] for row in rows], args, device)
+            ):
                 maps[kind][row] = heat
     media = [question.media for question, _ in pairs]
-    others = [next((j % len(pairs) for j in range(i + 1, i + len(pairs)) if media[j % len(pairs)] != media[i]), None)
-              for i in range(len(pairs))]  # for each question the next one that asks about another picture
+    others = [
+        next(
+            (
+                j % len(pairs)
+                for j in range(i + 1, i + len(pairs))
+                if media[j % len(pairs)] != media[i]
+            ),
+            None,
+        )
+        for i in range(len(pairs))
+    ]  # for each question the next one that asks about another picture
     if None in others:
-        raise UserError(f"{args.data}: all {len(pairs)} questions are about one picture; attention is compared between two")
+        raise UserError(
+            f"{args.data}: all {len(pairs)} questions are about one picture; attention is compared between two"
+        )
     for row, (question, located) in enumerate(pairs):
         picture = open_picture(question.media[0].source)
         truth = box_mask(located.answer, picture.size)
         for kind, found in maps.items():
             own, another = attended_iou(found[row], truth), attended_iou(found[others[row]], truth)
-            for name, value in (("iou", own), ("another's map", another), ("iou - another's", own - another),
-                                ("entropy", map_entropy(found[row]))):
+            for name, value in (
+                ("iou", own),
+                ("another's map", another),
+                ("iou - another's", own - another),
+                ("entropy", map_entropy(found[row])),
+            ):
                 figures[kind + name].append(value)
             if row < OVERLAYS:
                 name = f"{args.name}-{row + 1}{'-locating' if kind else ''}.png"
                 save_png(overlay(picture, found[row], located.answer), args.pictures / name)
         shape = maps[""][row].shape
-        cell_of = in_pixels(np.arange(math.prod(shape)).reshape(shape), truth.shape)  # of every pixel
+        cell_of = in_pixels(
+            np.arange(math.prod(shape)).reshape(shape), truth.shape
+        )  # of every pixel
         covered = np.bincount(cell_of.ravel(), truth.ravel(), math.prod(shape)).reshape(shape)
-        figures["random cells"].append(np.mean([attended_iou(rng.random(shape), truth) for _ in range(RANDOM_MAPS)]))
+        figures["random cells"].append(
+            np.mean([attended_iou(rng.random(shape), truth) for _ in range(RANDOM_MAPS)])
+        )
         figures["best cells"].append(attended_iou(covered, truth))
     return {name: measured(values, args.seed) for name, values in figures.items()}
 
@@ -327,7 +413,9 @@ def cluster_sizes(meanings, tolerance):
     valid = sorted(meaning for meaning in meanings if meaning is not None)
     sizes, least = [len(meanings) - len(valid)] if len(valid) < len(meanings) else [], None
     for meaning in valid:
-        if meaning == least or isinstance(least, float) and meaning - least <= tolerance * abs(least):
+        if meaning == least or (
+            isinstance(least, float) and meaning - least <= tolerance * abs(least)
+        ):
             sizes[-1] += 1
         else:
             sizes, least = [*sizes, 1], meaning
@@ -350,12 +438,23 @@ def probe_entropy(model, processor, samples, args, device):
     entropies, invalid = np.zeros(len(samples)), np.zeros(len(samples))
     for rows in batches(samples, max(1, args.batch_size // K)):
         uniforms = torch.cat([noise(args.seed, 0, row, K, C) for row in rows]).to(device)
-        for row, group in zip(rows, complete(model, processor, samples, rows, K, uniforms, args, device)):
+        for row, group in zip(
+            rows, complete(model, processor, samples, rows, K, uniforms, args, device)
+        ):
             meanings = [meaning(text, group.sample) for text in group.texts]
-            entropies[row], invalid[row] = semantic_entropy(meanings, args.tolerance), meanings.count(None) / K
+            entropies[row], invalid[row] = (
+                semantic_entropy(meanings, args.tolerance),
+                meanings.count(None) / K,
+            )
     kinds = np.array([s.question_type for s in samples])
-    return {"entropy": measured(entropies, args.seed), "invalid": measured(invalid, args.seed), "types": {
-        kind: measured(entropies[kinds == kind], args.seed) for kind in sorted({*kinds.tolist()})}}
+    return {
+        "entropy": measured(entropies, args.seed),
+        "invalid": measured(invalid, args.seed),
+        "types": {
+            kind: measured(entropies[kinds == kind], args.seed)
+            for kind in sorted({*kinds.tolist()})
+        },
+    }
 
 
 # ---------------------------------------------------------------------------------------------- results
@@ -363,19 +462,38 @@ def probe_entropy(model, processor, samples, args, device):
 
 def figures_of(row):
     """{name: {"value", "low", "high"}} of one model, those of question types last."""
-    return {name: figure for name, figure in (row | row.get("types", {})).items()
-            if isinstance(figure, dict) and "value" in figure}
+    return {
+        name: figure
+        for name, figure in (row | row.get("types", {})).items()
+        if isinstance(figure, dict) and "value" in figure
+    }
 
 
 def table(result):
     """A line per figure, a column per model with intervals, then the paper's."""
     models = [figures_of(row) for row in result["rows"]]
-    lines = [["", *(row["name"] for row in result["rows"]), *(f"paper: {group}" for group in result["paper"])]]
+    lines = [
+        [
+            "",
+            *(row["name"] for row in result["rows"]),
+            *(f"paper: {group}" for group in result["paper"]),
+        ]
+    ]
     for name in models[0]:
-        lines.append([name, *("{value:.3f} [{low:.3f}, {high:.3f}]".format(**row[name]) for row in models),
-                      *(f"{figures[name]:.3f}" if name in figures else "" for figures in result["paper"].values())])
+        lines.append(
+            [
+                name,
+                *("{value:.3f} [{low:.3f}, {high:.3f}]".format(**row[name]) for row in models),
+                *(
+                    f"{figures[name]:.3f}" if name in figures else ""
+                    for figures in result["paper"].values()
+                ),
+            ]
+        )
     widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines
+    )
 
 
 def rungs(run):
@@ -384,9 +502,16 @@ def rungs(run):
         raise UserError(f"{run}: no ladder there; climb one with: python ladder.py --out {run}")
     ladder = read_json(run / "ladder.json")
     base = Path(ladder["model"] or Path(__file__).parent / BASE)
-    models = [(rung.name, run / rung.name if rung.start else base, rung.style) for rung in RUNGS + WAYS["self"]
-              if not rung.start or (run / rung.name / "config.json").is_file()]
-    return models, ladder["test"] or (ladder["preset"] == "tiny" and run / "rooms" / "test"), ladder["preset"]
+    models = [
+        (rung.name, run / rung.name if rung.start else base, rung.style)
+        for rung in RUNGS + WAYS["self"]
+        if not rung.start or (run / rung.name / "config.json").is_file()
+    ]
+    return (
+        models,
+        ladder["test"] or (ladder["preset"] == "tiny" and run / "rooms" / "test"),
+        ladder["preset"],
+    )
 
 
 def questions_for(what, samples, args):
@@ -397,24 +522,52 @@ def questions_for(what, samples, args):
         questions, _ = subset(answerable, answerable, limit, args.seed)
     else:
         pairs = spatial_pairs(samples)
-        questions = [*zip(*subset([question for question, _ in pairs], [located for _, located in pairs], limit, args.seed))]
+        questions = [
+            *zip(
+                *subset(
+                    [question for question, _ in pairs],
+                    [located for _, located in pairs],
+                    limit,
+                    args.seed,
+                )
+            )
+        ]
         for _, located in questions:
             check_media(located)
     if not questions:
-        raise UserError(f"{args.data}: nothing to ask for {what}; expected " + (
-            "questions with a letter or a number for answer" if what == "entropy" else "a question of relative direction "
-            "over one picture and a localization row of the same picture and question"))
+        raise UserError(
+            f"{args.data}: nothing to ask for {what}; expected "
+            + (
+                "questions with a letter or a number for answer"
+                if what == "entropy"
+                else "a question of relative direction "
+                "over one picture and a localization row of the same picture and question"
+            )
+        )
     return questions
 
 
 def probe(what, models, questions, args, device):
     """One probe of all models: written after each, its chart in the end."""
-    out, measure = Path(args.out), {"hints": probe_hints, "attention": probe_attention, "entropy": probe_entropy}[what]
-    used = ["images", "dtype", *SEEN, "seed", *(("layers", "heads") if what == "attention" else ("max_completion_length",))]
+    out, measure = (
+        Path(args.out),
+        {"hints": probe_hints, "attention": probe_attention, "entropy": probe_entropy}[what],
+    )
+    used = [
+        "images",
+        "dtype",
+        *PICTURES,
+        "seed",
+        *(("layers", "heads") if what == "attention" else ("max_completion_length",)),
+    ]
     used += ["num_generations", "temperature", "tolerance"] if what == "entropy" else []
-    asked = {"data": str(args.data), "questions": len(questions)} | {key: vars(args)[key] for key in used}
+    asked = {"data": str(args.data), "questions": len(questions)} | {
+        key: vars(args)[key] for key in used
+    }
     result, done = {"what": what, "settings": asked, "rows": [], "paper": PAPER[what]}, []
-    if (out / f"{what}.json").is_file() and (before := read_json(out / f"{what}.json")).get("settings") == asked:
+    if (out / f"{what}.json").is_file() and (before := read_json(out / f"{what}.json")).get(
+        "settings"
+    ) == asked:
         done = before["rows"]
     args.pictures = out / what
     (out if what == "entropy" else args.pictures).mkdir(parents=True, exist_ok=True)
@@ -425,12 +578,21 @@ def probe(what, models, questions, args, device):
         if not found:
             dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
             model = load_model(directory, getattr(torch, dtype), device)
-            found = [row | measure(model, Processor(directory, model.config, args), questions, args, device)]
+            found = [
+                row
+                | measure(model, Processor(directory, model.config, args), questions, args, device)
+            ]
         result["rows"] += found
-        write_json(out / f"{what}.json", result | {"rows": result["rows"] + [old for old in done if old not in result["rows"]]})
+        write_json(
+            out / f"{what}.json",
+            result | {"rows": result["rows"] + [old for old in done if old not in result["rows"]]},
+        )
     write_json(out / f"{what}.json", result)
     for condition in CONDITIONS if what == "hints" else ():
-        save_png(open_picture(hinted(*questions[0], condition).media[0].source), args.pictures / f"{condition}.png")
+        save_png(
+            open_picture(hinted(*questions[0], condition).media[0].source),
+            args.pictures / f"{condition}.png",
+        )
     save_chart(bars(result["rows"], result["paper"], PANELS[what]), out / f"{what}.svg")
     print(f"\n{what}: {len(questions)} questions\n{table(result)}", flush=True)
 
@@ -438,21 +600,56 @@ def probe(what, models, questions, args, device):
 def settings():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=(*PANELS, "all"))
-    parser.add_argument("run", nargs="?", type=Path, help="directory of a ladder, such as runs/tiny")
+    parser.add_argument(
+        "run", nargs="?", type=Path, help="directory of a ladder, such as runs/tiny"
+    )
     parser.add_argument("--model", nargs="+", help="model directories, in place of a ladder")
-    parser.add_argument("--data", type=Path, help="folder of spld_grounding_data.jsonl and spld_spatial_data.jsonl, or one "
-                        "jsonl file with rows of both kinds (default: the ladder's test rooms)")
-    parser.add_argument("--prompt-style", choices=("direct", "thinking"),
-                        help="how questions are asked (default: as the rung was trained; with --model thinking)")
-    add_flags(parser, ("images", "out", "device", "dtype", *SEEN, "num_generations", "max_completion_length", "temperature",
-                       "seed"))
-    parser.add_argument("--limit", type=int, help="questions, drawn by --seed, in entropy of each type (default: "
-                        + ", ".join(f"{what} {limit}" for what, limit in LIMITS.items()) + ")")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        help="folder of spld_grounding_data.jsonl and spld_spatial_data.jsonl, or one "
+        "jsonl file with rows of both kinds (default: the ladder's test rooms)",
+    )
+    parser.add_argument(
+        "--prompt-style",
+        choices=("direct", "thinking"),
+        help="how questions are asked (default: as the rung was trained; with --model thinking)",
+    )
+    add_flags(
+        parser,
+        (
+            "images",
+            "out",
+            "device",
+            "dtype",
+            *PICTURES,
+            "num_generations",
+            "max_completion_length",
+            "temperature",
+            "seed",
+        ),
+    )
+    parser.add_argument(
+        "--limit",
+        type=int,
+        help="questions, drawn by --seed, in entropy of each type (default: "
+        + ", ".join(f"{what} {limit}" for what, limit in LIMITS.items())
+        + ")",
+    )
     parser.add_argument("--batch-size", type=int, default=32, help="answers made at once")
-    parser.add_argument("--layers", type=int, nargs="+", help="of attention, from 0 (default: the last third)")
+    parser.add_argument(
+        "--layers", type=int, nargs="+", help="of attention, from 0 (default: the last third)"
+    )
     parser.add_argument("--heads", type=int, nargs="+", help="of attention, from 0 (default: all)")
-    parser.add_argument("--tolerance", type=float, default=0.1, help="numbers that differ by so little mean the same")
-    parser.set_defaults(num_frames=32, video_seconds="grid", num_generations=8, temperature=1.0, seed=0)
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=0.1,
+        help="numbers that differ by so little mean the same",
+    )
+    parser.set_defaults(
+        num_frames=32, video_seconds="grid", num_generations=8, temperature=1.0, seed=0
+    )
     args = parser.parse_args()
     refuse_bad_values(parser, args)
     if (args.run is None) == (args.model is None):
@@ -470,20 +667,32 @@ def main():
     if args.run:
         models, data, preset = rungs(args.run)
         if not (args.data or data):
-            raise UserError(f"{args.run}: was climbed without --test; give --data, what to ask about")
+            raise UserError(
+                f"{args.run}: was climbed without --test; give --data, what to ask about"
+            )
         args.data, args.out = args.data or Path(data), args.out or args.run / "probes"
     else:
         unique = len({Path(model).name for model in args.model}) == len(args.model)
-        models = [(Path(m).name if unique else m.strip("/").replace("/", "_"), Path(m), "thinking") for m in args.model]
+        models = [
+            (Path(m).name if unique else m.strip("/").replace("/", "_"), Path(m), "thinking")
+            for m in args.model
+        ]
         preset = "paper"
     models = [(name, directory, args.prompt_style or style) for name, directory, style in models]
-    args.max_completion_length = args.max_completion_length or RECIPES[preset]["grpo"]["max_completion_length"]
-    files = [args.data / file for file in (GROUNDING, SPATIAL)] if args.data.is_dir() else [args.data]
+    args.max_completion_length = (
+        args.max_completion_length or RECIPES[preset]["grpo"]["max_completion_length"]
+    )
+    files = (
+        [args.data / file for file in (GROUNDING, SPATIAL)] if args.data.is_dir() else [args.data]
+    )
     samples = read_all(files, args.images)
-    asked = {what: questions_for(what, samples, args) for what in (PANELS if args.what == "all" else (args.what,))}
+    asked = {
+        what: questions_for(what, samples, args)
+        for what in (PANELS if args.what == "all" else (args.what,))
+    }
     ranks = Ranks(args.device)
     if ranks.world > 1:
-        raise UserError("probes.py runs in one process: python probes.py, not torchrun")
+        raise UserError("probes.py runs in one process: python -m look.probes, not torchrun")
     with writing(args.out, "results"):
         for what, questions in asked.items():
             probe(what, models, questions, args, ranks.device)

@@ -1,6 +1,6 @@
 """What the base learns before the ladder begins: plain talk about rooms that the ladder never shows.
 
-    python scenes.py --tasks base --out runs/base/rooms --scenes 16000 --test-scenes 400 --seed 1 --view-categories 3 5
+    python -m rooms.scenes --tasks base --out runs/base/rooms --scenes 16000 --test-scenes 400 --seed 1 --view-categories 3 5
     python train_sft.py --stage base
 
 Reading a picture, naming, counting, saying where things are, how large and how far apart, comparing two of them, short
@@ -14,13 +14,14 @@ or behind it. Half of what can be worked out is said with what it is worked out 
 Each task takes (rng, world, ids) and returns (question, answer), or None where the world allows no clear answer.
 ids (pictures, size, size): number + 1 of the thing that each pixel shows, 0 for none; see rooms.render.
 """
+
 import itertools
 import math
 from string import ascii_uppercase
 
 import numpy as np
 
-from rooms import FURNITURE
+from rooms.render import FURNITURE
 
 BLOCK = 28  # pixels: pictures are read in blocks of this side, a merged patch of the vision encoder
 MANY = 3  # things that one answer speaks of, at most
@@ -42,9 +43,15 @@ def name(world, k):
 
 def kinds(world):
     """Categories in the first picture all of whose things in it are clear: {category: things from left to right}."""
-    seen = sorted((k for k, one in enumerate(world.sights[0]) if one.box), key=lambda k: world.sights[0][k].box)
+    seen = sorted(
+        (k for k, one in enumerate(world.sights[0]) if one.box),
+        key=lambda k: world.sights[0][k].box,
+    )
     unclear = {name(world, k) for k in seen if not world.sights[0][k].clear}
-    return {kind: [k for k in seen if name(world, k) == kind] for kind in sorted({name(world, k) for k in seen} - unclear)}
+    return {
+        kind: [k for k in seen if name(world, k) == kind]
+        for kind in sorted({name(world, k) for k in seen} - unclear)
+    }
 
 
 def groups(world):
@@ -52,13 +59,16 @@ def groups(world):
     made = {}
     for k, thing in enumerate(world.room.things):
         made.setdefault(thing.name, []).append(k)
-    return {kind: sorted(things, key=lambda k: (world.first[k], k)) for kind, things in sorted(made.items())
-            if all(k in world.first for k in things)}
+    return {
+        kind: sorted(things, key=lambda k: (world.first[k], k))
+        for kind, things in sorted(made.items())
+        if all(k in world.first for k in things)
+    }
 
 
 def some(rng, items, least=1):
     """A few of the items in any order."""
-    return [items[i] for i in rng.permutation(len(items))[:rng.integers(least, MANY + 1)]]
+    return [items[i] for i in rng.permutation(len(items))[: rng.integers(least, MANY + 1)]]
 
 
 def few(rng, world, count):
@@ -137,10 +147,12 @@ def read(rng, world, ids):
     blocks = len(ids[0]) // BLOCK
     lines = []
     for row, column in itertools.product(range(blocks), repeat=2):
-        block = ids[0][BLOCK * row:, BLOCK * column:][:BLOCK, :BLOCK]
+        block = ids[0][BLOCK * row :, BLOCK * column :][:BLOCK, :BLOCK]
         areas = np.bincount(block.ravel(), minlength=2)[1:]
         lines.append(name(world, areas.argmax()) if areas.max() >= BLOCK * BLOCK / 8 else "nothing")
-    return "Read the picture.", ". ".join(" ".join(lines[i:i + blocks]) for i in range(0, len(lines), blocks)) + "."
+    return "Read the picture.", ". ".join(
+        " ".join(lines[i : i + blocks]) for i in range(0, len(lines), blocks)
+    ) + "."
 
 
 def look(rng, world, ids):
@@ -159,8 +171,9 @@ def look(rng, world, ids):
 
 def count(rng, world, ids):
     if all_kinds := kinds(world):
-        return "Count what you see.", "I see " + listed([f"{len(k)} {kind}{'s' * (len(k) != 1)}"
-                                                         for kind, k in all_kinds.items()]) + "."
+        return "Count what you see.", "I see " + listed(
+            [f"{len(k)} {kind}{'s' * (len(k) != 1)}" for kind, k in all_kinds.items()]
+        ) + "."
 
 
 def reach(rng, world, ids):
@@ -169,15 +182,20 @@ def reach(rng, world, ids):
         chosen = some(rng, [*all_kinds])
         return f"How far does every {listed(chosen)} reach?", " ".join(
             "From {} {} to {} {} reaches the {}.".format(*world.sights[0][k].box, kind)
-            for kind in chosen for k in all_kinds[kind])
+            for kind in chosen
+            for k in all_kinds[kind]
+        )
 
 
 # ------------------------------------------------------------------------------- one picture, views and frames
 def stated(world, things):
     """Where each is first clear: the picture, the ends in it, the place on the floor."""
-    return " ".join("The {}{} from {} {} to {} {}, {}.".format(
-        name(world, k), where(world, k), *world.sights[world.first[k] - 1][k].box, at(*place))
-        for k, place in zip(things, places(world, things)))
+    return " ".join(
+        "The {}{} from {} {} to {} {}, {}.".format(
+            name(world, k), where(world, k), *world.sights[world.first[k] - 1][k].box, at(*place)
+        )
+        for k, place in zip(things, places(world, things))
+    )
 
 
 def show(rng, world, ids):
@@ -190,7 +208,9 @@ def place(rng, world, ids):
     if world.named:
         things = some(rng, world.named)
         return f"Tell how far off: {listed(names(world, things))}.", " ".join(
-            f"The {name(world, k)} is {at(*place)}." for k, place in zip(things, places(world, things)))
+            f"The {name(world, k)} is {at(*place)}."
+            for k, place in zip(things, places(world, things))
+        )
 
 
 def measure(rng, world, ids):
@@ -198,14 +218,17 @@ def measure(rng, world, ids):
     if things := few(rng, world, 1):
         w, d, h = (round(100 * v) for v in world.room.things[things[0]].dims.tolist())
         sides = f"{w} by {d} by {h}"
-        return f"Measure the {name(world, things[0])}.", worked(rng, sides, f"{max(w, d, h)} at the most", f": {sides}")
+        return f"Measure the {name(world, things[0])}.", worked(
+            rng, sides, f"{max(w, d, h)} at the most", f": {sides}"
+        )
 
 
 def compare(rng, world, ids):
     if things := few(rng, world, 2):
         a, b = places(world, things)
         return "Compare the {} to the {}.".format(*names(world, things)), worked(
-            rng, f"from {at(*a)} to {at(*b)}", f"it is {differ(a, b)}")
+            rng, f"from {at(*a)} to {at(*b)}", f"it is {differ(a, b)}"
+        )
 
 
 def gap(rng, world, ids):
@@ -213,8 +236,11 @@ def gap(rng, world, ids):
     if things := few(rng, world, 2):
         a, b = places(world, things)
         free = world.room.gaps[things[0], things[1]]
-        return "How much floor is free from the {} to the {}?".format(*names(world, things)), worked(
-            rng, f"from {at(*a)} to {at(*b)}, {round(math.dist(a, b))} apart", f"{free:.1f} meters")
+        return "How much floor is free from the {} to the {}?".format(
+            *names(world, things)
+        ), worked(
+            rng, f"from {at(*a)} to {at(*b)}, {round(math.dist(a, b))} apart", f"{free:.1f} meters"
+        )
 
 
 def near(rng, world, ids):
@@ -224,8 +250,12 @@ def near(rng, world, ids):
         if len(others) > 1:
             gaps = world.room.gaps[k]
             others.sort(key=lambda other: gaps[other])
-            return (f"Go away from the {name(world, k)}.",
-                    "Past " + ", ".join(f"{name(world, other)} {round(10 * gaps[other])}" for other in others) + ".")
+            return (
+                f"Go away from the {name(world, k)}.",
+                "Past "
+                + ", ".join(f"{name(world, other)} {round(10 * gaps[other])}" for other in others)
+                + ".",
+            )
 
 
 # -------------------------------------------------------------------------------------------- views and frames
@@ -233,7 +263,8 @@ def turn(rng, world, ids):
     if things := few(rng, world, 3):
         spots = places(world, things)
         return "At the {}, turn from the {} to the {}.".format(*names(world, things)), worked(
-            rng, f"from {listed([at(*spot) for spot in spots])}", f"turn {turned(*spots)}")
+            rng, f"from {listed([at(*spot) for spot in spots])}", f"turn {turned(*spots)}"
+        )
 
 
 def describe(rng, world, ids):
@@ -250,7 +281,9 @@ def enter(rng, world, ids):
     if world.named:
         things = some(rng, world.named, 2)
         seen = sorted(things, key=lambda k: (world.first[k], k))
-        return f"When do you see {listed(names(world, things))}?", " ".join(f"{name(world, k)}{where(world, k)}." for k in seen)
+        return f"When do you see {listed(names(world, things))}?", " ".join(
+            f"{name(world, k)}{where(world, k)}." for k in seen
+        )
 
 
 def total(rng, world, ids):
@@ -259,8 +292,12 @@ def total(rng, world, ids):
         several = [kind for kind, things in clear.items() if len(things) > 1] or [*clear]
         kind = several[rng.integers(len(several))]
         things = clear[kind]
-        steps = ", ".join(f"{at(*spot)}{where(world, k)}" for k, spot in zip(things, places(world, things)))
-        return f"Count every {kind} of the whole room.", worked(rng, f"from {steps}", f"it holds {len(things)}")
+        steps = ", ".join(
+            f"{at(*spot)}{where(world, k)}" for k, spot in zip(things, places(world, things))
+        )
+        return f"Count every {kind} of the whole room.", worked(
+            rng, f"from {steps}", f"it holds {len(things)}"
+        )
 
 
 def pace(rng, world, ids):
@@ -273,7 +310,11 @@ def pace(rng, world, ids):
 def spot(rng):
     """A place on the floor: most are ahead, in the camera's field of view."""
     x, y = rng.uniform(-0.6, 0.6), rng.uniform(8, 45)
-    return (round(x * y), round(y)) if rng.random() < 0.6 else tuple(rng.integers(-45, 46, size=2).tolist())
+    return (
+        (round(x * y), round(y))
+        if rng.random() < 0.6
+        else tuple(rng.integers(-45, 46, size=2).tolist())
+    )
 
 
 def sums(rng, world, ids):
@@ -290,31 +331,81 @@ def sums(rng, world, ids):
         w, d = rng.integers(28, 96, size=2).tolist()
         return f"Pace out {w} by {d}.", f"{area(w, d)} in all."
     told = some(rng, [*FURNITURE], 2)
-    numbers = rng.choice(np.arange(1, 9 if kind == 4 else 50), size=len(told), replace=False).tolist()
-    pairs, ordered = ", ".join(f"{word} {n}" for word, n in zip(told, numbers)), [told[i] for i in np.argsort(numbers)]
-    return (f"In which order are {pairs}?", f"{', '.join(ordered)}.") if kind == 4 else (f"Least of {pairs}?", f"{ordered[0]}.")
+    numbers = rng.choice(
+        np.arange(1, 9 if kind == 4 else 50), size=len(told), replace=False
+    ).tolist()
+    pairs, ordered = (
+        ", ".join(f"{word} {n}" for word, n in zip(told, numbers)),
+        [told[i] for i in np.argsort(numbers)],
+    )
+    return (
+        (f"In which order are {pairs}?", f"{', '.join(ordered)}.")
+        if kind == 4
+        else (f"Least of {pairs}?", f"{ordered[0]}.")
+    )
 
 
 def recall(rng, world, ids):
     """Words are told by letters, and the letter of each is asked for again, in another order."""
-    words = rng.permutation([*FURNITURE, *SIDES]).tolist()[:rng.integers(2, 9)]
+    words = rng.permutation([*FURNITURE, *SIDES]).tolist()[: rng.integers(2, 9)]
     pairs = [*zip(rng.permutation([*ascii_uppercase]).tolist(), words)]
-    told, asked = ", ".join(f"{letter} {word}" for letter, word in pairs), [pairs[i] for i in rng.permutation(len(pairs))]
-    return (f"Told {told}, say {', '.join(word for _, word in asked)}.",
-            f"Told {', '.join(f'{word} {letter}' for letter, word in asked)}.")
+    told, asked = (
+        ", ".join(f"{letter} {word}" for letter, word in pairs),
+        [pairs[i] for i in rng.permutation(len(pairs))],
+    )
+    return (
+        f"Told {told}, say {', '.join(word for _, word in asked)}.",
+        f"Told {', '.join(f'{word} {letter}' for letter, word in asked)}.",
+    )
 
 
 TASKS = {  # what a picture is called -> its tasks and how often each is tried; pairs are found in few pictures
-    "": {read: 1, look: 1, count: 1, reach: 2, show: 2, place: 1, measure: 1, compare: 9, gap: 9, near: 6},
-    "view": {describe: 1, enter: 2, total: 3, show: 4, place: 1, measure: 1, compare: 4, gap: 4, near: 3, turn: 4, pace: 1},
-    "frame": {describe: 1, enter: 5, total: 2, show: 4, place: 1, measure: 2, gap: 3, near: 3, turn: 3, pace: 1},
+    "": {
+        read: 1,
+        look: 1,
+        count: 1,
+        reach: 2,
+        show: 2,
+        place: 1,
+        measure: 1,
+        compare: 9,
+        gap: 9,
+        near: 6,
+    },
+    "view": {
+        describe: 1,
+        enter: 2,
+        total: 3,
+        show: 4,
+        place: 1,
+        measure: 1,
+        compare: 4,
+        gap: 4,
+        near: 3,
+        turn: 4,
+        pace: 1,
+    },
+    "frame": {
+        describe: 1,
+        enter: 5,
+        total: 2,
+        show: 4,
+        place: 1,
+        measure: 2,
+        gap: 3,
+        near: 3,
+        turn: 3,
+        pace: 1,
+    },
 }
 TOLD = (sums, recall)  # about no picture, once with each part of a room
 
 
 def level(world, task):
     """Order of learning: recall, what one picture shows, what follows from that or from what is told, several pictures."""
-    return {"recall": 0, "sums": 2}.get(task, 3 if world.word else 1 + (task in ("compare", "gap", "near")))
+    return {"recall": 0, "sums": 2}.get(
+        task, 3 if world.word else 1 + (task in ("compare", "gap", "near"))
+    )
 
 
 def talk(rng, world, ids):
@@ -324,4 +415,4 @@ def talk(rng, world, ids):
         task = tasks[i]
         if said := task(rng, world, ids):
             made.setdefault(said[0], (task.__name__, *said))
-    return [*made.values()][:QUESTIONS[world.word]]
+    return [*made.values()][: QUESTIONS[world.word]]

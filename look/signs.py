@@ -1,20 +1,20 @@
 """Signs of trouble in a run of the ladder: what is found wherever they show, and whether it is "ok", "TROUBLE" or "unknown".
 
-    python signs.py runs/tiny            # ladder.py ends with it
+    python -m look.signs runs/tiny            # ladder.py ends with it
 
 Every trainer and evaluation leaves what this reads: scores.json, predictions.jsonl, log.jsonl. What is not there yet is
 left out.
 """
+
 import argparse
 from pathlib import Path
 
 import numpy as np
 
-from checkpoint import read_json
-from data import parse_line, read_lines
+from files import UserError, parse_line, read_json, read_lines
 from ladder import EVERY_RUNG, GROUNDING, RUNGS
-from rewards import UserError
-from runtime import Parser, main_guard
+from runtime import main_guard
+from settings import Parser
 
 INVALID = 0.01  # share of localization answers that may be no JSON, and of boxes that may reach out of the picture
 MEMORIZED = 0.1  # training questions may score so much better than held-out ones
@@ -37,10 +37,13 @@ def outside(box, size):
 def boxes_sign(rows):
     """Of localization rows: (is it trouble, a sentence)."""
     valid = np.mean([row["prediction"] is not None for row in rows])
-    boxes = [outside(box["bbox_2d"], row["size"]) for row in rows for box in row["prediction"] or ()]
+    boxes = [
+        outside(box["bbox_2d"], row["size"]) for row in rows for box in row["prediction"] or ()
+    ]
     out = float(np.mean(boxes)) if boxes else 0.0
     return 1 - valid > INVALID or out > INVALID, (
-        f"{valid:.1%} of its localization answers are valid JSON, {out:.1%} of their boxes empty or partly outside the picture")
+        f"{valid:.1%} of its localization answers are valid JSON, {out:.1%} of their boxes empty or partly outside the picture"
+    )
 
 
 def memory_sign(train, held_out):
@@ -53,7 +56,8 @@ def memory_sign(train, held_out):
     far = train["overall"] - held_out["overall"] > MEMORIZED
     return far and held_out["low"] <= held_out["blind"], (
         f"training questions score {train['overall']:.3f}, held-out ones {held_out['overall']:.3f} "
-        f"(at least {held_out['low']:.3f}; blind {held_out['blind']:.3f})")
+        f"(at least {held_out['low']:.3f}; blind {held_out['blind']:.3f})"
+    )
 
 
 def reward_sign(rows):
@@ -63,15 +67,21 @@ def reward_sign(rows):
     (None) with fewer than two steps in a fifth, or fewer than two looks at held-out questions.
     """
     rewards, fifth = [row["reward"] for row in rows], len(rows) // 5
-    held_out = [row["eval_rewards/accuracy/mean"] for row in rows if "eval_rewards/accuracy/mean" in row]
+    held_out = [
+        row["eval_rewards/accuracy/mean"] for row in rows if "eval_rewards/accuracy/mean" in row
+    ]
     if fifth < 2 or len(held_out) < 2:
-        return None, f"{len(rows)} steps of GRPO and {len(held_out)} looks at held-out questions are too few to judge"
+        return (
+            None,
+            f"{len(rows)} steps of GRPO and {len(held_out)} looks at held-out questions are too few to judge",
+        )
     first, last = rewards[:fifth], rewards[-fifth:]
     noise = 2 * np.sqrt((np.var(first, ddof=1) + np.var(last, ddof=1)) / fifth)
     rises = np.mean(last) - np.mean(first) > noise
     return bool(rises and held_out[-1] <= held_out[0]), (
         f"reward {np.mean(first):.3f} -> {np.mean(last):.3f} (noise {noise:.3f}), held-out accuracy {held_out[0]:.3f} -> "
-        f"{held_out[-1]:.3f}")
+        f"{held_out[-1]:.3f}"
+    )
 
 
 def attention_sign(before, after):
@@ -81,25 +91,37 @@ def attention_sign(before, after):
     (True, 'entropy of the attention map 0.800 -> 0.900')
     """
     return after["entropy"]["low"] > before["entropy"]["high"], (
-        f"entropy of the attention map {before['entropy']['value']:.3f} -> {after['entropy']['value']:.3f}")
+        f"entropy of the attention map {before['entropy']['value']:.3f} -> {after['entropy']['value']:.3f}"
+    )
 
 
 def taught_boxes(run, name):
     """Whether a rung, or one below it, was trained on rows of boxes."""
-    path, start = run / name / "config_run.json", {rung.name: rung.start for rung in EVERY_RUNG}[name]
+    path, start = (
+        run / name / "config_run.json",
+        {rung.name: rung.start for rung in EVERY_RUNG}[name],
+    )
     config = read_json(path) if path.is_file() else {"data": []}
     files = config["data"] + (config["replay"] or [] if config.get("replay_ratio") else [])
-    return any(Path(file).name == GROUNDING for file in files) or start is not None and taught_boxes(run, start)
+    return any(Path(file).name == GROUNDING for file in files) or (
+        start is not None and taught_boxes(run, start)
+    )
 
 
 def signs(run):
     """(rung, is it trouble, a sentence) of all that a run has so far; None: there is too little to say."""
     for rung in EVERY_RUNG[1:]:
         answers, log = run / "eval" / rung.name / "predictions.jsonl", run / rung.name / "log.jsonl"
-        located = [row for row in rows_of(answers) if row["question_type"] == "localization"] if answers.is_file() else []
+        located = (
+            [row for row in rows_of(answers) if row["question_type"] == "localization"]
+            if answers.is_file()
+            else []
+        )
         if located and taught_boxes(run, rung.name):
             yield rung.name, *boxes_sign(located)
-        train, held_out = (run / folder / rung.name / "scores.json" for folder in ("eval-train", "eval"))
+        train, held_out = (
+            run / folder / rung.name / "scores.json" for folder in ("eval-train", "eval")
+        )
         if train.is_file() and held_out.is_file():
             yield rung.name, *memory_sign(read_json(train), read_json(held_out))
         steps = [row for row in rows_of(log) if "reward" in row] if log.is_file() else []
