@@ -7,7 +7,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPOSITORY))
 torch.set_num_threads(1)  # the models are tiny: more threads only wait for one another
 settings.register_profile(
     "untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow]
@@ -143,7 +144,7 @@ def call(monkeypatch):
 
     def call_main(script, *flags):
         handlers = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGINT)}
-        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, flags)])
+        monkeypatch.setattr(sys, "argv", [f"{script.__name__.split('.')[-1]}.py", *map(str, flags)])
         try:
             script.main()
         finally:
@@ -181,19 +182,28 @@ def keep_gradients(script, path):
 
 
 def launch(script, *flags, processes=1, **environment):
-    """Run a script as a person does, under torchrun where there are several processes; its CompletedProcess."""
+    """Run a script as a person does, under torchrun where there are several processes.
+
+    script: the path of a file, or "package.module" for python -m. Returns: its CompletedProcess.
+    """
     import os
     import subprocess
 
-    torchrun = (
-        ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        if processes > 1
-        else []
-    )
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    if not str(script).endswith(".py"):
+        command.append("-m")
+    paths = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
     return subprocess.run(
-        [sys.executable, *torchrun, str(script), *map(str, flags)],
+        [*command, str(script), *map(str, flags)],
         capture_output=True,
         text=True,
         timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join(paths),
+            **environment,
+        },
     )
