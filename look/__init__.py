@@ -1,0 +1,1 @@
+"""Looking at data and results. The trainers import nothing from here."""
