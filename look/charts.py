@@ -9,6 +9,7 @@ A chart is the text of an SVG that stands alone and suits light and dark pages. 
 
 import base64
 import io
+import math
 import re
 from html import escape
 
@@ -18,59 +19,76 @@ from files import write_text
 
 # Plain colours and one media query: not every viewer of SVG knows CSS variables.
 STYLE = """
-.chart text{font:12px system-ui,sans-serif;fill:#5d6673}.chart .title{font-weight:600;fill:#1f2328}
-.chart .grid{stroke:#8a929e;stroke-opacity:.25}.chart .zero{stroke:#8a929e}.chart .line{fill:none;stroke-width:1.8}
-.chart .faint{fill:none;stroke-width:2.6;stroke-linecap:round;opacity:.3}.chart .ring{fill:none;stroke-width:1.6}
-.chart .whisker{stroke-width:2;opacity:.55}.chart .c0{stroke:#2f7de0}.chart .c1{stroke:#d9822b}
-.chart .c2{stroke:#2e9e6b}.chart .c3{stroke:#a35fd0}.chart .c4{stroke:#d0506b}.chart .c5{stroke:#7f8a99}
-.chart .dot{fill:#2f7de0}.chart .ring{stroke:#d9822b}
-@media(prefers-color-scheme:dark){.chart text{fill:#9aa4b2}.chart .title{fill:#dde2e8}}
-""".replace("\n", "")
-COLORS = 6  # c0 to c5
+.chart text { font: 12px system-ui, sans-serif; fill: #5d6673 }
+.chart .title { font-weight: 600; fill: #1f2328 }
+.chart .name { fill: currentColor }
+.chart .grid { stroke: #8a929e; stroke-opacity: .25 }
+.chart .zero { stroke: #8a929e }
+.chart .line { fill: none; stroke: currentColor; stroke-width: 1.8 }
+.chart .faint { stroke: currentColor; stroke-width: 3; stroke-linecap: round; opacity: .3 }
+.chart .dot { fill: #2f7de0 }
+.chart .whisker { stroke: #2f7de0; stroke-width: 2; opacity: .55 }
+.chart .ring { fill: none; stroke: #d9822b; stroke-width: 1.6 }
+.chart .c1 { color: #2f7de0 }
+.chart .c2 { color: #d9822b }
+.chart .c3 { color: #2e9e6b }
+.chart .c4 { color: #a35fd0 }
+.chart .c5 { color: #d0506b }
+@media (prefers-color-scheme: dark) {
+  .chart text { fill: #9aa4b2 }
+  .chart .title { fill: #dde2e8 }
+  .chart .name { fill: currentColor }
+}
+"""
 
 PAGE = """
-:root { color-scheme: light dark; --paper: #fdfdfc; --ink: #1f2328; --soft: #5d6673; --line: #e1e4e8;
-  --card: #f4f5f7; --good: #1a7f4b; --bad: #c4403a; --true: #2ecc71 }
+:root { color-scheme: light dark; --paper: #fdfdfc; --ink: #1f2328; --soft: #5d6673;
+  --line: #e1e4e8; --card: #f4f5f7; --good: #1a7f4b; --bad: #c4403a }
 @media (prefers-color-scheme: dark) { :root { --paper: #14171b; --ink: #dde2e8; --soft: #9aa4b2;
   --line: #2c333c; --card: #1c2027; --good: #56c98a; --bad: #f0837c } }
 * { box-sizing: border-box }
-body { max-width: 1080px; margin: 0 auto; padding: 40px 20px 80px; background: var(--paper);
+body { max-width: 1080px; margin: 0 auto; padding: 32px 16px 80px; background: var(--paper);
   color: var(--ink); font: 16px/1.55 system-ui, sans-serif; font-variant-numeric: tabular-nums }
-h1 { font-size: 28px; margin: 0 } h2 { font-size: 20px; margin: 48px 0 4px }
-h3 { font-size: 15px; margin: 18px 0 8px } p { max-width: 46em; margin: 6px 0 14px }
-figure, ul { margin: 0; padding: 0 } figcaption, small, .soft { font-size: 13px; color: var(--soft) }
-.good { color: var(--good) } .bad { color: var(--bad) }
-.across { overflow-x: auto } .row { display: flex; flex-wrap: wrap; gap: 14px 18px; margin: 0 0 16px }
-table { border-collapse: collapse; font-size: 14px; margin: 12px 0 }
-td, th { padding: 4px 14px 4px 0; text-align: left; border-bottom: 1px solid var(--line);
-  vertical-align: top; font-weight: normal }
-td { text-align: right } thead th { color: var(--soft); text-align: right }
-thead th:first-child { text-align: left }
+h1 { font-size: 28px; margin: 0 }
+h2 { font-size: 20px; margin: 44px 0 8px }
+h3 { font-size: 15px; margin: 18px 0 8px }
+p { max-width: 46em; margin: 6px 0 14px }
+ul, figure { margin: 0; padding: 0 }
+li { border-top: 1px solid var(--line); padding: 6px 0; list-style: none }
+small, figcaption, .soft { font-size: 13px; color: var(--soft) }
+.good { color: var(--good) }
+.bad { color: var(--bad) }
+.row { display: flex; flex-wrap: wrap; gap: 14px 20px; margin: 0 0 16px }
+.across { overflow-x: auto; max-width: 100% }
+table { border-collapse: collapse; font-size: 14px; line-height: 1.35; margin: 12px 0 }
+td { padding: 5px 12px 5px 0; border-bottom: 1px solid var(--line); text-align: right }
+td:first-child { text-align: left; min-width: 13em }
+td small { display: block }
 .card { background: var(--card); border-radius: 8px; padding: 14px 16px; margin: 0 0 18px }
-.card h3 { margin-top: 0 } li { border-top: 1px solid var(--line); padding: 6px 0; list-style: none }
-.text { white-space: pre-wrap; overflow-wrap: anywhere; font-size: 14px; margin: 4px 0; max-width: none }
+.card h3 { margin-top: 0 }
+.text { white-space: pre-wrap; overflow-wrap: anywhere; font-size: 14px; margin: 4px 0 }
 img { max-width: 100%; border-radius: 4px; display: block }
-.boxes { display: block; max-width: 100%; height: auto; border-radius: 4px }
-.boxes rect { fill: none; stroke-width: 2; vector-effect: non-scaling-stroke }
-.boxes text { font: 11px system-ui, sans-serif; fill: #fff; paint-order: stroke; stroke: #000;
-  stroke-width: 2.5px }
-.boxes .true { stroke: #ffd43b } .boxes .seen { stroke: #ff4fa3; stroke-dasharray: 5 3 }
+.boxes { max-width: 100%; border-radius: 4px; display: block }
+.boxes path { fill: none; stroke-width: 2; vector-effect: non-scaling-stroke }
+.boxes text { fill: #fff; stroke: #000; stroke-width: .15em; paint-order: stroke }
+.boxes .true { stroke: #ffd43b }
+.boxes .seen { stroke: #ff4fa3; stroke-dasharray: 5 3 }
+.tokens { max-width: none }
 .tokens span { border-radius: 3px; margin-right: 1px; background: var(--line) }
 .trained .tokens span { background: rgb(40 167 90 / .3) }
 .vision .tokens span { background: rgb(47 111 222 / .25) }
-@media (max-width: 640px) { body { padding: 24px 14px 60px } }
 """
 
 LEFT, RIGHT, TOP, BOTTOM = 50, 290, 44, 156  # the frame of a curve
 ROW, ACROSS = 22, 240  # of dots: the height of a row, the width of the frame
-POINTS = 400  # of a curve that are drawn at most
+POINTS = 400  # of a line that are drawn at most
 
 
 # ---------------------------------------------------------------------------------- pieces
 
 
 def text(words, x, y, anchor="start", kind="label"):
-    # What XML cannot hold, such as a control character, becomes a question mark.
+    """A text of an SVG. What XML cannot hold, a control character, becomes a question mark."""
     words = re.sub("[^\t\n -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "?", words)
     place = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"'
     return f'<text class="{kind}" {place}>{escape(words)}</text>'
@@ -85,26 +103,26 @@ def circle(kind, x, y):
 
 
 def room_for(words):
-    """Pixels that a text needs at most. Characters beyond ASCII have more bytes, and may be wider."""
+    """Pixels that a text needs at most. A character beyond ASCII has more bytes and may be wider."""
     return 8 * len(words.encode(errors="replace"))
 
 
 def drawing(width, height, parts):
     """A whole SVG."""
-    size = f'width="{width:.0f}" height="{height:.0f}"'
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" class="chart" {size} '
-        f'viewBox="0 0 {width:.0f} {height:.0f}"><style>{STYLE}</style>{"".join(parts)}</svg>\n'
+        f'<svg xmlns="http://www.w3.org/2000/svg" class="chart" width="{width:.0f}" '
+        f'height="{height:.0f}" viewBox="0 0 {width:.0f} {height:.0f}">'
+        f"<style>{STYLE}</style>{''.join(parts)}</svg>\n"
     )
 
 
 def ticks(low, high, count=4):
-    """At most count + 1 round numbers in [low, high], 1, 2 or 5 times a power of ten apart."""
-    power = 10.0 ** np.floor(np.log10((high - low) / count))
-    steps = power * np.array([1, 2, 5, 10])
-    step = steps[np.argmax(steps * count >= (high - low) * (1 - 1e-9))]
-    first, last = np.ceil(low / step - 1e-9), np.floor(high / step + 1e-9)
-    return step * np.arange(first, last + 1) + 0.0  # no minus zero
+    """At most count + 1 round numbers from low to high, 1, 2 or 5 times a power of ten apart."""
+    rough = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(power * times for times in (1, 2, 5, 10) if power * times >= rough * (1 - 1e-9))
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [step * n for n in range(first, last + 1)]
 
 
 def running_mean(values):
@@ -123,56 +141,45 @@ def curve(title, lines, unit=""):
     The frame holds the lines and the middle 96% of the dots, so that a spike does not flatten the
     curve. A dot on the edge lies beyond it. Values that are None or not finite are counted.
 
-    Args:    lines: {name: [(x, y), ...]}. The names are written only if there are several.
+    Args:    lines: {name: [(x, y), ...]}, five at most to have a colour each.
     Returns: the text of an SVG.
     """
-    series, total, missing = {}, 0, 0
+    series = {}
     for name, points in lines.items():
-        finite = [(x, y) for x, y in points if y is not None and np.isfinite(y)]
-        total += len(points)
-        missing += len(points) - len(finite)
-        if finite:
-            x, y = np.array(finite, float).T
-            series[name] = x, y, running_mean(y)
-    if missing:
-        unit = f"{unit} ({missing} of {total} without a value)"
-    width = max(RIGHT + 14, 12 + room_for(title), 12 + room_for(unit))
-    parts = [text(title, 8, 16, kind="title"), text(unit, 8, 32)]
+        x, y = np.array(points, float).reshape(-1, 2).T  # None becomes NaN
+        finite = np.isfinite(y)
+        if not finite.all():
+            name += f" ({len(y) - finite.sum()} of {len(y)} without a value)"
+        if finite.any():
+            series[name] = np.stack([x[finite], y[finite], running_mean(y[finite])])
+    width = max(RIGHT + 14, 16 + max(map(room_for, [title, unit, *series])))
+    height = BOTTOM + 26 + 16 * len(series)
+    parts = [text(title, 8, 16, kind="title"), text(unit if series else "no values", 8, 32)]
     if not series:
-        return drawing(width, TOP + 20, [*parts, text("no values", 8, TOP + 10)])
+        return drawing(width, TOP, parts)
 
-    last = max(x.max() for x, _, _ in series.values())
-    low = min(min(mean.min(), np.percentile(y, 2)) for _, y, mean in series.values())
-    high = max(max(mean.max(), np.percentile(y, 98)) for _, y, mean in series.values())
+    steps, values, means = np.concatenate([*series.values()], axis=1)
+    low = min(means.min(), np.percentile(values, 2))
+    high = max(means.max(), np.percentile(values, 98))
     margin = 0.05 * (high - low) or 0.1 * abs(high) or 1.0  # a flat curve needs a range too
-    across = (0, max(last, 1)), (LEFT, RIGHT)
+    across = (0, max(steps.max(), 1)), (LEFT, RIGHT)
     up = (low - margin, high + margin), (BOTTOM, TOP)
+    for tick in ticks(*across[0]):
+        parts.append(text(f"{tick:.6g}", np.interp(tick, *across), BOTTOM + 16, "middle"))
     for tick in ticks(*up[0]):
         y = np.interp(tick, *up)
         parts += [line("grid", LEFT, RIGHT, y, y), text(f"{tick:.5g}", LEFT - 6, y + 4, "end")]
-    for tick in ticks(*across[0]):
-        parts.append(text(f"{tick:.6g}", np.interp(tick, *across), BOTTOM + 16, "middle"))
-    parts.append(line("zero", LEFT, RIGHT, BOTTOM, BOTTOM))
-
-    legend = 8
-    for number, (name, (x, y, mean)) in enumerate(series.items()):
-        color = f"c{number % COLORS}"
-        some = slice(None, None, len(x) // POINTS + 1)
-        x, y, mean = (
-            np.interp(x, *across)[some],
-            np.interp(y, *up)[some],
-            np.interp(mean, *up)[some],
-        )
+    for color, (name, rows) in enumerate(series.items(), 1):
+        x, y, mean = rows[:, :: rows.shape[1] // POINTS + 1]
+        x, y, mean = np.interp(x, *across), np.interp(y, *up), np.interp(mean, *up)
         faint = "".join(f"M{a:.1f} {b:.1f}h0" for a, b in zip(x, y))
         points = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, mean))
-        parts.append(f'<path class="faint {color}" d="{faint}"/>')
-        parts.append(f'<polyline class="line {color}" points="{points}"/>')
-        if len(series) > 1:
-            parts.append(line(f"line {color}", legend, legend + 14, BOTTOM + 32, BOTTOM + 32))
-            parts.append(text(name, legend + 19, BOTTOM + 36))
-            legend += 30 + room_for(name)
-    height = BOTTOM + (44 if len(series) > 1 else 24)
-    return drawing(max(width, legend), height, parts)
+        parts += [
+            f'<g class="c{color}"><path class="faint" d="{faint}"/>',
+            f'<polyline class="line" points="{points}"/>',
+            text(name, 8, BOTTOM + 20 + 16 * color, kind="name") + "</g>",
+        ]
+    return drawing(width, height, parts)
 
 
 def dots(title, rows, marks=None):
@@ -183,56 +190,50 @@ def dots(title, rows, marks=None):
              a row of its own.
     Returns: the text of an SVG.
     """
-    marks = marks or {}
-    labels = [row[0] for row in rows]
-    rows = list(rows) + [(label, None, None, None) for label in marks if label not in labels]
-    numbers = [(*row[1:], marks.get(row[0])) for row in rows]
-    table = np.array(numbers, float).reshape(-1, 4)  # None becomes NaN
-    table[np.isinf(table)] = np.nan
-    low, high = np.nanmin(table, initial=0.0), np.nanmax(table, initial=0.0)
+    marks = dict(marks or {})
+    rows = [(*row, marks.pop(row[0], None)) for row in rows]
+    rows += [(label, None, None, None, mark) for label, mark in marks.items()]
+    places = np.array([row[1:] for row in rows], float).reshape(-1, 4)  # None becomes NaN
+    low, high = np.nanmin(places, initial=0.0), np.nanmax(places, initial=0.0)
     margin = 0.04 * (high - low) or 1.0
     left = 20 + max((room_for(row[0]) for row in rows), default=0)
-    right = left + ACROSS
-    bottom = 30 + ROW * len(rows)
+    right, bottom = left + ACROSS, 30 + ROW * len(rows)
     scale = (low - margin, high + margin), (left, right)
 
     parts = [text(title, 8, 16, kind="title")]
     for tick in ticks(*scale[0]):
         x = np.interp(tick, *scale)
-        kind = "grid" if tick else "zero"
-        parts += [line(kind, x, x, 26, bottom), text(f"{tick:.5g}", x, bottom + 15, "middle")]
-    for number, (row, values) in enumerate(zip(rows, table)):
-        y = 30 + ROW * (number + 0.5)
-        value, start, end, mark = np.interp(values, *scale)  # NaN stays NaN
-        said = "–" if np.isnan(value) else f"{values[0]:.3g}"
-        if not np.isnan(start + end):
-            parts.append(line("whisker c0", start, end, y, y))
-            said += f" [{values[1]:.3g}, {values[2]:.3g}]"
-        if not np.isnan(value):
-            parts.append(circle("dot", value, y))
-        if not np.isnan(mark):
-            parts.append(circle("ring", mark, y))
-            said += f"  ({values[3]:.3g})"
-        parts += [text(row[0], left - 10, y + 4, "end"), text(said, right + 10, y + 4)]
-    width = max(right + 190, 16 + room_for(title))
-    return drawing(width, bottom + 24, parts)
+        parts.append(line("grid" if tick else "zero", x, x, 26, bottom))
+        parts.append(text(f"{tick:.5g}", x, bottom + 15, "middle"))
+    for number, (label, value, low, high, mark) in enumerate(rows):
+        y, numbers = 41 + ROW * number, []
+        if low is not None:
+            parts.append(line("whisker", *np.interp((low, high), *scale), y, y))
+            numbers.append(f"[{low:.3g}, {high:.3g}]")
+        if value is not None:
+            parts.append(circle("dot", np.interp(value, *scale), y))
+            numbers.insert(0, f"{value:.3g}")
+        if mark is not None:
+            parts.append(circle("ring", np.interp(mark, *scale), y))
+            numbers.append(f"({mark:.3g})")
+        parts.append(text(label, left - 10, y + 4, "end"))
+        parts.append(text(" ".join(numbers) or "–", right + 10, y + 4))
+    return drawing(max(right + 190, 16 + room_for(title)), bottom + 24, parts)
 
 
 def join(svgs, columns):
-    """Several charts in one SVG, row by row."""
-    sizes = [
-        [float(n) for n in re.search(r'width="(\d+)" height="(\d+)"', s).groups()] for s in svgs
-    ]
-    wide = max((width for width, _ in sizes), default=0)
-    parts, y = [], 0
-    for first in range(0, len(svgs), columns):
-        for column, svg in enumerate(svgs[first : first + columns]):
-            parts.append(svg.replace("<svg ", f'<svg x="{wide * column:.0f}" y="{y:.0f}" ', 1))
-        y += max(height for _, height in sizes[first : first + columns])
-    return drawing(wide * min(columns, len(svgs)), y, parts)
+    """Several charts in one SVG, row by row, in cells of one size."""
+    sizes = [re.search(r'width="(\d+)" height="(\d+)"', svg).groups() for svg in svgs]
+    wide, high = np.array(sizes, int).reshape(-1, 2).max(axis=0, initial=0)
+    parts = []
+    for number, svg in enumerate(svgs):
+        row, column = divmod(number, columns)
+        parts.append(svg.replace("<svg", f'<svg x="{wide * column}" y="{high * row}"', 1))
+    return drawing(wide * columns, high * -(-len(svgs) // columns), parts)
 
 
 def save(svg, path):
+    """Write a chart to a file."""
     write_text(path, svg)
 
 
@@ -251,6 +252,24 @@ def data_uri(image, longest=448):
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=92, subsampling=0)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def boxed(uri, size, kinds):
+    """A picture under outlines of boxes.
+
+    Args: size: (width, height) that the boxes are given in. kinds: {class of PAGE: boxes}.
+    """
+    width, height = size
+    drawn = f'<image href="{uri}" width="{width}" height="{height}" preserveAspectRatio="none"/>'
+    for kind, boxes in kinds.items():
+        for box in boxes:
+            x1, y1, x2, y2 = box["bbox_2d"]
+            drawn += f'<path class="{kind}" d="M{x1:.1f} {y1:.1f}H{x2:.1f}V{y2:.1f}H{x1:.1f}Z"/>'
+            drawn += f'<text x="{x1 + 2}" y="{y1 + width / 12}">{escape(box["label"])}</text>'
+    return (
+        f'<svg class="boxes" width="200" viewBox="0 0 {width} {height}" '
+        f'font-size="{width / 16}">{drawn}</svg>'
+    )
 
 
 def page(title, body):

@@ -1,0 +1,123 @@
+"""Write a page with the exact input that the model is trained on for one row of a jsonl file.
+
+    python -m look.show FILE.jsonl --row 3 --model DIR [--images DIR] [--out row.html]
+
+Pictures are shown as the patches hold them, text as its tokens: which ones are trained, and where
+they stand on the three position axes.
+"""
+
+from html import escape
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from checkpoint import load_config
+from data import MEAN, STD, Processor, parse_row, style_of
+from files import UserError, parse_line, read_lines, write_text
+from look.charts import boxed, data_uri, page
+from runtime import main_guard
+from settings import PICTURES, Parser, add_flags, values
+
+
+def seen(example):
+    """An example's pictures and frames as the patches hold them, in one list for each grid."""
+    pictures, first = [], 0
+    for t, h, w in example.grids:
+        patches = example.patches[first : first + t * h * w].numpy()
+        first += t * h * w
+        # data.to_patches backwards, axis by axis.
+        axes = patches.reshape(t, h // 2, w // 2, 2, 2, 3, 2, 14, 14)
+        frames = axes.transpose(0, 6, 1, 3, 7, 2, 4, 8, 5).reshape(2 * t, 14 * h, 14 * w, 3)
+        pixels = (255 * (frames * np.array(STD) + np.array(MEAN))).round().clip(0, 255)
+        pictures.append([Image.fromarray(frame) for frame in pixels.astype(np.uint8)])
+    return pictures
+
+
+def token_runs(example, processor):
+    """Yield runs of tokens of one kind: ("vision", "trained" or "prompt", texts, positions (3, n))."""
+    vision = processor.config.image_token_id, processor.config.video_token_id
+    kinds = []
+    for token, label in zip(example.ids.tolist(), example.labels.tolist()):
+        text = "trained" if label >= 0 else "prompt"
+        kinds.append("vision" if token in vision else text)
+    for kind, places in groupby(range(len(kinds)), kinds.__getitem__):
+        places = list(places)
+        texts, pending = [], []
+        for token in example.ids[places].tolist():
+            pending.append(token)
+            text = processor.tokenizer.decode(pending, skip_special_tokens=False)
+            if "\ufffd" not in text:  # else a part of a character that the next token completes
+                texts.append(text)
+                pending = []
+        yield kind, texts, example.positions[:, places]
+
+
+def views(example, sample):
+    """The pictures of an example, with the boxes of its answer."""
+    figures = ""
+    for media, frames in zip(sample.media, seen(example)):
+        for number, frame in enumerate(frames[: 1 if media.kind == "image" else None], 1):
+            # A video has its frames in files, an odd last one twice, or all in one file.
+            name = Path(media.sources[min(number, len(media.sources)) - 1]).name
+            drawn = boxed(data_uri(frame, max(frame.size)), frame.size, {"true": example.boxes})
+            caption = f"{number}: {escape(name)}, {frame.width} × {frame.height}"
+            figures += f"<figure>{drawn}<figcaption>{caption}</figcaption></figure>"
+    return figures
+
+
+def tokens(example, processor):
+    """The tokens of an example, run by run, with their positions."""
+    items = ""
+    for kind, texts, positions in token_runs(example, processor):
+        count = positions.shape[1]
+        axes = []
+        for name, axis in zip(("time", "height", "width"), positions):
+            low, high = int(axis.min()), int(axis.max())
+            axes.append(f"{name} {low}" if low == high else f"{name} {low} to {high}")
+        if kind == "vision":
+            texts = [f"{texts[0]} × {count}"]
+        marked = "".join(f"<span>{escape(text)}</span>" for text in texts).replace("\n", "↵\n")
+        items += (
+            f'<li class="{kind}"><b>{kind}</b> <small>{count} tokens; {", ".join(axes)}</small>'
+        )
+        items += f'<p class="text tokens">{marked}</p></li>'
+    return items
+
+
+def main():
+    parser = Parser(__doc__)
+    parser.add_argument("file", type=Path, help="jsonl file")
+    parser.add_argument("--row", type=int, required=True, help="line number of the row, from 1")
+    parser.add_argument("--model", required=True, help="model directory")
+    parser.add_argument("--out", default="row.html", help="page to write (default: %(default)s)")
+    add_flags(parser, ("images", *PICTURES))
+    args = parser.parse_args()
+
+    where = f"{args.file}:{args.row}"
+    line = dict(read_lines(args.file)).get(where)
+    if line is None:
+        raise UserError(f"{where}: there is no such row")
+    images = Path(args.images or args.file.parent / "images")
+    sample = parse_row(parse_line(line, where), where, images)
+    processor = Processor(args.model, load_config(args.model), **values(args, PICTURES))
+    style = style_of(sample)
+    example = processor.example(sample, style)
+
+    trained = int((example.labels >= 0).sum())
+    body = (
+        f"<p>{escape(sample.question_type)} {sample.data_type}, prompt style {style}: "
+        f"{len(example.ids)} tokens, {trained} of them trained</p>"
+        "<h2>Pictures</h2><p>At the size that the model sees, with the boxes of the answer.</p>"
+        f'<div class="row">{views(example, sample)}</div>'
+        "<h2>Tokens</h2><p>One shade for each token; ↵ ends a line. Green tokens are trained, blue "
+        "ones stand for a picture or video, grey ones are only read.</p>"
+        f"<ul>{tokens(example, processor)}</ul>"
+    )
+    write_text(args.out, page(Path(where).name, body))
+    print(args.out)
+
+
+if __name__ == "__main__":
+    main_guard(main)
