@@ -1,23 +1,27 @@
-"""From a jsonl line to what the model eats: validated samples, prompts, pictures and video, token ids and labels.
-
-    python data.py check FILE.jsonl --images DIR [--model DIR]
+"""From a jsonl line to what the model takes: rows, pictures, prompts, token ids, positions, batches.
 
     jsonl line -> Sample -> messages -> Example (ids, labels, positions, patches, grids) -> Batch
 
-Training, rollouts, the reference and evaluation all take this one way, for pictures, many views and video alike.
-Only the prompt style differs: "localize" asks for boxes as JSON, "direct" for the bare answer, "thinking" for a chain
-of thought in <think></think> and the answer in <answer></answer>.
+    processor = Processor("path/to/Qwen2.5-VL-3B-Instruct", config)
+    samples = read_samples("spld_spatial_data.jsonl", "images")
+    examples = [processor.example(sample, style_of(sample)) for sample in samples]
+    batch = collate(examples, config)
+
+Training, rollouts, the reference and evaluation all take this one way, for pictures, views and video
+alike. Only the prompt style differs: "localize" asks for boxes as JSON, "direct" for the bare answer,
+"thinking" for a chain of thought in <think></think> and the answer in <answer></answer>.
+
+Look through a whole file before training on it: python -m look.check FILE.jsonl --images DIR
 """
 
 import io
 import json
 import math
 import re
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
-from itertools import groupby
+from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -30,28 +34,58 @@ from model import Batch
 from rewards import CHOICE_TYPES, NUMBER_TYPES, parse_choice, parse_number
 
 IGNORE = -100  # label of a token that is not trained
-DATA_TYPES = ("single_image", "multi_view", "video")
-MEAN, STD = (
-    (0.48145466, 0.4578275, 0.40821073),
-    (0.26862954, 0.26130258, 0.27577711),
-)  # of CLIP's pictures, RGB
+PATCH = 14  # pixels on each side of a patch
+FACTOR = 2 * PATCH  # 2 x 2 patches become one vision token: sides of pictures are multiples of this
+PATCH_VALUES = 3 * 2 * PATCH * PATCH  # channels x frames x height x width of one patch: 1176
+NO_PATCHES = torch.empty(0, PATCH_VALUES)
 
-PROMPTS = {  # {question} and {options} are the slots; --prompts FILE replaces any of these texts
+# CLIP's normalization of red, green and blue
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+DATA_TYPES = ("single_image", "multi_view", "video")
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+
+# {question} and {options} are slots. --prompts FILE replaces any of these texts.
+PROMPTS = {
     "system": "You are a helpful assistant.",
-    "localize": "{question}\nLocate every object that the question names: give its bounding box and label as JSON.",
-    "direct choice": "{question}\nOptions:\n{options}\nReply with the letter of the correct option only.",
+    "localize": "{question}\nLocate every object that the question names: give its bounding box and "
+    "label as JSON.",
+    "direct choice": "{question}\nOptions:\n{options}\n"
+    "Reply with the letter of the correct option only.",
     "direct number": "{question}\nReply with a single number only.",
     "direct text": "{question}\nReply with the answer only.",
-    "thinking choice": "{question}\nOptions:\n{options}\nReason step by step between <think> and </think>, then write "
+    "thinking choice": "{question}\nOptions:\n{options}\n"
+    "Reason step by step between <think> and </think>, then write "
     "the letter of the correct option between <answer> and </answer>.",
-    "thinking number": "{question}\nReason step by step between <think> and </think>, then write a single number "
+    "thinking number": "{question}\n"
+    "Reason step by step between <think> and </think>, then write a single number "
     "between <answer> and </answer>.",
-    "thinking text": "{question}\nReason step by step between <think> and </think>, then write the answer between "
+    "thinking text": "{question}\n"
+    "Reason step by step between <think> and </think>, then write the answer between "
     "<answer> and </answer>.",
 }
 
+SPECIAL_TOKENS = (
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
 
-# ---------------------------------------------------------------------------------------------- rows
+
+@contextmanager
+def located(where):
+    """Put file:line before every UserError that is raised inside."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+# ---------------------------------------------------------------------------------- rows: jsonl line -> Sample
 
 
 @dataclass(frozen=True)
@@ -59,287 +93,326 @@ class Media:
     """One picture or one video of a prompt."""
 
     kind: str  # "image" | "video"
-    source: (
-        object  # path or bytes of a picture; path of a video file, or a tuple of its frames' paths
-    )
-    seconds_per_frame: float | None = (
-        None  # true time between the frames of a list, where the row gives it
-    )
+    # An image: its path, or the bytes of its file. A video: the path of its file, or a tuple of the
+    # paths of its frames.
+    source: object
+    seconds_per_frame: float | None = None  # between the frames of a tuple, where the row gives it
 
     @property
     def sources(self):
+        """The files: one, or the frames of a video."""
         return self.source if isinstance(self.source, tuple) else (self.source,)
+
+    @property
+    def is_video_file(self):
+        return self.kind == "video" and not isinstance(self.source, tuple)
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One validated row. A row of chat `messages` keeps its turns; all others are a question with an answer."""
+    """One validated row: a question with its answer, or the turns of a chat."""
 
     where: str  # "file.jsonl:17", how errors and logs name the row
     id: str
     question: str
-    question_type: (
-        str  # "localization", one of the seven types, a benchmark's own, "chat" or "chat: ..."
-    )
+    question_type: str  # "localization", one of the seven types, a benchmark's own, "chat[: ...]"
     answer: object  # text, or a tuple of boxes {"bbox_2d": pixels of the original file, "label"}
     options: tuple = ()  # "A. left", "B. right", ...
     media: tuple = ()
     data_type: str = ""
-    prompt: str | None = None  # complete user text that replaces the template
+    prompt: str | None = None  # a complete user text, used in place of a template
     solution: str | None = None  # the chain of thought that a cold start imitates
-    messages: tuple | None = None  # ((role, (text or Media, ...)), ...)
+    messages: tuple | None = None  # of a chat: ((role, (text or Media, ...)), ...)
 
 
-def read_samples(path, images, wrong=None):
-    """All rows of one jsonl file in SpatialLadder-26k's formats or as chat messages; pictures lie in `images`.
+def read_samples(path, images):
+    """All rows of one jsonl file: SpatialLadder-26k's three formats, or chat messages.
 
-    Raises UserError with file:line at the first row that is not valid. A list `wrong` takes such errors instead, and
-    those of check_media, and their rows are left out."""
+    Args:    images: the folder that picture paths are relative to.
+    Raises:  UserError with file:line at the first row that is not valid.
+    """
     samples = []
     for where, line in read_lines(path):
-        try:
-            sample = parse_row(parse_line(line, where), where, Path(images))
-            samples.append(sample if wrong is None else check_media(sample))
-        except UserError as error:
-            if wrong is None:
-                raise
-            wrong.append(str(error))
+        samples.append(parse_row(parse_line(line, where), where, Path(images)))
     return samples
 
 
-def read_all(paths, images, tell=None, data_types=None):
-    """The rows of several jsonl files, those of the data_types if some are given; pictures lie in `images`, or in a folder
-    of that name beside each file. With `tell`, such as print, rows that are not valid are dropped, and it is told how many.
-    """
-    wrong = [] if tell else None
-    samples = [
-        s
-        for path in paths
-        for s in read_samples(path, images or Path(path).parent / "images", wrong)
-    ]
-    if wrong:
-        tell(f"dropped {len(wrong)} of {len(wrong) + len(samples)} rows, the first: {wrong[0]}")
-    unknown, kinds = (
-        set(data_types or ()) - set(DATA_TYPES),
-        f" of data_type {' or '.join(data_types)}" if data_types else "",
-    )
-    if unknown:
-        raise UserError(
-            f"--data-types: there is no {unknown.pop()!r}, expected of {', '.join(DATA_TYPES)}"
-        )
-    samples = [s for s in samples if not data_types or s.data_type in data_types]
+def read_all(paths, images):
+    """The rows of several files. images: None for a folder of that name beside each file."""
+    samples = []
+    for path in paths:
+        samples += read_samples(path, images or Path(path).parent / "images")
     if not samples:
-        raise UserError(f"{', '.join(map(str, paths))}: no rows{kinds} in it")
+        raise UserError(f"{', '.join(map(str, paths))}: no rows in it")
     return samples
+
+
+def need(row, key, *kinds, default=None):
+    """The value of a key, which must be of one of the kinds."""
+    value = row.get(key, default)
+    if not isinstance(value, kinds):
+        found = json.dumps(value)[:80] if key in row else "missing"
+        raise UserError(f"{key} is {found}, expected {' or '.join(k.__name__ for k in kinds)}")
+    return value
+
+
+def are_texts(value):
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
 def parse_row(row, where, images):
-    """One row: localization if its answer is a list of boxes, cold start if it has a solution, chat if messages."""
+    """One row as a Sample: a chat if it has messages, a question in every other case."""
+    with located(where):
+        name = str(need(row, "question_id", int, str, default=row.get("id", where)))
+        if "messages" in row:
+            return parse_chat(row, where, name, images)
+        return parse_question(row, where, name, images)
 
-    def need(key, kind, default=None):
-        value = row.get(key, default)
-        if not isinstance(value, kind):
-            names = (
-                " or ".join(k.__name__ for k in kind) if isinstance(kind, tuple) else kind.__name__
-            )
-            found = json.dumps(value)[:80] if key in row else "missing"
-            raise UserError(f"{where}: {key} is {found}, expected {names}")
-        return value
 
-    row_id = str(need("question_id", (int, str), row.get("id", where)))
-    if "messages" in row:
-        turns = parse_messages(need("messages", list), where, images)
-        media = tuple(part for _, parts in turns for part in parts if isinstance(part, Media))
-        kind = "chat: " + need("question_type", str) if "question_type" in row else "chat"
-        return Sample(where, row_id, "", kind, "".join(turns[-1][1]), media=media, messages=turns)
+def parse_question(row, where, name, images):
+    """A localization if the answer is a list of boxes, a cold start if there is a solution."""
+    media = parse_media(row, images)
+    prompt = row.get("prompt")
+    if prompt is not None:
+        need(row, "prompt", str)
+    solution = row.get("solution")
+    if solution is not None or "question" not in row:
+        need(row, "solution", str)
 
-    paths, data_type = need("image", list), need("data_type", str)
-    if data_type not in DATA_TYPES:
-        raise UserError(
-            f"{where}: data_type is {data_type!r}, expected single_image, multi_view or video"
-        )
-    if not paths or not all(isinstance(p, str) for p in paths):
-        raise UserError(f"{where}: image is {json.dumps(paths)[:80]}, expected a list of paths")
-    if data_type == "video":
-        is_file = len(paths) == 1 and Path(paths[0]).suffix.lower() not in (
-            ".jpg",
-            ".jpeg",
-            ".png",
-            ".webp",
-        )
-        source = str(images / paths[0]) if is_file else tuple(str(images / p) for p in paths)
-        seconds = need("seconds_per_frame", (int, float)) if "seconds_per_frame" in row else 1.0
-        if not 0 < seconds < math.inf:
-            raise UserError(f"{where}: seconds_per_frame is {seconds}, expected a positive number")
-        media = (Media("video", source, row.get("seconds_per_frame")),)
+    question = need(row, "question", str, default="" if prompt else None)
+    question = question.replace("<image>", "").strip()
+    options = row.get("options") or []
+    if not are_texts(options):
+        raise UserError(f"options is {json.dumps(options)[:80]}, expected a list of texts")
+    if isinstance(row.get("answer"), list):
+        question_type = "localization"
+        options = []
+        answer = parse_boxes(row)
     else:
-        media = tuple(Media("image", str(images / p)) for p in paths)
-
-    prompt, solution = row.get("prompt"), row.get("solution")
-    for key in ("prompt", "solution"):
-        if row.get(key) is not None or (key == "solution" and "question" not in row):
-            need(key, str)
-    question = need("question", str, "" if prompt else None).replace("<image>", "").strip()
-    answer, options = row.get("answer", ""), row.get("options") or []
-    if not isinstance(options, list) or not all(isinstance(option, str) for option in options):
-        raise UserError(f"{where}: options is {json.dumps(options)[:80]}, expected a list of texts")
-    if isinstance(answer, list):
-        if len(media) != 1 or data_type != "single_image" or not answer:
-            raise UserError(
-                f"{where}: {len(answer)} boxes in {len(paths)} pictures ({data_type}), expected some in one"
-            )
-        return Sample(
-            where,
-            row_id,
-            question,
-            "localization",
-            tuple(parse_box(b, where) for b in answer),
-            (),
-            media,
-            data_type,
-            prompt,
-            solution,
-        )
-    question_type = need("question_type", str, "" if solution is not None else None)
-    if question_type not in CHOICE_TYPES + NUMBER_TYPES + (("",) if solution is not None else ()):
-        raise UserError(
-            f"{where}: question_type is {question_type!r}, expected one of "
-            f"{', '.join(CHOICE_TYPES + NUMBER_TYPES)}"
-        )
-    answer = str(need("answer", (str, int, float), ""))
-    if question_type in CHOICE_TYPES:
-        if parse_choice(answer) not in [option[:1] for option in options]:
-            raise UserError(
-                f"{where}: answer is {answer!r}, expected the letter of one of the options {options}"
-            )
-    elif question_type in NUMBER_TYPES and parse_number(answer) is None:
-        raise UserError(f"{where}: answer is {answer!r}, expected a number for {question_type}")
+        question_type = parse_type(row, cold=solution is not None)
+        answer = str(need(row, "answer", str, int, float, default=""))
+        check_answer(answer, question_type, options)
     return Sample(
         where,
-        row_id,
+        name,
         question,
         question_type,
         answer,
         tuple(options),
         media,
-        data_type,
+        row["data_type"],
         prompt,
         solution,
     )
 
 
-def parse_box(box, where):
-    """{"bbox_2d": [x1, y1, x2, y2], "label": text} with x1 < x2 and y1 < y2, in pixels of the original file."""
-    corners = box.get("bbox_2d") if isinstance(box, dict) else None
-    if not (
-        isinstance(corners, list)
-        and len(corners) == 4
-        and isinstance(box.get("label"), str)
-        and all(type(c) in (int, float) and -math.inf < c < math.inf for c in corners)
-    ):
+def parse_media(row, images):
+    """The pictures of a question, or its one video: a list of frames, or one file."""
+    paths = need(row, "image", list)
+    data_type = need(row, "data_type", str)
+    if data_type not in DATA_TYPES:
+        raise UserError(f"data_type is {data_type!r}, expected single_image, multi_view or video")
+    if not paths or not are_texts(paths):
+        raise UserError(f"image is {json.dumps(paths)[:80]}, expected a list of paths")
+    sources = tuple(str(images / path) for path in paths)
+    if data_type != "video":
+        return tuple(Media("image", source) for source in sources)
+
+    seconds = row.get("seconds_per_frame")
+    if "seconds_per_frame" in row:
+        seconds = need(row, "seconds_per_frame", int, float)
+        if not 0 < seconds < math.inf:
+            raise UserError(f"seconds_per_frame is {seconds}, expected a positive number")
+    if len(sources) == 1 and Path(paths[0]).suffix.lower() not in PICTURE_SUFFIXES:
+        return (Media("video", sources[0], seconds),)
+    return (Media("video", sources, seconds),)
+
+
+def parse_boxes(row):
+    """The boxes of a localization, all of them in one picture."""
+    boxes, pictures = row["answer"], len(row["image"])
+    if not boxes or pictures != 1 or row["data_type"] != "single_image":
         raise UserError(
-            f"{where}: box is {json.dumps(box)[:80]}, expected bbox_2d with 4 numbers and a label"
+            f"{len(boxes)} boxes in {pictures} pictures ({row['data_type']}), "
+            "expected one or more boxes in one single_image"
+        )
+    return tuple(parse_box(box) for box in boxes)
+
+
+def parse_box(box):
+    """{"bbox_2d": [x1, y1, x2, y2], "label": text}, in pixels of the original file."""
+    corners = box.get("bbox_2d") if isinstance(box, dict) else None
+    if not is_corners(corners) or not isinstance(box.get("label"), str):
+        raise UserError(
+            f"box is {json.dumps(box)[:80]}, expected bbox_2d with 4 numbers and a label"
         )
     x1, y1, x2, y2 = corners
     if not (0 <= x1 < x2 and 0 <= y1 < y2):
-        raise UserError(f"{where}: bbox_2d is {corners}, expected 0 <= x1 < x2 and 0 <= y1 < y2")
+        raise UserError(f"bbox_2d is {corners}, expected 0 <= x1 < x2 and 0 <= y1 < y2")
     return {"bbox_2d": corners, "label": box["label"]}
 
 
-def parse_messages(messages, where, images):
-    """Chat turns; content is text or a list of parts {"type": "text"|"image"|"video", "text"|"image"|"video": ...}."""
+def is_corners(value):
+    """Four finite numbers; JSON's true is none, though Python counts it as 1."""
+    if not isinstance(value, list) or len(value) != 4:
+        return False
+    return all(type(c) in (int, float) and -math.inf < c < math.inf for c in value)
+
+
+def parse_type(row, cold):
+    """The question_type of a row. A cold start may leave it out: its solution holds the answer."""
+    question_type = need(row, "question_type", str, default="" if cold else None)
+    known = CHOICE_TYPES + NUMBER_TYPES
+    if question_type not in known and not (cold and question_type == ""):
+        raise UserError(f"question_type is {question_type!r}, expected one of {', '.join(known)}")
+    return question_type
+
+
+def check_answer(answer, question_type, options):
+    """An answer that no completion could match would train on noise in silence."""
+    if question_type in CHOICE_TYPES:
+        letters = [option[:1] for option in options]
+        if parse_choice(answer) not in letters:
+            raise UserError(
+                f"answer is {answer!r}, expected the letter of one of the options {options}"
+            )
+    elif question_type in NUMBER_TYPES and parse_number(answer) is None:
+        raise UserError(f"answer is {answer!r}, expected a number for {question_type}")
+
+
+def parse_chat(row, where, name, images):
+    """A row of chat messages, such as
+
+    [{"role": "user", "content": [{"type": "image", "image": "a.jpg"}, {"type": "text", ...}]},
+     {"role": "assistant", "content": "85"}]
+    """
     turns = []
-    for message in messages:
-        role, content = (
-            (message.get("role"), message.get("content"))
-            if isinstance(message, dict)
-            else (None, None)
-        )
+    media = []
+    for message in need(row, "messages", list):
+        role = message.get("role") if isinstance(message, dict) else None
         if role not in ("system", "user", "assistant"):
-            raise UserError(f"{where}: role is {role!r}, expected system, user or assistant")
-        content = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        parts = []
-        for part in content if isinstance(content, list) else [content]:
-            kind = part.get("type") if isinstance(part, dict) else None
-            value = part.get(kind) if kind in ("text", "image", "video") else None
-            if (
-                kind == "video"
-                and isinstance(value, list)
-                and value
-                and all(isinstance(p, str) for p in value)
-            ):
-                parts.append(Media("video", tuple(str(images / p) for p in value)))
-            elif isinstance(value, str) and (kind == "text" or role == "user"):
-                parts.append(value if kind == "text" else Media(kind, str(images / value)))
-            else:
-                raise UserError(
-                    f"{where}: content part {json.dumps(part)[:80]}, expected text, or in a user's turn "
-                    f"an image or a video"
-                )
-        turns.append((role, tuple(parts)))
+            raise UserError(f"role is {role!r}, expected system, user or assistant")
+        content = message.get("content")
+        if isinstance(content, str):
+            content = [{"type": "text", "text": content}]
+        if not isinstance(content, list):
+            content = [content]  # which parse_part refuses
+        parts = tuple(parse_part(part, role, images) for part in content)
+        turns.append((role, parts))
+        media += [part for part in parts if isinstance(part, Media)]
     if not turns or turns[-1][0] != "assistant":
-        raise UserError(f"{where}: messages must end with the assistant's turn")
-    return tuple(turns)
+        raise UserError("messages must end with the assistant's turn")
+    kind = "chat"
+    if "question_type" in row:
+        kind = "chat: " + need(row, "question_type", str)
+    answer = "".join(turns[-1][1])
+    return Sample(where, name, "", kind, answer, media=tuple(media), messages=tuple(turns))
 
 
-# ---------------------------------------------------------------------------------------------- pictures
+def parse_part(part, role, images):
+    """One part of a message: text, or in a user's turn a picture or a video."""
+    match part:
+        case {"type": "text", "text": str(text)}:
+            return text
+        case {"type": "image", "image": str(path)} if role == "user":
+            return Media("image", str(images / path))
+        case {"type": "video", "video": str(path)} if role == "user":
+            return Media("video", str(images / path))
+        case {"type": "video", "video": [_, *_] as paths} if role == "user" and are_texts(paths):
+            return Media("video", tuple(str(images / path) for path in paths))
+    raise UserError(
+        f"content part {json.dumps(part)[:80]}, expected text, or in a user's turn "
+        "an image or a video"
+    )
 
 
-def smart_resize(height, width, min_pixels, max_pixels, factor=28):
-    """The size a picture is shown at: multiples of 28 with an area within the limits, the aspect ratio about kept.
+def style_of(sample, style=None):
+    """The prompt style of a row: a localization asks for boxes; the others take the style given.
+
+    style: None for the style that the row is trained in.
+    """
+    if sample.question_type == "localization":
+        return "localize"
+    return style or ("direct" if sample.solution is None else "thinking")
+
+
+def cost(sample):
+    """About how long a row is, a picture as long as 100 words. Rows of like cost are padded together."""
+    texts = [sample.question, sample.solution or ""]
+    for _, parts in sample.messages or ():
+        texts += [part for part in parts if isinstance(part, str)]
+    pictures = sum(len(media.sources) for media in sample.media)
+    return 100 * pictures + sum(len(text.split()) for text in texts)
+
+
+# ---------------------------------------------------------------------------------- pictures: Media -> patches
+
+
+def smart_resize(height, width, min_pixels, max_pixels):
+    """The (height, width) a picture is resized to: multiples of 28, an area within the limits.
+
+    The aspect ratio is kept as well as multiples of 28 allow.
 
     >>> smart_resize(968, 1296, 16 * 28 * 28, 128 * 28 * 28)
     (252, 364)
     """
     if max(height, width) > 200 * min(height, width):
         raise UserError(f"aspect ratio of {width}x{height} is above 200")
-    h, w = round(height / factor) * factor, round(width / factor) * factor
+    h = round(height / FACTOR) * FACTOR
+    w = round(width / FACTOR) * FACTOR
     if h * w > max_pixels:
         shrink = math.sqrt(height * width / max_pixels)
-        h, w = (
-            max(factor, math.floor(side / shrink / factor) * factor) for side in (height, width)
-        )
+        h = max(FACTOR, math.floor(height / shrink / FACTOR) * FACTOR)
+        w = max(FACTOR, math.floor(width / shrink / FACTOR) * FACTOR)
     elif h * w < min_pixels:
         grow = math.sqrt(min_pixels / (height * width))
-        h, w = (math.ceil(side * grow / factor) * factor for side in (height, width))
+        h = math.ceil(height * grow / FACTOR) * FACTOR
+        w = math.ceil(width * grow / FACTOR) * FACTOR
     return h, w
 
 
-def open_picture(source, pixels=True):
-    """A picture (path, or bytes of a file) as RGB, upright as EXIF says, what is transparent on white; without `pixels`
-    its size, from the header."""
-    name = "picture given as bytes" if isinstance(source, bytes) else source
+@contextmanager
+def opened(source):
+    """PIL's image of a path, or of the bytes of a file; whatever PIL raises becomes one line."""
+    is_bytes = isinstance(source, bytes)
+    name = "picture given as bytes" if is_bytes else source
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            size = (
-                image.size[::-1]
-                if image.getexif().get(ExifTags.Base.Orientation, 1) > 4
-                else image.size
-            )
-            if pixels:
-                image = ImageOps.exif_transpose(image)
-                if image.has_transparency_data:
-                    image = Image.alpha_composite(
-                        Image.new("RGBA", image.size, "white"), image.convert("RGBA")
-                    )
-            image = image.convert("RGB") if pixels else SimpleNamespace(size=size)
-    except (
-        OSError,
-        ValueError,
-        SyntaxError,
-        RuntimeError,
-        Image.DecompressionBombError,
-    ) as error:  # AVIF: RuntimeError
-        raise UserError(f"{name}: not a readable picture ({str(error).split(' <')[0]})") from None
-    if min(image.size) < 28:
-        raise UserError(
-            f"{name}: {image.size[0]}x{image.size[1]} pixels, expected at least 28 on each side"
-        )
-    return image
+        with Image.open(io.BytesIO(source) if is_bytes else source) as image:
+            if min(image.size) < FACTOR:
+                size = "{}x{}".format(*image.size)
+                raise UserError(f"{name}: {size} pixels, expected at least 28 on each side")
+            yield image
+    except UserError:
+        raise
+    # PIL raises each of these for a damaged file: SyntaxError for PNG, RuntimeError for AVIF.
+    except (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError) as error:
+        # A reason such as "cannot identify image file <_io.BytesIO object at 0x...>" ends at " <".
+        reason = str(error).split(" <")[0]
+        raise UserError(f"{name}: not a readable picture ({reason})") from None
+
+
+def open_picture(source):
+    """A picture as RGB, upright as its EXIF says; what is transparent shows white."""
+    with opened(source) as image:
+        image = ImageOps.exif_transpose(image)
+        if image.has_transparency_data:
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image.convert("RGBA"))
+        return image.convert("RGB")
+
+
+@cache  # one picture stands in many rows
+def open_header(source):
+    """(width, height) of the upright picture, from the file's header alone."""
+    with opened(source) as image:
+        width, height = image.size
+        if image.getexif().get(ExifTags.Base.Orientation, 1) > 4:  # 5 to 8 lie on their side
+            return height, width
+        return width, height
 
 
 def read_video(path, num_frames, fps):
-    """Frames of a video file, spread evenly: num_frames of them (fewer if it is shorter), or `fps` a second.
+    """Frames of a video file, spread evenly: num_frames (fewer if it is shorter), or `fps` a second.
 
     Returns: list of RGB pictures, seconds between two of them.
     """
@@ -348,123 +421,142 @@ def read_video(path, num_frames, fps):
     except ImportError:
         raise UserError(
             f"{path}: reading video files needs decord (pip install decord; it has no build for ARM), "
-            f"or give the frames as a list of pictures"
+            "or give the frames as a list of pictures"
         ) from None
     try:
         reader = decord.VideoReader(str(path), num_threads=1)
-        total, rate = len(reader), float(reader.get_avg_fps())
+        total = len(reader)
+        rate = float(reader.get_avg_fps())
         count = num_frames if fps is None else max(1, round(total / rate * fps))
         index = np.linspace(0, total - 1, min(count, total)).astype(int)
         frames = reader.get_batch(index).asnumpy()
         del reader  # decord keeps its decoder's memory as long as the reader lives
     except (decord.DECORDError, OSError, RuntimeError, ValueError, ZeroDivisionError) as error:
-        raise UserError(
-            f"{path}: not a readable video ({str(error).strip().splitlines()[0][:100]})"
-        ) from None
+        reason = str(error).strip().splitlines()[0][:100]
+        raise UserError(f"{path}: not a readable video ({reason})") from None
     if len(index) == 0:
         raise UserError(f"{path}: the video has no frames")
     return [Image.fromarray(frame) for frame in frames], total / rate / len(index)
 
 
-open_header = cache(
-    partial(open_picture, pixels=False)
-)  # a data set shows one picture in many rows
-
-
-@cache
-def video_header(path, num_frames, fps):
-    """As read_video, but of the frames only their sizes."""
-    frames, seconds = read_video(path, num_frames, fps)
-    return [SimpleNamespace(size=frame.size) for frame in frames], seconds
-
-
-def open_media(media, num_frames=1, fps=None, pixels=True):
-    """-> [the picture] or the frames of a video (see open_picture), seconds between two frames or None."""
-    if media.kind == "video" and isinstance(media.source, str):
-        return (read_video if pixels else video_header)(media.source, num_frames, fps)
-    pictures = [open_picture(source) if pixels else open_header(source) for source in media.sources]
-    if any(picture.size != pictures[0].size for picture in pictures):
-        raise UserError(f"{media.sources[0]}: the frames of one video differ in size")
+def open_media(media, num_frames, fps):
+    """-> the picture or the frames as a list, seconds between two frames (None: not known)."""
+    if media.is_video_file:
+        return read_video(media.source, num_frames, fps)
+    pictures = [open_picture(source) for source in media.sources]
+    common_size(media, [picture.size for picture in pictures])
     return pictures, media.seconds_per_frame
 
 
+@cache
+def measure_media(media, num_frames, fps):
+    """As open_media, but instead of the frames their number and (width, height), from headers."""
+    if media.is_video_file:  # has to be decoded for this
+        frames, interval = read_video(media.source, num_frames, fps)
+        return len(frames), frames[0].size, interval
+    sizes = [open_header(source) for source in media.sources]
+    return len(sizes), common_size(media, sizes), media.seconds_per_frame
+
+
+def common_size(media, sizes):
+    if any(size != sizes[0] for size in sizes):
+        raise UserError(f"{media.sources[0]}: the frames of one video differ in size")
+    return sizes[0]
+
+
 def check_media(sample):
-    """The sample, if its pictures are there, of a usable size by their headers, and its boxes lie inside."""
-    try:
+    """The sample, if its pictures are there, of a usable size, and its boxes lie inside; by headers."""
+    with located(sample.where):
         for media in sample.media:
-            width, height = open_media(media, pixels=False)[0][0].size
+            _, (width, height), _ = measure_media(media, 1, None)
             smart_resize(height, width, 0, math.inf)  # refuses what is too thin
-            for box in sample.answer if sample.question_type == "localization" else ():
-                if box["bbox_2d"][2] > width or box["bbox_2d"][3] > height:
-                    raise UserError(
-                        f"bbox_2d is {box['bbox_2d']}, outside the picture of {width}x{height} pixels"
-                    )
-    except UserError as error:
-        raise UserError(f"{sample.where}: {error}") from None
+            if sample.question_type == "localization":
+                check_boxes(sample.answer, width, height)
     return sample
 
 
-def to_patches(pictures, size):
-    """Resize (bicubic), normalize and cut pictures into patches; T pictures are T / 2 temporal slices of a video.
+def check_boxes(boxes, width, height):
+    for box in boxes:
+        _, _, x2, y2 = box["bbox_2d"]
+        if x2 > width or y2 > height:
+            raise UserError(
+                f"bbox_2d is {box['bbox_2d']}, outside the picture of {width}x{height} pixels"
+            )
 
-    An odd last frame is repeated, as a still picture is.
+
+def to_patches(pictures, size):
+    """Resize (bicubic), normalize and cut the frames of a video, or one picture, into patches.
+
+    A patch is 14 x 14 pixels of two frames. An odd last frame is repeated, as a still picture is.
+    Patches are not in the order of lines: the four that become one vision token stand together.
+    In a picture of 2 x 4 patches:
+
+        0 1 | 4 5
+        2 3 | 6 7
 
     Args:    pictures: RGB. size: (height, width), multiples of 28.
-    Returns: patches (N, 3 * 2 * 14 * 14) float32, flattened as (channel, time, height, width), in the order of
-             merge blocks; grid (t, h, w) in patches.
+    Returns: patches (N, 1176) float32; grid (t, h, w) in patches, N = t * h * w.
+
+    >>> to_patches([Image.new("RGB", (50, 30))] * 3, (28, 56))[1]
+    (2, 2, 4)
     """
     height, width = size
-    table = (np.arange(256) * (1 / 255)).astype(np.float32)[:, None]
-    table = (table - np.array(MEAN, np.float32)) / np.array(
-        STD, np.float32
-    )  # (256, 3): every value a pixel can have
-    pixels = np.stack(
-        [np.asarray(p.resize((width, height), Image.BICUBIC)) for p in pictures]
-    )  # (T, H, W, 3) uint8
+    resized = [np.asarray(p.resize((width, height), Image.BICUBIC)) for p in pictures]
+    pixels = np.stack(resized)  # (T, H, W, 3) uint8
     if len(pixels) % 2:
         pixels = np.concatenate((pixels, pixels[-1:]))
-    values = np.stack([table[pixels[..., c], c] for c in range(3)], axis=1)  # (T, 3, H, W)
-    t, h, w = len(values) // 2, height // 14, width // 14
-    blocks = values.reshape(t, 2, 3, h // 2, 2, 14, w // 2, 2, 14)
-    patches = blocks.transpose(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(t * h * w, 3 * 2 * 14 * 14)
-    return torch.from_numpy(patches), (t, h, w)
+
+    # Normalize by a table of the 256 values that a pixel can have: a look-up is quicker than
+    # arithmetic, and this order of operations rounds as transformers does.
+    table = (np.arange(256) * (1 / 255)).astype(np.float32)[:, None]
+    table = (table - np.array(MEAN, np.float32)) / np.array(STD, np.float32)  # (256, 3)
+    channels = [table[pixels[..., c], c] for c in range(3)]
+    values = np.stack(channels, axis=1)  # (T, 3, H, W)
+
+    # Name the axes by splitting them, then put them in order: first which patch, then what is in it.
+    t, h, w = len(values) // 2, height // PATCH, width // PATCH
+    axes = values.reshape(t, 2, 3, h // 2, 2, PATCH, w // 2, 2, PATCH)
+    #                     0  1  2  3       4  5      6       7  8
+    # 0: pair of frames   3, 6: row and column of the 2 x 2 block   4, 7: row and column in the block
+    # 2: channel          1: frame of the pair                      5, 8: row and column in the patch
+    ordered = axes.transpose(0, 3, 6, 4, 7, 2, 1, 5, 8)
+    return torch.from_numpy(ordered.reshape(t * h * w, PATCH_VALUES)), (t, h, w)
 
 
-# ---------------------------------------------------------------------------------------------- prompts
+# ---------------------------------------------------------------------------------- prompts: Sample -> texts
 
 
 def prompt_text(sample, style, prompts=PROMPTS):
-    """The user's text for a sample: its own prompt where it has one, else the template of the style.
+    """The user's text for a sample: its own prompt where it has one, else the style's template.
 
     >>> prompt_text(Sample("f:1", "1", "How many?", "object count", "2"), "direct")
     'How many?\\nReply with a single number only.'
     """
     if sample.prompt is not None:
         return sample.prompt
-    kind = (
-        "choice"
-        if sample.options
-        else "number"
-        if parse_number(str(sample.answer)) is not None
-        else "text"
-    )
-    text = prompts[style if style == "localize" else f"{style} {kind}"]
+    if style == "localize":
+        name = "localize"
+    elif sample.options:
+        name = f"{style} choice"
+    elif parse_number(str(sample.answer)) is not None:
+        name = f"{style} number"
+    else:
+        name = f"{style} text"
+    # All slots at once: a question that holds "{options}" keeps it.
     slots = {"{question}": sample.question, "{options}": "\n".join(sample.options)}
-    return re.sub(
-        "{question}|{options}", lambda slot: slots[slot[0]], text
-    )  # at once: a question may hold {options}
+    pieces = re.split("({question}|{options})", prompts[name])
+    return "".join(slots.get(piece, piece) for piece in pieces)
 
 
 def read_prompts(path):
     """PROMPTS with the texts of a JSON file in place of ours."""
     given = read_json(path)
-    if not isinstance(given, dict) or not all(isinstance(text, str) for text in given.values()):
+    if not isinstance(given, dict) or not are_texts([*given.values()]):
         raise UserError(f"{path}: expected an object from prompt names to texts")
     for name, text in given.items():
         if name not in PROMPTS:
-            raise UserError(
-                f"{path}: unknown prompt {name!r}, expected one of {', '.join(PROMPTS)}"
-            )
+            names = ", ".join(PROMPTS)
+            raise UserError(f"{path}: unknown prompt {name!r}, expected one of {names}")
         for slot in ("{question}", "{options}"):
             if slot in PROMPTS[name] and slot not in text:
                 raise UserError(f"{path}: prompt {name!r} lacks the slot {slot}")
@@ -472,38 +564,111 @@ def read_prompts(path):
 
 
 def answer_text(sample, style, scale):
-    """What the assistant is to say. scale: (x, y) factors from the original picture to the size the model sees.
+    """What the assistant is to say.
+
+    Args:    scale: (x, y) factors from the original picture to the size that the model sees.
 
     >>> box = {"bbox_2d": [0, 8, 20, 36], "label": "lamp"}
-    >>> print(answer_text(Sample("f:1", "1", "?", "localization", (box,)), "localize", (0.5, 0.25)))
+    >>> sample = Sample("f:1", "1", "?", "localization", (box,))
+    >>> print(answer_text(sample, "localize", (0.5, 0.25)))
     ```json
     [{"bbox_2d": [0, 2, 10, 9], "label": "lamp"}]
     ```
     """
     if style == "thinking":
         if sample.solution is None:
-            raise UserError(f"{sample.where}: no solution (chain of thought) in this row")
+            raise UserError("no solution (chain of thought) in this row")
         return sample.solution
     if sample.question_type != "localization":
         return sample.answer
     boxes = scale_boxes(sample.answer, scale)
-    return (
-        "```json\n[" + ",\n".join(json.dumps(box, ensure_ascii=False) for box in boxes) + "]\n```"
-    )
+    lines = [json.dumps(box, ensure_ascii=False) for box in boxes]
+    return "```json\n[" + ",\n".join(lines) + "]\n```"
 
 
 def scale_boxes(boxes, scale):
     """Boxes with corners multiplied by (x, y) factors and rounded to whole pixels."""
-    return tuple(
-        {
-            "bbox_2d": [round(c * scale[i % 2]) for i, c in enumerate(box["bbox_2d"])],
-            "label": box["label"],
-        }
-        for box in boxes
-    )
+    x, y = scale
+    scaled = []
+    for box in boxes:
+        x1, y1, x2, y2 = box["bbox_2d"]
+        corners = [round(x1 * x), round(y1 * y), round(x2 * x), round(y2 * y)]
+        scaled.append({"bbox_2d": corners, "label": box["label"]})
+    return tuple(scaled)
 
 
-# ---------------------------------------------------------------------------------------------- token ids
+# ---------------------------------------------------------------------------------- positions
+
+
+def vision_positions(t, h, w, step):
+    """Positions of the t * h * w vision tokens of one picture or video, counted from its start.
+
+    Args:    step: time positions from one of the t slices to the next.
+    Returns: (3, t * h * w) int64: time, height, width.
+
+    >>> vision_positions(2, 1, 3, 4.5).tolist()  # two slices of 1 x 3 tokens
+    [[0, 0, 0, 4, 4, 4], [0, 0, 0, 0, 0, 0], [0, 1, 2, 0, 1, 2]]
+    """
+    times = torch.tensor([math.floor(frame * step) for frame in range(t)])
+    axes = torch.meshgrid(times, torch.arange(h), torch.arange(w), indexing="ij")
+    return torch.stack(axes).flatten(1)
+
+
+def mrope_positions(ids, grids, seconds_per_grid, config):
+    """The three position axes of one sequence: time, height, width.
+
+    Text counts on all three axes together. The tokens of a picture share one time and spread over
+    height and width. A video's also move in time, by tokens_per_second * seconds_per_grid a slice
+    (multiplied first, then rounded down). What follows goes on one after the largest position so
+    far, on any axis. Two text tokens, a picture of (1, 4, 6) patches, two text tokens:
+
+        token     a  b  picture: 2 x 3   c  d
+        time      0  1  2  2  2  2  2  2  5  6
+        height    0  1  2  2  2  3  3  3  5  6
+        width     0  1  2  3  4  2  3  4  5  6
+
+    This is how the model was trained. (After a video whose time axis is the longest, transformers 5
+    goes on at its start + max(h, w) / 2 instead.)
+
+    Args:    ids: (T,) int64. grids: [(t, h, w)] in patches, in order.
+             seconds_per_grid: of each grid the seconds between two slices, None for a picture.
+    Returns: (3, T) int64.
+    Raises:  UserError if `ids` does not hold a placeholder for every vision token of `grids`.
+    """
+    merge = config.vision.spatial_merge_size
+    is_vision = (ids == config.image_token_id) | (ids == config.video_token_id)
+    needed = sum(t * h * w // merge**2 for t, h, w in grids)
+    if int(is_vision.sum()) != needed:
+        raise UserError(
+            f"{int(is_vision.sum())} vision placeholders in the text, {needed} vision tokens in the "
+            f"{len(grids)} pictures"
+        )
+    pieces = []  # (3, n) each: text, vision, text, vision, ..., text
+    done = 0  # tokens that have positions
+    position = 0  # of the next token
+    for (t, h, w), seconds in zip(grids, seconds_per_grid):
+        before = int(is_vision[done:].nonzero()[0])  # text tokens before this picture
+        pieces.append(torch.arange(position, position + before).expand(3, -1))
+        position += before
+        step = 0.0 if seconds is None else config.vision.tokens_per_second * seconds
+        pieces.append(position + vision_positions(t, h // merge, w // merge, step))
+        position = int(pieces[-1].max()) + 1
+        done += before + pieces[-1].shape[1]
+    pieces.append(torch.arange(position, position + len(ids) - done).expand(3, -1))
+    return torch.cat(pieces, dim=1)
+
+
+# ---------------------------------------------------------------------------------- token ids: Sample -> Example
+
+
+@dataclass
+class Loaded:
+    """A picture or a video as the model sees it."""
+
+    grid: tuple  # (t, h, w) in patches
+    seconds: float | None  # between two of the t slices; None for a picture
+    scale: tuple  # (x, y) factors from the original size to the size that the model sees
+    patches: torch.Tensor = NO_PATCHES  # (t * h * w, 1176)
 
 
 @dataclass
@@ -515,7 +680,7 @@ class Example:
     positions: torch.Tensor  # (3, T) int64
     patches: torch.Tensor  # (N, 1176)
     grids: list  # [(t, h, w)]
-    boxes: tuple = ()  # a localization sample's boxes in pixels as the model sees them
+    boxes: tuple = ()  # of a localization, in pixels as the model sees them
 
 
 def load_tokenizer(directory):
@@ -525,215 +690,213 @@ def load_tokenizer(directory):
         return Tokenizer.from_file(str(path))
     except (
         Exception
-    ) as error:  # tokenizers raises plain Exception for a missing file as for a broken one
+    ) as error:  # tokenizers raises no narrower type, for a missing file or a bad one
         raise UserError(f"{path}: not a readable tokenizer ({error})") from None
 
 
-def mrope_positions(ids, grids, seconds_per_grid, config):
-    """The three position axes of one sequence.
-
-    Text advances all axes together. A picture's tokens share the time at which they start and spread over height and
-    width; a video's also move in time, by floor(t * tokens_per_second * seconds_per_grid): multiplied first, then
-    floored. What follows continues at the largest position so far, over all axes, plus one, as the model was trained.
-    (transformers 5 continues after a video at its start + max(h, w) / 2, which differs once the time axis is longest.)
-
-    Args:    ids: (T,) int64. grids: [(t, h, w)] in patches, in order. seconds_per_grid: None for a picture.
-    Returns: (3, T) int64.
-    Raises:  UserError if the placeholders in `ids` are not those of `grids`.
-    """
-    merge = config.vision.spatial_merge_size
-    is_pad = (ids == config.image_token_id) | (ids == config.video_token_id)
-    needed = sum(t * h * w // merge**2 for t, h, w in grids)
-    if int(is_pad.sum()) != needed:
-        raise UserError(
-            f"{int(is_pad.sum())} vision placeholders in the text, {needed} vision tokens in the "
-            f"{len(grids)} pictures"
-        )
-    positions, at, following = [], 0, 0
-    for (t, h, w), seconds in zip(grids, seconds_per_grid):
-        start = at + int(is_pad[at:].nonzero()[0])
-        text = torch.arange(following, following + start - at).expand(3, -1)
-        h, w = h // merge, w // merge
-        step = 0.0 if seconds is None else config.vision.tokens_per_second * seconds
-        times = torch.tensor([math.floor(frame * step) for frame in range(t)])
-        vision = torch.stack(
-            torch.meshgrid(times, torch.arange(h), torch.arange(w), indexing="ij")
-        ).flatten(1)  # (3, t*h*w)
-        vision = vision + following + start - at
-        positions += [text, vision]
-        at, following = start + t * h * w, int(vision.max()) + 1
-    positions.append(torch.arange(following, following + len(ids) - at).expand(3, -1))
-    return torch.cat(positions, dim=1)
-
-
 class Processor:
-    """Everything between a Sample and an Example: tokenizer, picture limits, prompts. One per model directory."""
+    """Everything between a Sample and an Example: tokenizer, picture limits, prompts.
 
-    def __init__(self, directory, config, args):
-        """args holds: min_pixels, max_pixels: per picture and frame; preprocessor_config.json's where None.
-        num_frames, fps: sampling of video files. video_seconds: "grid" takes one second per temporal patch of a
-        video, as the authors' runs had it; "real" takes the true times where they are known. prompts: file or None."""
+    Args:    min_pixels, max_pixels: area of a picture or frame; the model directory's where None.
+             num_frames, fps: how many frames are taken from a video file.
+             video_seconds: "grid" takes one second for a slice of two frames, as the authors' runs
+             did; "real" takes the true times where they are known.
+             prompts: a JSON file that replaces texts of PROMPTS.
+    """
+
+    def __init__(
+        self,
+        directory,
+        config,
+        min_pixels=None,
+        max_pixels=None,
+        num_frames=16,
+        fps=None,
+        video_seconds="grid",
+        prompts=None,
+    ):
         directory = Path(directory)
+        self.config = config
+        self.num_frames = num_frames
+        self.fps = fps
+        self.video_seconds = video_seconds
+        self.prompts = read_prompts(prompts) if prompts else PROMPTS
         self.tokenizer = load_tokenizer(directory)
         self.tokenizer.encode_special_tokens = True  # "<|image_pad|>" in a question is text
-        self.config, self.prompts = config, read_prompts(args.prompts) if args.prompts else PROMPTS
-        self.special = {}
-        for name in (
-            "<|im_start|>",
-            "<|im_end|>",
-            "<|vision_start|>",
-            "<|vision_end|>",
-            "<|image_pad|>",
-            "<|video_pad|>",
-        ):
-            self.special[name] = self.tokenizer.token_to_id(name)
-            if self.special[name] is None:
-                raise UserError(
-                    f"{directory / 'tokenizer.json'}: no token {name} in it; not Qwen2.5-VL's tokenizer?"
-                )
-        words = self.tokenizer.get_vocab_size()
-        if words > config.text.vocab_size or self.special["<|image_pad|>"] != config.image_token_id:
-            raise UserError(
-                f"{directory}: tokenizer and model have other vocabularies: {words} words with <|image_pad|> at "
-                f"{self.special['<|image_pad|>']}, the model {config.text.vocab_size} and {config.image_token_id}"
-            )
+        self.special = {name: self.tokenizer.token_to_id(name) for name in SPECIAL_TOKENS}
+        self.check_vocabulary(directory)
+
         limits = read_json(directory / "preprocessor_config.json")
-        edges = limits.get("size") or {}
-        self.min_pixels = (
-            args.min_pixels or limits.get("min_pixels") or edges.get("shortest_edge") or 56 * 56
-        )
-        self.max_pixels = (
-            args.max_pixels
-            or limits.get("max_pixels")
-            or edges.get("longest_edge")
-            or 1280 * 28 * 28
-        )
+        size = limits.get("size") or {}  # where transformers 5 writes them
+        smallest = limits.get("min_pixels") or size.get("shortest_edge") or 56 * 56
+        largest = limits.get("max_pixels") or size.get("longest_edge") or 1280 * 28 * 28
+        self.min_pixels = min_pixels or smallest
+        self.max_pixels = max_pixels or largest
         if self.min_pixels > self.max_pixels:
             raise UserError(
                 f"--min-pixels is {self.min_pixels}, above --max-pixels {self.max_pixels}"
             )
-        self.num_frames, self.fps, self.video_seconds = (
-            args.num_frames,
-            args.fps,
-            args.video_seconds,
-        )
         generation = read_json(directory / "generation_config.json")
         stops = generation.get("eos_token_id", self.special["<|im_end|>"])
         self.stop_ids = tuple(stops) if isinstance(stops, list) else (stops,)
 
+    def check_vocabulary(self, directory):
+        """A tokenizer of another model would give ids that mean something else."""
+        for name, token in self.special.items():
+            if token is None:
+                path = directory / "tokenizer.json"
+                raise UserError(f"{path}: no token {name} in it; not Qwen2.5-VL's tokenizer?")
+        size = self.tokenizer.get_vocab_size()
+        pad = self.special["<|image_pad|>"]
+        rows = self.config.text.vocab_size
+        if size > rows or pad != self.config.image_token_id:
+            raise UserError(
+                f"{directory}: tokenizer and model have other vocabularies: {size} tokens with "
+                f"<|image_pad|> at {pad}, the model {rows} and {self.config.image_token_id}"
+            )
+
     def banned(self, device):
-        """(V,) bool: vision tokens and rows beyond the tokenizer, which sampler, policy and reference never use."""
-        words = (
-            torch.arange(self.config.text.vocab_size, device=device)
-            >= self.tokenizer.get_vocab_size()
-        )
-        for name in (
-            "<|im_start|>",
-            "<|vision_start|>",
-            "<|vision_end|>",
-            "<|image_pad|>",
-            "<|video_pad|>",
-        ):
-            words[self.special[name]] = True
-        return words
+        """(V,) bool: tokens that sampler, policy and reference never use.
+
+        These are the vision tokens and the rows of the embedding that no token has.
+        """
+        banned = torch.arange(self.config.text.vocab_size) >= self.tokenizer.get_vocab_size()
+        for name, token in self.special.items():
+            if name != "<|im_end|>":
+                banned[token] = True
+        return banned.to(device)
+
+    def encode(self, text):
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids):
         """Text of a completion, without special tokens."""
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def shown(self, example):
-        """The rendered text with one pad token per picture or video, and how often each pad is repeated."""
-        pads = {self.special["<|image_pad|>"], self.special["<|video_pad|>"]}
+        """The text with one pad token per picture or video, and how often each pad is repeated."""
+        pads = (self.special["<|image_pad|>"], self.special["<|video_pad|>"])
         ids, counts = [], []
-        for token, run in groupby(example.ids.tolist()):
-            run = list(run)
-            ids += run[:1] if token in pads else run
-            counts += [len(run)] if token in pads else []
+        for token in example.ids.tolist():
+            if token in pads and ids[-1] == token:
+                counts[-1] += 1
+                continue
+            ids.append(token)
+            if token in pads:
+                counts.append(1)
         return self.tokenizer.decode(ids, skip_special_tokens=False), counts
 
-    def load(self, media, pixels=True):
-        """-> patches (N, 1176), grid (t, h, w), seconds per temporal patch or None, (x, y) scale from the original."""
-        pictures, seconds = open_media(media, self.num_frames, self.fps, pixels)
-        width, height = pictures[0].size
-        h, w = smart_resize(height, width, self.min_pixels, self.max_pixels)
-        grid = -(-len(pictures) // 2), h // 14, w // 14
-        known = self.video_seconds == "real" and seconds is not None
-        return (
-            to_patches(pictures, (h, w))[0] if pixels else torch.empty(0, 1176),
-            grid,
-            (2 * seconds if known else 1.0) if media.kind == "video" else None,
-            (w / width, h / height),
-        )
-
-    def turns(self, sample, style, scale, answer):
-        """The conversation as ((role, (text or Media, ...)), ...)."""
-        system = (("system", (self.prompts["system"],)),)  # a chat may bring its own
-        if sample.messages is not None:
-            return (
-                system * (sample.messages[0][0] != "system")
-                + sample.messages[: None if answer else -1]
-            )
-        turns = (*system, ("user", (*sample.media, prompt_text(sample, style, self.prompts))))
-        return turns + (("assistant", (answer_text(sample, style, scale),)),) if answer else turns
-
     def example(self, sample, style, answer=True, pixels=True):
-        """Render one sample in the chat format. Only the assistant's text and its end-of-turn token are trained.
+        """Render one sample in the chat format.
 
-        Args:    answer: with the answer and its labels (training), or up to where the assistant begins (generation).
-                 pixels: False leaves the patches out: only headers of pictures are read.
+        Args:    answer: with the answer and its labels (training), or up to where the assistant
+                 begins (generation).
+                 pixels: False reads only headers, to count tokens; there are no patches then.
         Raises:  UserError that begins with the sample's file:line.
         """
         if sample.question_type == "localization":
-            check_media(sample)
-        try:
-            loaded = [self.load(media, pixels) for media in sample.media]
-            scale = loaded[0][3] if loaded else (1, 1)
-            ids, labels, pictures = [], [], iter(loaded)
+            check_media(sample)  # boxes outside would be trained on
+        load = self.load if pixels else self.measure
+        with located(sample.where):
+            loaded = [load(media) for media in sample.media]
+            grids = [item.grid for item in loaded]
+            seconds = [item.seconds for item in loaded]
+            scale = loaded[0].scale if loaded else (1, 1)  # boxes have one picture
+            turns = self.turns(sample, style, scale, answer)
+            ids, labels = self.render(turns, grids, answer)
+            positions = mrope_positions(ids, grids, seconds, self.config)
+        patches = torch.cat([NO_PATCHES, *(item.patches for item in loaded)])
+        boxes = ()
+        if sample.question_type == "localization":
+            boxes = scale_boxes(sample.answer, scale)
+        return Example(ids, labels, positions, patches, grids, boxes)
 
-            def add(tokens, trained=False):
-                ids.extend(tokens)
-                labels.extend(tokens if trained else [IGNORE] * len(tokens))
+    def load(self, media):
+        """Open, resize and cut one picture or video."""
+        frames, interval = open_media(media, self.num_frames, self.fps)
+        loaded = self.fit(media, len(frames), frames[0].size, interval)
+        _, h, w = loaded.grid
+        loaded.patches, _ = to_patches(frames, (h * PATCH, w * PATCH))
+        return loaded
 
-            def add_text(text, trained=False):
-                add(self.tokenizer.encode(text, add_special_tokens=False).ids, trained)
+    def measure(self, media):
+        """As `load`, without patches: from headers alone."""
+        return self.fit(media, *measure_media(media, self.num_frames, self.fps))
 
-            start, end = [self.special["<|im_start|>"]], [self.special["<|im_end|>"]]
-            for role, parts in self.turns(sample, style, scale, answer):
-                add(start)
-                if role == "assistant":
-                    add_text("assistant\n")
-                    add_text("".join(parts), trained=True)
-                    add(end, trained=True)
-                else:
-                    text = (
-                        role + "\n"
-                    )  # text runs on until a special token, as when the whole chat is tokenized
-                    for part in parts:
-                        if isinstance(part, Media):
-                            add_text(text)
-                            t, h, w = next(pictures)[1]
-                            add(
-                                [self.special["<|vision_start|>"]]
-                                + [self.special[f"<|{part.kind}_pad|>"]] * (t * h * w // 4)
-                                + [self.special["<|vision_end|>"]]
-                            )
-                            text = ""
-                        else:
-                            text += part
-                    add_text(text)
-                    add(end)
-                add_text("\n")
+    def fit(self, media, frames, size, interval):
+        """Which size the model sees, and when. interval: seconds between two frames, or None."""
+        width, height = size
+        h, w = smart_resize(height, width, self.min_pixels, self.max_pixels)
+        if media.kind == "image":
+            seconds = None
+        elif self.video_seconds == "real" and interval is not None:
+            seconds = 2 * interval  # a slice is two frames
+        else:
+            seconds = 1.0  # as in the authors' runs
+        grid = (math.ceil(frames / 2), h // PATCH, w // PATCH)
+        return Loaded(grid, seconds, (w / width, h / height))
+
+    def turns(self, sample, style, scale, answer):
+        """The conversation as ((role, (text or Media, ...)), ...)."""
+        system = ("system", (self.prompts["system"],))
+        if sample.messages is None:
+            user = ("user", (*sample.media, prompt_text(sample, style, self.prompts)))
             if not answer:
-                add(start)
-                add_text("assistant\n")
-            ids = torch.tensor(ids)
-            grids = [item[1] for item in loaded]
-            positions = mrope_positions(ids, grids, [item[2] for item in loaded], self.config)
-        except UserError as error:
-            raise UserError(f"{sample.where}: {error}") from None
-        boxes = scale_boxes(sample.answer, scale) if sample.question_type == "localization" else ()
-        patches = torch.cat([item[0] for item in loaded] or [torch.empty(0, 1176)])
-        return Example(ids, torch.tensor(labels), positions, patches, grids, boxes)
+                return system, user
+            return system, user, ("assistant", (answer_text(sample, style, scale),))
+        turns = sample.messages if answer else sample.messages[:-1]
+        if sample.messages[0][0] == "system":  # a chat that brings its own
+            return turns
+        return system, *turns
+
+    def render(self, turns, grids, answer):
+        """The conversation in the chat format -> ids (T,), labels (T,).
+
+            <|im_start|>user
+            <|vision_start|><|image_pad|><|image_pad|>...<|vision_end|>How many chairs?<|im_end|>
+            <|im_start|>assistant
+            4<|im_end|>
+
+        Text runs on until the next special token and is tokenized in one piece, as if the whole
+        conversation were. Only an assistant's text and its <|im_end|> are trained.
+        """
+        start, end = [self.special["<|im_start|>"]], [self.special["<|im_end|>"]]
+        segments = []  # (ids, trained or not)
+        pictures = 0  # that have been rendered
+        for role, parts in turns:
+            segments.append((start, False))
+            if role == "assistant":
+                segments.append((self.encode("assistant\n"), False))
+                segments.append((self.encode("".join(parts)) + end, True))
+            else:
+                text = role + "\n"
+                for part in parts:
+                    if isinstance(part, Media):
+                        segments.append((self.encode(text), False))
+                        segments.append((self.placeholders(part.kind, grids[pictures]), False))
+                        pictures += 1
+                        text = ""
+                    else:
+                        text += part
+                segments.append((self.encode(text) + end, False))
+            segments.append((self.encode("\n"), False))
+        if not answer:
+            segments.append((start + self.encode("assistant\n"), False))
+
+        ids, labels = [], []
+        for tokens, trained in segments:
+            ids += tokens
+            labels += tokens if trained else [IGNORE] * len(tokens)
+        return torch.tensor(ids), torch.tensor(labels)
+
+    def placeholders(self, kind, grid):
+        """Ids that the vision tokens of one picture or video replace: one for 2 x 2 patches."""
+        t, h, w = grid
+        pads = [self.special[f"<|{kind}_pad|>"]] * (t * h * w // 4)
+        return [self.special["<|vision_start|>"], *pads, self.special["<|vision_end|>"]]
+
+
+# ---------------------------------------------------------------------------------- Examples -> Batch
 
 
 def collate(examples, config):
@@ -742,51 +905,29 @@ def collate(examples, config):
     A batch without pictures gets a dummy picture of 2 x 2 patches whose features go nowhere.
     """
     ids = pad_sequence([e.ids for e in examples], batch_first=True)  # (B, T)
-    labels = pad_sequence(
-        [e.labels for e in examples], batch_first=True, padding_value=IGNORE
-    )  # (B, T)
-    positions = pad_sequence([e.positions.T for e in examples], batch_first=True).permute(
-        2, 0, 1
-    )  # (3, B, T)
-    flat = ids.flatten()
-    following = torch.cat(
-        (labels[:, 1:], torch.full_like(labels[:, :1], IGNORE)), dim=1
-    ).flatten()  # (B*T,) next token
-    predict_at = (following != IGNORE).nonzero()[:, 0]
-    grids = [grid for e in examples for grid in e.grids]
-    patches = torch.cat([e.patches for e in examples]) if grids else torch.zeros(4, 1176)
+    labels = pad_sequence([e.labels for e in examples], True, IGNORE)  # (B, T)
+    positions = pad_sequence([e.positions.T for e in examples], batch_first=True)  # (B, T, 3)
+
+    # The hidden state at token i predicts token i + 1: shift the labels one to the left.
+    nothing = torch.full_like(labels[:, :1], IGNORE)
+    following = torch.cat((labels[:, 1:], nothing), dim=1).flatten()  # (B*T,)
+    predict_at = (following != IGNORE).nonzero()[:, 0]  # (R,)
+    is_vision = (ids == config.image_token_id) | (ids == config.video_token_id)
+
+    grids = []
+    for example in examples:
+        grids += example.grids
+    patches = torch.cat([e.patches for e in examples])  # (N, 1176)
+    if not grids:
+        grids = [(1, 2, 2)]
+        patches = torch.zeros(4, PATCH_VALUES)
     return Batch(
-        ids,
-        positions,
-        torch.tensor([len(e.ids) for e in examples]),
-        patches,
-        grids or [(1, 2, 2)],
-        ((flat == config.image_token_id) | (flat == config.video_token_id)).nonzero()[:, 0],
-        predict_at,
-        following[predict_at],
+        ids=ids,
+        positions=positions.permute(2, 0, 1),  # (3, B, T)
+        lengths=torch.tensor([len(e.ids) for e in examples]),
+        patches=patches,
+        grids=grids,
+        vision_at=is_vision.flatten().nonzero()[:, 0],
+        predict_at=predict_at,
+        targets=following[predict_at],
     )
-
-
-# ---------------------------------------------------------------------------------------------- kinds of rows
-
-
-def style_of(sample, style=None):
-    """How a row is asked: for boxes, if those are its answer; else in the style given, or by what it is trained on."""
-    if sample.question_type == "localization":
-        return "localize"
-    return style or ("direct" if sample.solution is None else "thinking")
-
-
-def cost(sample):
-    """About how long a row is, in words and pictures: rows of like cost are padded together."""
-    pictures = sum(len(media.sources) for media in sample.media)
-    texts = [part for _, parts in sample.messages or () for part in parts if isinstance(part, str)]
-    return 100 * pictures + sum(
-        len(text.split()) for text in (sample.question, sample.solution or "", *texts)
-    )
-
-
-if __name__ == "__main__":
-    from look.check import main, main_guard  # beside the reading path
-
-    main_guard(main)
