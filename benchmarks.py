@@ -1,23 +1,28 @@
-"""Score answers: six benchmarks and our own rows, each by its scorer, beside baselines and the paper's numbers.
+"""Six benchmarks and our own rows: how their files are read, how answers are scored, the headline.
 
-    read_bench -> completions -> score_rows (a matcher) -> add_baselines -> summarize (an aggregate) -> table
+    read_bench -> (a model answers) -> score_rows -> add_baselines -> summarize -> table
 
-The scorers of BENCHES are to the bit those of the authors (github ZJU-REAL/SpatialLadder, eval_spld: "spatialladder")
-or of the benchmark's makers ("official"), quirks included. Where theirs would crash (a truth of 0, a text that is no
-number), an answer earns 0; errors relative to a negative truth, which theirs call right, are relative to its size.
+The scorers of BENCHES give to the bit what those of the paper's authors give ("spatialladder";
+github ZJU-REAL/SpatialLadder, eval_spld) or those of the benchmark's makers ("official"), quirks
+included. Where theirs would crash (a truth of 0, a text that is no number), an answer earns 0. For
+a negative truth theirs call every answer right; here the error is relative to the truth's size.
 """
 
+import json
 import re
 from collections import Counter, defaultdict
-from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 
 from data import Media, Sample
-from files import UserError, read_json
+from files import UserError, read_json, read_jsonl, text_table
 from rewards import (
     MRA_CONFIDENCES,
     accuracy_reward,
@@ -31,56 +36,29 @@ from rewards import (
 )
 
 NO_ANSWER = "None"  # what the authors score where an <answer> is not closed
-WORDS = dict(
-    zip(
-        [
-            "one",
-            "two",
-            "three",
-            "four",
-            "five",
-            "six",
-            "seven",
-            "eight",
-            "nine",
-            "ten",
-            "eleven",
-            "twelve",
-            "thirteen",
-            "fourteen",
-            "fifteen",
-            "sixteen",
-            "seventeen",
-            "eighteen",
-            "nineteen",
-            "twenty",
-            "thirty",
-            "forty",
-            "fifty",
-            "sixty",
-            "seventy",
-            "eighty",
-            "ninety",
-            "zero",
-            "a",
-            "an",
-        ],
-        [*range(1, 21), *range(30, 100, 10), 0, 1, 1],
-    )
-)  # tried in this order
-LETTER, BRACKETED = (
-    re.compile(r"([A-D])\.?"),
-    re.compile(r"[(\[{]?([A-D])[)\]}]?\.?", re.IGNORECASE),
+NAMES = (
+    "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
+    "sixteen seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety "
+    "zero a an"
+)
+# A text is searched for them in this order.
+NUMBER_WORDS = dict(zip(NAMES.split(), [*range(1, 21), *range(30, 100, 10), 0, 1, 1]))
+LETTER = re.compile(r"([A-D])\.?")
+BRACKETED = re.compile(r"[(\[{]?([A-D])[)\]}]?\.?", re.IGNORECASE)
+# All who evaluate on SPAR-Bench say this in the prompts about positions.
+SPAR_SCALE = (
+    "\nPositions and boxes are on a scale of 0 to 1000 from the top left corner of the picture."
 )
 OPTION_LINE = re.compile(r"^[A-Z]\..*", re.MULTILINE)
-AXES = [
+AXES = (  # of a view change, the positive direction first
     ("move_right", "move_left"),
     ("move_up", "move_down"),
     ("move_forward", "move_backward"),
     ("rotate_right", "rotate_left"),
     ("rotate_up", "rotate_down"),
-]  # of a view change, the positive direction first
+)
 VSI_LEVELS = [f"object_rel_direction_{level}" for level in ("easy", "medium", "hard")]
+
 # Groups of question types that means are given for: name -> pattern
 VSI = {
     "NQ": "counting|abs_distance|size_estimation",
@@ -97,13 +75,20 @@ VIEWS = {
     "scannet": "Camera.*Relative|Scene",
     "coco": "Object|Person.*- Rel",
 }
+CV = {"2D": "ADE20K|COCO", "3D": "Omni3D"}
 
 
-# ---------------------------------------------------------------------------- matchers: (answer text, row) -> score
+# ---------------------------------------------------------------------------------- matchers
+# (text of an answer, row with the true answer and its question_type) -> score from 0 to 1
+
+
 def benchmark_answer(completion, thinking):
-    """What a benchmark's scorer sees: of a thinking model the FIRST <answer> (the reward takes the last).
+    """The text that a benchmark scores: of a chain of thought the FIRST <answer>.
 
-    >>> [benchmark_answer(text, True) for text in ("<answer>C</answer><answer>A</answer>", "<answer>4", "4")]
+    The training reward takes the last one.
+
+    >>> chains = ("<answer>C</answer><answer>A</answer>", "<answer>4", "4")
+    >>> [benchmark_answer(text, thinking=True) for text in chains]
     ['C', 'None', '4']
     """
     if not thinking or "<answer>" not in completion:
@@ -113,214 +98,276 @@ def benchmark_answer(completion, thinking):
 
 
 def letter(text, pattern=LETTER):
-    """The option letter if the first space-separated token is one ("B. chair" -> "B"), else the whole text."""
+    """The letter if the first space-separated token is one ("B. chair" -> "B"), else the text."""
     match = pattern.fullmatch(text.split(" ")[0].strip())
     return match[1].upper() if match else text.strip()
 
 
 def first_number(text):
-    """A number word (or "a") anywhere goes before the first digits; signs are dropped.
+    """A number word anywhere (or "a") comes before the first digits; signs are dropped.
 
     >>> first_number("a 3.5 m gap"), first_number("-3.5 m"), first_number("no idea")
     ('1', '3.5', 'None')
     """
-    text = text.strip().lower()
-    words = [str(value) for word, value in WORDS.items() if re.search(rf"\b{word}\b", text)]
-    return [*words, *re.findall(r"\d+(?:\.\d+)?", text), NO_ANSWER][0]
+    text = text.lower()
+    for word, value in NUMBER_WORDS.items():
+        if re.search(rf"\b{word}\b", text):
+            return str(value)
+    digits = re.search(r"\d+(?:\.\d+)?", text)
+    return digits[0] if digits else NO_ANSWER
 
 
 def number_score(number, truth, absolute_at_zero=False):
-    """Mean relative accuracy of two texts; 0 if one is no number."""
+    """Mean relative accuracy of two texts; 0 if one is no number.
+
+    absolute_at_zero: what SPAR-Bench does where the truth is 0; VSI-Bench crashes.
+    """
     try:
         number, truth = float(number), float(truth)
     except ValueError:
         return 0.0
-    if truth == 0:  # SPAR-Bench takes the absolute error, VSI-Bench crashes
-        return float(np.mean(abs(number) <= 1 - MRA_CONFIDENCES)) if absolute_at_zero else 0.0
-    return mean_relative_accuracy(number, truth)
+    if truth != 0:
+        return mean_relative_accuracy(number, truth)
+    return float(absolute_at_zero and np.mean(abs(number) <= 1 - MRA_CONFIDENCES))
 
 
-def vsi_match(text, row, official=False):
-    """Numbers by mean relative accuracy, choices by letter; spatialladder looks for them, official reads one token."""
-    token = text.split(" ")[0].rstrip(".").strip()  # all that the official scorer looks at
+def vsi_score(number, choice, row):
+    """The score of a number or of a choice, as the row's type asks."""
     if re.search(VSI["NQ"], row["question_type"]):
-        return number_score(token if official else first_number(text), row["answer"])
-    return float(
-        (token if official else letter(text.replace("Answer:", ""))).lower()
-        == row["answer"].lower()
-    )
+        return number_score(number, row["answer"])
+    return float(choice.lower() == row["answer"].lower())
+
+
+def vsi_match(text, row):
+    """The authors' way: the first number anywhere, or the letter at the beginning."""
+    return vsi_score(first_number(text), letter(text.replace("Answer:", "")), row)
+
+
+def vsi_match_official(text, row):
+    """The makers' way: the first token and nothing else."""
+    token = text.split(" ")[0].rstrip(".").strip()
+    return vsi_score(token, token, row)
+
+
+def cv_match(text, row):
+    """Letters in any case and any brackets."""
+    return float(letter(text, BRACKETED) == letter(row["answer"], BRACKETED))
+
+
+def view_match(text, row):
+    """Capital letters; the true answer is a whole option, "A. right"."""
+    return float(letter(text) == row["answer"][0])
+
+
+def parse_moves(text):
+    """The axes of a view change; ValueError if the text is anything else.
+
+    >>> parse_moves("move_right:0.5,rotate_left:30")
+    {'move_right': 0.5, 'rotate_left': 30.0}
+    """
+    moves = {}
+    for part in text.split(","):
+        name, number = part.split(":")
+        moves[name] = float(number)
+    return moves
+
+
+def view_change_score(text, truth):
+    """Mean over five signed axes. An axis that neither side names counts as right."""
+    try:
+        sides = [parse_moves(truth), parse_moves(text)]
+    except ValueError:
+        return 0.0
+    scores = []
+    for plus, minus in AXES:
+        true, predicted = (side.get(plus, 0) - side.get(minus, 0) for side in sides)
+        # Their arguments are the other way round: the error is relative to the PREDICTION.
+        scores.append(number_score(true, predicted, absolute_at_zero=True))
+    return float(np.mean(scores))
 
 
 def spar_match(text, row):
-    """Numbers: the first one, of several views the last. Choices: an empty text and all that begin with the letter are
-    right. View changes: five signed axes, the error relative to the PREDICTION; an axis that neither names is right."""
+    """Numbers: the first one, or of several views the last. Choices: by the first letter."""
     truth, kind = row["answer"], row["question_type"]
     if kind == "view_change_infer":
-        try:
-            moves = [
-                {k: float(v) for k, v in (move.split(":") for move in side.split(","))}
-                for side in (truth, text)
-            ]
-        except ValueError:
-            return 0.0
-        pairs = ([move.get(plus, 0) - move.get(minus, 0) for move in moves] for plus, minus in AXES)
-        return float(np.mean([number_score(*pair, absolute_at_zero=True) for pair in pairs]))
+        return view_change_score(text, truth)
     if SPAR["Low"] in kind:
         numbers = re.findall(r"(?<!\^)\d+\.\d+|(?<!\^)\d+", text) or [NO_ANSWER]
-        return number_score(
-            numbers[-1 if kind.endswith("_mv") else 0], truth, absolute_at_zero=True
-        )
+        place = -1 if kind.endswith("_mv") else 0
+        return number_score(numbers[place], truth, absolute_at_zero=True)
     text, truth = text.lower(), truth.lower()
-    return float(text in truth or text[0] == truth)
+    return float(text in truth or text[0] == truth)  # an empty text is in every truth
 
 
-# ----------------------------------------------- aggregates: ({stratum: mean}, {stratum: count}) -> {name: mean}
-# A mean is a float or an array of resampled means: the same lines give the headline and its interval.
-def group_means(means, counts, groups={}, weighted=False):
-    """Mean over all strata and over the groups (name -> pattern), weighted by counts or each alike; None of nothing."""
+def our_match(text, row):
+    """The training reward: training and evaluation agree on what is right."""
+    return accuracy_reward([text], SimpleNamespace(**row))[0]
 
-    def mean(names):
+
+def our_answer(completion, thinking):
+    """The last <answer>, or the whole text; as the training reward reads it."""
+    return extract_answer(completion, completion)
+
+
+# ---------------------------------------------------------------------------------- aggregates
+# ({stratum: mean}, {stratum: count}) -> {"overall" or the name of a group: mean}
+# A mean is a float, or an array of means of scores drawn anew: the same lines give the headline
+# and its interval.
+
+
+def group_means(means, counts, groups=None, weighted=False):
+    """Means over all strata and over groups of them (name -> pattern); None of no strata.
+
+    weighted: by the number of rows; else every stratum counts alike.
+    """
+    result = {}
+    for group, pattern in {"overall": "", **(groups or {})}.items():
+        names = [name for name in means if re.search(pattern, name)]
         weights = [counts[name] if weighted else 1 for name in names]
-        return (
-            sum(means[name] * w for name, w in zip(names, weights)) / sum(weights)
-            if names
-            else None
-        )
-
-    return {"overall": mean([*means])} | {
-        g: mean([n for n in means if re.search(p, n)]) for g, p in groups.items()
-    }
+        total = sum(means[name] * weight for name, weight in zip(names, weights))
+        result[group] = total / sum(weights) if names else None
+    return result
 
 
 def vsi_means(means, counts, official=False):
-    """Unweighted over types, the three direction levels being one. Without a level the direction is 0 and the levels
-    before it are lost (spatialladder), or the level counts 0 (official): of no effect on a whole benchmark."""
+    """Unweighted over the question types; the three levels of direction count as one type.
+
+    Of no effect on a whole benchmark: where a level is missing, the authors' direction is 0 and
+    the levels before the gap are lost; the makers take 0 for the level.
+    """
     means = dict(means)
     if "object_rel_direction" not in means:
-        levels = [level in means for level in VSI_LEVELS]
-        found = [
-            means.pop(level, 0.0)
-            for n, level in enumerate(VSI_LEVELS)
-            if official or all(levels[: n + 1])
-        ]
-        means["object_rel_direction"] = sum(found) / 3 if len(found) == 3 else 0.0
+        levels = []
+        for level in VSI_LEVELS:
+            if level not in means and not official:
+                break
+            levels.append(means.pop(level, 0.0))
+        means["object_rel_direction"] = sum(levels) / 3 if len(levels) == 3 else 0.0
     return group_means(means, counts, VSI)
 
 
+def vsi_means_official(means, counts):
+    return vsi_means(means, counts, official=True)
+
+
 def cv_means(means, counts):
-    """By picture source: 2D = mean of ADE20K and COCO, 3D = Omni3D, headline = mean of the parts there are."""
-    parts = group_means(means, counts, {"2D": "ADE20K|COCO", "3D": "Omni3D"})
-    return parts | group_means(
-        {name: parts[name] for name in ("2D", "3D") if parts[name] is not None}, counts
-    )
+    """By the source of the picture; the headline is the mean of 2D and 3D, of those there are."""
+    parts = group_means(means, counts, CV)
+    present = {name: parts[name] for name in CV if parts[name] is not None}
+    return parts | group_means(present, counts)
 
 
-# --------------------------------------------------------------------------------------------------- benchmarks
+def spar_means(means, counts):
+    return group_means(means, counts, SPAR, weighted=True)
+
+
+def spar_means_official(means, counts):
+    """Its makers lose view_change_infer from Middle by a slip in parsing keys."""
+    return group_means(means, counts, SPAR | {"Middle": "matching|camera_motion"})
+
+
+def view_means(means, counts):
+    return group_means(means, counts, VIEWS, weighted=True)
+
+
+# ---------------------------------------------------------------------------------- rows of files
+# (row of a file, find: path in the benchmark's folder -> path) -> id, question, question type,
+# answer, options, media
+
+
+def vsi_row(row, find):
+    """VSI-Bench shows videos, SPBench pictures."""
+    if "images" in row:
+        media = [Media("image", find(f"{row['scene_name']}/{name}")) for name in row["images"]]
+    else:
+        media = [Media("video", find(f"{row['dataset']}/{row['scene_name']}.mp4"))]
+    options = row["options"] or ()
+    return row["id"], row["question"], row["question_type"], row["ground_truth"], options, media
+
+
+def cv_row(row, find):
+    options = [f"({name}) {text}" for name, text in zip("ABCDEFGH", row["choices"])]
+    media = [Media("image", row["image"]["bytes"])]
+    return row["idx"], row["question"], row["task"], row["answer"], options, media
+
+
+def spar_row(row, find):
+    """The options stand in the question's text and are taken out of it."""
+    options = OPTION_LINE.findall(row["question"])
+    question = re.sub(r"\n+", "\n", OPTION_LINE.sub("", row["question"])).strip()
+    if row["task"] in ("position_matching", "camera_motion_infer"):
+        question += SPAR_SCALE
+    media = [Media("image", image["bytes"]) for image in row["image"]]
+    return row["id"], question, row["task"], row["answer"], options, media
+
+
+def view_row(row, find):
+    paths = [path.removeprefix("ViewSpatial-Bench/") for path in row["image_path"]]
+    media = [Media("image", find(path)) for path in paths]
+    options = row["choices"].split("\n")
+    return row["id"], row["question"], row["question_type"], row["answer"], options, media
+
+
+# ---------------------------------------------------------------------------------- the table
+
+
+class Scorer(NamedTuple):
+    """How an answer is scored and how scores become a headline."""
+
+    match: Callable
+    means: Callable
+
+
 @dataclass(frozen=True)
 class Bench:
-    scorers: dict  # name -> (matcher, aggregate)
+    """A benchmark: its files, its rows, its scorers and what the paper reports."""
+
+    scorers: dict  # name -> Scorer
     hub: str = ""  # the data set on the Hugging Face hub
     files: tuple = ()
-    parse: object = None  # row of a file -> id, type, question, answer, options, [(kind, bytes or path in folder)]
+    parse: Callable | None = None  # a row of a file; see vsi_row
     stratum: str = "question_type"  # what the aggregate takes means by
-    split: str = ""  # a column by whose values the headline is given too
-    extract: object = benchmark_answer  # (completion, thinking) -> answer text
-    paper: dict = field(
-        default_factory=dict
-    )  # name -> % of (Qwen2.5-VL-3B, SpatialLadder-3B), arXiv 2510.08531
+    split: str = ""  # a column: the headline is given for each of its values too
+    extract: Callable = benchmark_answer  # (completion, thinking) -> text of the answer
+    # name -> % of (Qwen2.5-VL-3B, SpatialLadder-3B), arXiv 2510.08531
+    paper: dict = field(default_factory=dict)
 
 
-def vsi_row(row):  # VSI-Bench shows videos, SPBench pictures
-    media = (
-        [("image", f"{row['scene_name']}/{name}") for name in row["images"]]
-        if "images" in row
-        else [("video", f"{row['dataset']}/{row['scene_name']}.mp4")]
-    )
-    return (
-        row["id"],
-        row["question_type"],
-        row["question"],
-        row["ground_truth"],
-        row["options"] or (),
-        media,
-    )
-
-
-def spar_row(row):
-    question = re.sub(
-        r"\n+", "\n", OPTION_LINE.sub("", row["question"])
-    ).strip()  # its options stand in the text
-    if row["task"] in (
-        "position_matching",
-        "camera_motion_infer",
-    ):  # said in the prompt by all who evaluate on it
-        question += "\nPositions and boxes are on a scale of 0 to 1000 from the top left corner of the picture."
-    return (
-        row["id"],
-        row["task"],
-        question,
-        row["answer"],
-        OPTION_LINE.findall(row["question"]),
-        [("image", image["bytes"]) for image in row["image"]],
-    )
-
-
-VSI_SCORER, VSI_MAKERS = (
-    (vsi_match, vsi_means),
-    (partial(vsi_match, official=True), partial(vsi_means, official=True)),
-)
+VSI_SCORER = {"spatialladder": Scorer(vsi_match, vsi_means)}
 BENCHES = {
     "vsibench": Bench(
-        {"spatialladder": VSI_SCORER, "official": VSI_MAKERS},
+        VSI_SCORER | {"official": Scorer(vsi_match_official, vsi_means_official)},
         "nyu-visionx/VSI-Bench",
         ("test-00000-of-00001.parquet",),
         vsi_row,
         paper={"overall": (29.4, 45.7), "NQ": (26.0, 50.8), "MCQ": (33.0, 40.5)},
     ),
     "spbench-si": Bench(
-        {"spatialladder": VSI_SCORER},
+        VSI_SCORER,
         "hongxingli/SPBench",
         ("SPBench-SI.parquet",),
         vsi_row,
         paper={"overall": (40.3, 70.2), "NQ": (24.3, 58.6), "MCQ": (56.2, 81.8)},
     ),
     "spbench-mv": Bench(
-        {"spatialladder": VSI_SCORER},
+        VSI_SCORER,
         "hongxingli/SPBench",
         ("SPBench-MV.parquet",),
         vsi_row,
         paper={"overall": (36.6, 70.9), "NQ": (25.6, 68.2), "MCQ": (53.2, 75.0)},
     ),
     "cvbench": Bench(
-        {
-            "spatialladder": (
-                lambda text, row: float(
-                    letter(text, BRACKETED) == letter(row["answer"], BRACKETED)
-                ),
-                cv_means,
-            )
-        },
+        {"spatialladder": Scorer(cv_match, cv_means)},
         "nyu-visionx/CV-Bench",
         ("test_2d.parquet", "test_3d.parquet"),
-        lambda row: (
-            row["idx"],
-            row["task"],
-            row["question"],
-            row["answer"],
-            [f"({'ABCDEFGH'[n]}) {text}" for n, text in enumerate(row["choices"])],
-            [("image", row["image"]["bytes"])],
-        ),
+        cv_row,
         stratum="source",
         paper={"overall": (70.6, 73.7), "2D": (69.1, 72.4), "3D": (72.2, 74.9)},
     ),
     "sparbench": Bench(
         {
-            "spatialladder": (spar_match, partial(group_means, groups=SPAR, weighted=True)),
-            # its makers lose view_change_infer from Middle by a slip in parsing keys
-            "official": (
-                spar_match,
-                partial(group_means, groups=SPAR | {"Middle": "matching|camera_motion"}),
-            ),
+            "spatialladder": Scorer(spar_match, spar_means),
+            "official": Scorer(spar_match, spar_means_official),
         },
         "jasonzhango/SPAR-Bench",
         ("test-*.parquet",),
@@ -334,276 +381,331 @@ BENCHES = {
         },
     ),
     "viewspatial": Bench(
-        {
-            "spatialladder": (
-                lambda text, row: float(letter(text) == row["answer"][0]),
-                partial(group_means, groups=VIEWS, weighted=True),
-            )
-        },
+        {"spatialladder": Scorer(view_match, view_means)},
         "lidingm/ViewSpatial-Bench",
         ("ViewSpatial-Bench.json",),
-        lambda row: (
-            row["id"],
-            row["question_type"],
-            row["question"],
-            row["answer"],
-            row["choices"].split("\n"),
-            [("image", path.removeprefix("ViewSpatial-Bench/")) for path in row["image_path"]],
-        ),
+        view_row,
         paper={"overall": (35.6, 44.2), "camera": (39.5, 39.6), "person": (32.0, 48.5)},
     ),
 }
-OURS = Bench(  # our own rows: by the training reward, unweighted over types
-    {
-        "spatialladder": (
-            lambda text, row: accuracy_reward([text], SimpleNamespace(**row))[0],
-            group_means,
-        )
-    },
-    extract=lambda completion, thinking: extract_answer(completion, completion),
-)
+OURS = Bench({"spatialladder": Scorer(our_match, group_means)}, extract=our_answer)
 
 
-def read_bench(name, folder):
-    """Read a benchmark as distributed, its archives unpacked in `folder` or one folder deeper; nothing is decoded.
-
-    Returns: [Sample], [what the aggregate needs of its row besides]. Raises: UserError for anything missing."""
-    bench, folder, samples, extras = BENCHES[name], Path(folder), [], []
-
-    @cache
-    def look(pattern):  # many rows show the same picture
-        return next(
-            filter(None, (sorted(folder.glob(depth + pattern)) for depth in ("", "*/"))), None
-        )
-
-    def find(pattern, where):
-        if look(pattern) is None:
-            raise UserError(
-                f"{where}: no {pattern} in {folder}; it comes with {bench.hub} on the Hugging Face hub"
-            )
-        return look(pattern)
-
-    for path in (path for pattern in bench.files for path in find(pattern, name)):
-        for where, row in ((f"{path}:{n}", row) for n, row in enumerate(read_table(path), 1)):
-            try:
-                row_id, kind, question, answer, options, parts = bench.parse(row)
-                extras.append({key: row[key] for key in (bench.stratum, bench.split) if key in row})
-            except KeyError as error:
-                raise UserError(f"{where}: no column {error}, found {', '.join(row)}") from None
-            media = tuple(
-                Media(part, source if isinstance(source, bytes) else str(find(source, where)[0]))
-                for part, source in parts
-            )
-            samples.append(
-                Sample(where, str(row_id), question, kind, str(answer), tuple(options), media)
-            )
-    return samples, extras
+# ---------------------------------------------------------------------------------- reading
 
 
 def read_table(path):
-    """The rows of a parquet file or of a JSON list, as dicts; those of the list get their number as id."""
+    """The rows of a parquet file or of a JSON list, as dicts. A list's rows get numbers as ids."""
     if path.suffix == ".json":
-        return [{"id": n} | row for n, row in enumerate(read_json(path), 1)]
+        return [{"id": number} | row for number, row in enumerate(read_json(path), 1)]
+    rows = []
     try:
         from pyarrow import parquet
 
-        return [
-            row
-            for batch in parquet.ParquetFile(path).iter_batches(1024)
-            for row in batch.to_pylist()
-        ]
+        for batch in parquet.ParquetFile(path).iter_batches(1024):
+            rows += batch.to_pylist()
     except ImportError:
         raise UserError(f"{path}: reading parquet needs pyarrow (pip install pyarrow)") from None
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path}: not a readable parquet file ({str(error).splitlines()[0]})"
-        ) from None
+        problem = str(error).splitlines()[0]
+        raise UserError(f"{path}: not a readable parquet file ({problem})") from None
+    return rows
 
 
-# ---------------------------------------------------------------------------------------------- scores and baselines
-def blind_baseline(train, samples, match=OURS.scorers["spatialladder"][0]):
-    """The answers that do best on the training answers to the same question, or to its type if the question is new.
+def read_bench(name, folder):
+    """Read a benchmark as distributed, its archives unpacked in `folder` or one folder deeper.
 
-    Choices: the offered option whose text was right most often. Others: the training answer that `match` scores highest
-    against them all. Returns: a letter or text per sample; of a new type the first option or NO_ANSWER."""
-    seen = defaultdict(
-        Counter
-    )  # (question or "" for any, question type) -> how often each answer was right
-    for s in train:
-        right = [
-            option.split(" ", 1)[-1]
-            for option in s.options
-            if parse_choice(option) == parse_choice(s.answer)
-        ]
-        for key in ((s.question, s.question_type), ("", s.question_type)):
-            seen[key][right[0] if right else s.answer] += 1
+    No picture is opened here.
+
+    Returns: [Sample], [what the aggregate needs of its row besides].
+    Raises:  UserError for anything missing.
+    """
+    bench, folder = BENCHES[name], Path(folder)
+
+    def find_all(pattern):
+        paths = sorted(folder.glob(pattern)) or sorted(folder.glob(f"*/{pattern}"))
+        if not paths:
+            origin = f"it comes with {bench.hub} on the Hugging Face hub"
+            raise UserError(f"{name}: no {pattern} in {folder}; {origin}")
+        return paths
+
+    @cache  # many rows show the same picture
+    def find(path):
+        return str(find_all(path)[0])
+
+    samples, extras = [], []
+    for path in chain(*map(find_all, bench.files)):
+        for number, row in enumerate(read_table(path), 1):
+            where = f"{path}:{number}"
+            try:
+                row_id, question, kind, answer, options, media = bench.parse(row, find)
+            except KeyError as error:
+                raise UserError(f"{where}: no column {error}, found {', '.join(row)}") from None
+            except UserError as error:
+                raise UserError(f"{where}: {error}") from None
+            texts = (str(row_id), question, kind, str(answer))
+            samples.append(Sample(where, *texts, tuple(options), tuple(media)))
+            extras.append({key: row[key] for key in (bench.stratum, bench.split) if key in row})
+    return samples, extras
+
+
+# ---------------------------------------------------------------------------------- another engine
+
+
+def given_answers(path, samples, benchmark):
+    """Another engine's completions in the samples' order; a sample without one counts as wrong.
+
+    Rows hold id, question_type and completion. If a row has an `answer` too, it must be the
+    sample's: so ids that are counted in another way do not pass unnoticed. The answer of a
+    localization row is its true boxes in the pixels that the engine saw, as in our own
+    predictions.jsonl; without it the completion's boxes are taken as pixels of the file.
+
+    Args:    benchmark: all of its samples, of which `samples` are scored.
+    """
+    truths = {(s.id, s.question_type): s.answer for s in benchmark}
+    if len(truths) < len(benchmark):
+        raise UserError(f"--predictions {path}: rows of the benchmark share id and question_type")
+    given = {}
+    for where, row in read_jsonl(path):
+        for key in ("id", "question_type", "completion"):
+            if not isinstance(row.get(key), (str, int)):
+                raise UserError(f"{where}: {key} is {row.get(key)!r}, expected a text")
+        name = str(row["id"]), row["question_type"]
+        if name not in truths or name in given:
+            problem = "stands twice" if name in given else "is not in the benchmark"
+            raise UserError(f"{where}: id {name[0]} of {name[1]!r} {problem}")
+        answer = row.get("answer", truths[name])
+        if name[1] == "localization":
+            boxes = parse_boxes(json.dumps(answer))
+            if not boxes:
+                raise UserError(f"{where}: answer is {answer!r}, expected a list of boxes")
+            given[name] = str(row["completion"]), boxes
+        elif str(answer) == truths[name]:
+            given[name] = str(row["completion"]), truths[name]
+        else:
+            expected = f"{truths[name]!r} as in the benchmark"
+            raise UserError(f"{where}: answer is {answer!r}, expected {expected}")
+    answers = []
+    for sample in samples:
+        name = sample.id, sample.question_type
+        completion, answer = given.get(name, ("", sample.answer))
+        row = {"id": sample.id, "where": sample.where, "question_type": sample.question_type}
+        row |= {"answer": answer, "completion": completion, "skipped": name not in given}
+        answers.append(row)
+    return answers
+
+
+# ---------------------------------------------------------------------------------- baselines
+
+
+def option_text(option):
+    """What stands behind an option's letter."""
+    return option.split(" ", 1)[-1]
+
+
+def true_text(sample):
+    """The answer; of a choice the text of the right option, as letters are shuffled."""
+    for option in sample.options:
+        if parse_choice(option) == parse_choice(sample.answer):
+            return option_text(option)
+    return sample.answer
+
+
+def blind_baseline(train, samples, match=our_match):
+    """What one can answer without the picture, from the answers to questions of training.
+
+    A question counts as seen if it stood in training word for word; else all of its type count.
+    Choices: the option whose text was right most often. Others: the training answer that `match`
+    scores highest against them all.
+
+    Returns: a letter or text for each sample; of a new type the first option or NO_ANSWER.
+    """
+    seen = defaultdict(Counter)  # (question or "" for any, type) -> how often each answer was right
+    for sample in train:
+        for question in (sample.question, ""):
+            seen[question, sample.question_type][true_text(sample)] += 1
 
     @cache
-    def guess(key, options):
-        if options:
-            return parse_choice(
-                max(options, key=lambda option: seen[key][option.split(" ", 1)[-1]])
-            )
-        return max(
-            seen[key],
-            default=NO_ANSWER,
-            key=lambda answer: sum(
-                times * match(answer, {"question_type": key[1], "answer": truth})
-                for truth, times in seen[key].items()
-            ),
-        )
+    def best_text(key):
+        def score(answer):
+            total = 0
+            for truth, times in seen[key].items():
+                total += times * match(answer, {"question_type": key[1], "answer": truth})
+            return total
 
-    keys = ([(s.question, s.question_type), ("", s.question_type)] for s in samples)
-    return [
-        guess(own if own in seen else of_type, s.options)
-        for (own, of_type), s in zip(keys, samples)
-    ]
+        return max(seen[key], key=score, default=NO_ANSWER)
+
+    answers = []
+    for sample in samples:
+        key = (sample.question, sample.question_type)
+        if key not in seen:
+            key = ("", sample.question_type)
+        if sample.options:
+            times = {option: seen[key][option_text(option)] for option in sample.options}
+            answers.append(parse_choice(max(times, key=times.get)))
+        else:
+            answers.append(best_text(key))
+    return answers
 
 
 def add_baselines(rows, samples, match, train=()):
-    """Rows with the scores of answers given without the pictures: "chance" is 1 / options, "frequent" blind_baseline
-    from the true answers by type only, "blind" that from the training samples; for localization the mean training box
-    under each true label, in pixels of the files (it means something where all pictures have one size)."""
-    boxes = [box["bbox_2d"] for s in train if s.question_type == "localization" for box in s.answer]
-    train = [s for s in train if s.question_type != "localization" and not s.messages]
-    mean = np.mean(boxes, axis=0) if boxes else None
-    typed = [replace(s, question="") for s in samples if s.question_type != "localization"]
-    for row, s, blind, frequent in zip(
-        rows,
-        samples,
-        blind_baseline(train, samples, match),
-        blind_baseline(typed, samples, match),
-        strict=True,
-    ):
-        if s.question_type != "localization":
-            yield row | {
-                "chance": 1 / len(s.options) if s.options else None,
-                "frequent": match(frequent, row),
-                "blind": match(blind, row) if train else None,
-            }
-        else:
-            yield row | {
-                "blind": float(np.mean([box_iou(mean, b["bbox_2d"]) for b in s.answer]))
-                if boxes
-                else None
-            }
+    """Add to each row what answers without the picture would score.
+
+    "chance" is 1 / options. "blind" is the blind_baseline from training samples; for localization
+    the mean training box under each true label, in pixels of the files (of meaning where all
+    pictures have one size).
+
+    Yields: rows; a baseline is None where there is nothing to take it from.
+    """
+    boxes = []
+    for sample in train:
+        if sample.question_type == "localization":
+            boxes += [box["bbox_2d"] for box in sample.answer]
+    questions = [s for s in train if s.question_type != "localization" and not s.messages]
+    guesses = blind_baseline(questions, samples, match)
+    for row, sample, guess in zip(rows, samples, guesses, strict=True):
+        blind = chance = None
+        if sample.question_type == "localization":
+            if boxes:
+                mean = np.mean(boxes, axis=0)
+                blind = float(np.mean([box_iou(mean, box["bbox_2d"]) for box in sample.answer]))
+        elif questions:
+            blind = match(guess, row)
+        if sample.options:
+            chance = 1 / len(sample.options)
+        yield row | {"chance": chance, "blind": blind}
+
+
+# ---------------------------------------------------------------------------------- scores
 
 
 def score_rows(rows, bench, scorer="spatialladder", thinking=True):
-    """Rows of completions with "prediction" (the answer's text; localization: boxes, None if invalid) and "score"."""
+    """Yield rows with "prediction" (text of the answer; boxes, None if invalid) and "score"."""
     for row in rows:
         text = bench.extract(row["completion"], thinking)
+        boxes = row["question_type"] == "localization"
         yield row | {
-            "prediction": parse_boxes(text) if row["question_type"] == "localization" else text,
-            "score": bench.scorers[scorer][0](text, row),
+            "prediction": parse_boxes(text) if boxes else text,
+            "score": bench.scorers[scorer].match(text, row),
         }
 
 
 def bootstrap_interval(scores, seed=0, aggregate=group_means):
-    """95% interval of the mean of scores, or of the headline of {stratum: scores}, resampled within strata."""
-    strata, draw = (
-        scores if isinstance(scores, dict) else {"": scores},
-        np.random.default_rng(seed).integers,
-    )
-    means = {
-        name: np.asarray(s, float)[draw(0, len(s), (1000, len(s)))].mean(1)
-        for name, s in strata.items()
-    }
-    headline = aggregate(means, {name: len(s) for name, s in strata.items()})["overall"]
-    return tuple(np.percentile(headline, (2.5, 97.5)).tolist())
+    """95% interval of a mean of scores, or of the headline of {stratum: scores}.
+
+    Scores are drawn anew a thousand times, in each stratum as many as it has.
+    """
+    strata = scores if isinstance(scores, dict) else {"": scores}
+    draw = np.random.default_rng(seed).integers
+    means, counts = {}, {}
+    for name, values in strata.items():
+        n = counts[name] = len(values)
+        means[name] = np.asarray(values, float)[draw(0, n, (1000, n))].mean(1)  # (1000,)
+    low, high = np.percentile(aggregate(means, counts)["overall"], (2.5, 97.5)).tolist()
+    return low, high
+
+
+def rows_by(key, rows):
+    """Value of a column -> its rows, values in order."""
+    groups = defaultdict(list)
+    for row in rows:
+        groups[row[key]].append(row)
+    return dict(sorted(groups.items()))
+
+
+def measure(rows, seed, stratum="question_type", aggregate=group_means):
+    """n, the means of the score and its baselines, the score's interval, and means of groups."""
+    strata = rows_by(stratum, rows)
+    counts = {name: len(group) for name, group in strata.items()}
+    part = {"n": len(rows)}
+    for column in ("blind", "chance", "score"):
+        values, means = {}, {}
+        for name, group in strata.items():
+            values[name] = np.array([row.get(column) for row in group], float)  # None becomes NaN
+            means[name] = float(values[name].mean())
+        groups = aggregate(means, counts)
+        overall = groups.pop("overall")
+        part[column] = None if np.isnan(overall) else overall
+    part["low"], part["high"] = bootstrap_interval(values, seed, aggregate)
+    return part | ({"groups": groups} if groups else {})
+
+
+def measure_boxes(rows, seed):
+    """The scores of localization rows: their score is the mean IoU."""
+    part = measure(rows, seed)
+    part["mean_iou"], part["mean_box_iou"] = part["score"], part["blind"]
+    part["valid_json"] = float(np.mean([row["prediction"] is not None for row in rows]))
+    each = [localization_scores(row["prediction"], row["answer"]) for row in rows]
+    for name in ("precision", "recall"):
+        part[name] = float(np.mean([scores[name] for scores in each]))
+    return part
 
 
 def summarize(rows, bench, scorer="spatialladder", seed=0):
-    """scores.json less its recipe, from rows of score_rows, with the baselines that add_baselines gave them."""
+    """scores.json less its recipe, from the rows of score_rows and add_baselines.
 
-    def by(key, rows):
-        return {
-            value: [row for row in rows if row[key] == value]
-            for value in sorted({row[key] for row in rows})
-        }
-
-    def measure(rows, key="question_type", aggregate=group_means):
-        part = {"n": len(rows)}
-        for name in ("blind", "frequent", "chance", "score"):
-            values = {
-                s: np.array([row.get(name) for row in rows], float)
-                for s, rows in by(key, rows).items()
-            }
-            groups = aggregate(
-                {s: float(v.mean()) for s, v in values.items()},
-                {s: len(v) for s, v in values.items()},
-            )
-            part[name] = (
-                None if np.isnan(groups["overall"]) else groups.pop("overall")
-            )  # None became NaN
-        low, high = bootstrap_interval(values, seed, aggregate)
-        return part | {"low": low, "high": high} | ({"groups": groups} if groups else {})
-
-    kinds, how = by("question_type", rows), (bench.stratum, bench.scorers[scorer][1])
+    Boxes stand beside the headline, not in it, unless there is nothing else.
+    """
+    kinds = rows_by("question_type", rows)
     boxes = kinds.pop("localization", [])
-    asked = [row for row in rows if row["question_type"] in kinds]
-    scores = {"groups": {}} | measure(asked or boxes, *how)
+    questions = [row for row in rows if row["question_type"] in kinds] or boxes
+    how = bench.stratum, bench.scorers[scorer].means
+
+    scores = {"groups": {}} | measure(questions, seed, *how)
+    scores["overall"] = scores.pop("score")
     if bench.split:
-        scores["groups"] |= {
-            value: measure(part, *how)["score"] for value, part in by(bench.split, asked).items()
-        }
-    scores |= {
-        "overall": scores.pop("score"),
-        "types": {kind: measure(part) for kind, part in kinds.items()},
-        "well_formed": float(np.mean(format_reward([row["completion"] for row in asked or boxes]))),
-    }
+        for value, part in rows_by(bench.split, questions).items():
+            scores["groups"][value] = measure(part, seed, *how)["score"]
+    scores["types"] = {kind: measure(part, seed) for kind, part in kinds.items()}
+    completions = [row["completion"] for row in questions]
+    scores["well_formed"] = float(np.mean(format_reward(completions)))
+    scores["truncated"] = sum(row.get("truncated", False) for row in rows) / len(rows)
+    scores["skipped"] = sum(row.get("skipped", False) for row in rows)
     if boxes:
-        found, box = (
-            [localization_scores(row["prediction"], row["answer"]) for row in boxes],
-            measure(boxes),
-        )
-        valid = 1 - [row["prediction"] for row in boxes].count(None) / len(boxes)
-        scores["localization"] = (
-            box
-            | {"mean_iou": box["score"], "mean_box_iou": box["blind"], "valid_json": valid}
-            | {
-                name: float(np.mean([one[name] for one in found]))
-                for name in ("precision", "recall")
-            }
-        )
+        scores["localization"] = measure_boxes(boxes, seed)
     return scores
 
 
+def percent(value):
+    """A cell of the table.
+
+    >>> percent(0.25), percent(None), percent(12)
+    ('25.0', '', '12')
+    """
+    if value is None:
+        return ""
+    return f"{100 * value:.1f}" if isinstance(value, float) else str(value)
+
+
 def table(name, scores, bench, scorer="spatialladder"):
-    """The scores as text, in %, beside the baselines and the paper's numbers; low and high are the 95% interval."""
+    """The scores as text, in %, beside the baselines and the paper's numbers."""
+    parts = {"overall": scores | {"score": scores["overall"]}}
+    for group, mean in scores["groups"].items():
+        parts[group] = {"score": mean}
+    parts |= scores["types"]
+    if "localization" in scores:
+        parts["localization (mean IoU)"] = scores["localization"]
 
-    def line(title, *cells):
-        cells = (
-            "" if c is None else f"{100 * c:.1f}" if isinstance(c, float) else c for c in cells
-        )
-        return f"{title:<57}" + "".join(f"{cell:>9}" for cell in cells)
+    keys = ("n", "score", "low", "high", "chance", "blind")
+    title = f"{name}, {scorer} scorer"
+    if scorer == "official":
+        title += ", our prompt"
+    rows = [[title, *keys, "paper 3B", "SpLadder"]]
+    for label, part in parts.items():
+        cells = [percent(part.get(key)) for key in keys]
+        rows.append([label, *cells, *bench.paper.get(label, ("", ""))])
+    if not bench.paper:
+        rows = [row[:-2] for row in rows]
 
-    keys = ("n", "score", "low", "high", "chance", "frequent", "blind")
-    parts = {"overall": scores | {"score": scores["overall"]}} | {
-        g: {"score": v} for g, v in scores["groups"].items()
-    }
-    parts |= scores["types"] | (
-        {"localization (mean IoU)": scores["localization"]} if "localization" in scores else {}
-    )
-    lines = [
-        line(
-            f"{name}, {scorer} scorer" + ", our prompt" * (scorer == "official"),
-            *keys,
-            *(("paper 3B", "SpLadder") if bench.paper else ()),
-        )
-    ]
-    lines += [
-        line(title, *map(part.get, keys), *map(str, bench.paper.get(title, ())))
-        for title, part in parts.items()
-    ]
-    if scores.get("truncated"):
-        lines.append(
-            f"{100 * scores['truncated']:.1f}% of the completions reached --max-completion-length."
-        )
-    if scores.get("skipped"):
+    lines = [text_table(rows)]
+    if scores["truncated"]:
+        share = percent(scores["truncated"])
+        lines.append(f"{share}% of the completions reached --max-completion-length.")
+    if scores["skipped"]:
         lines.append(f"{scores['skipped']} samples without a completion: they count as wrong.")
-    if name in ("vsibench", "spbench-si", "spbench-mv"):
+    if bench.parse is vsi_row:
         lines.append(
-            "The paper gives the 3B a mean of 38.8 over VSI-Bench and both SPBench; it should read 35.4."
+            "The paper gives the 3B a mean of 38.8 over VSI-Bench and both SPBench; it should "
+            "read 35.4."
         )
     return "\n".join(lines)
