@@ -19,7 +19,7 @@ README = REPOSITORY / "README.md"
 DOCS = sorted((REPOSITORY / "docs").glob("*.md"))
 PAGES = [README, *DOCS]
 LINKS = re.compile(r"\]\(([^)\s]+)\)|src=\"([^\"]+)\"")
-BLOCKS = re.compile(r"^```(?:python)?\n(.*?)^```", re.MULTILINE | re.DOTALL)
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LAUNCHED = re.compile(
     r"(?:python|torchrun)\s(?:.*?\s)?"  # torchrun's own flags stand before the script
     r"(?:-m (?P<module>(?:look|rooms)\.\w+)|(?P<file>(?:tests/)?\w+\.py))(?P<words>.*)"
@@ -33,6 +33,11 @@ def text_of(page):
     return page.read_text(encoding="utf-8")
 
 
+def blocks_of(text, language=""):
+    """The code blocks of a page that are marked with a language. `text`: of another commit."""
+    return [code for marked, code in FENCED.findall(text) if marked == language]
+
+
 def section(title):
     """The README between a heading and the next."""
     return text_of(README).split(f"\n## {title}\n")[1].split("\n## ")[0]
@@ -44,9 +49,8 @@ def commands(text):
     >>> commands("Run `python a.py --x`:\\n```\\npython b.py \\\\\\n    --y 1    # why\\n```\\n")
     ['python b.py --y 1', 'python a.py --x']
     """
-    blocks = BLOCKS.findall(text)
-    lines = re.sub(r"\s*\\\n\s*", " ", "\n".join(blocks)).splitlines()
-    inline = re.findall(r"`([^`]+)`", BLOCKS.sub("", text))
+    lines = re.sub(r"\s*\\\n\s*", " ", "\n".join(blocks_of(text))).splitlines()
+    inline = re.findall(r"`([^`]+)`", FENCED.sub("", text))
     words = [" ".join(line.split("  #")[0].split()) for line in lines + inline]
     return [command for command in words if command.startswith(("python ", "torchrun "))]
 
@@ -75,7 +79,7 @@ def test_pages_are_short(page):
     """At most 150 lines; only tables, commands and pictures are wide."""
     lines = text_of(page).splitlines()
     assert len(lines) <= 150
-    prose = BLOCKS.sub("", text_of(page)).splitlines()
+    prose = FENCED.sub("", text_of(page)).splitlines()
     wide = [line for line in prose if len(line) > 130 and not line.startswith(("|", "<img", "!["))]
     assert not wide
 
@@ -209,7 +213,7 @@ def test_scripts_know_the_flags_they_are_shown_with(script, call, capsys, monkey
 def test_flags_in_sentences_exist(page, call, capsys):
     """A --flag in inline code is one of a trainer, of a script that is shown, or torchrun's."""
     mentioned = set()
-    for code in re.findall(r"`([^`]+)`", BLOCKS.sub("", text_of(page))):
+    for code in re.findall(r"`([^`]+)`", FENCED.sub("", text_of(page))):
         mentioned.update(re.findall(r"(?<![\w-])--[a-z][a-z-]*", code))
     for name in ("train_sft", "grpo", "eval", "coldstart", "ladder", "look.check", "look.probes",
                  "look.plan", "rooms.scenes"):  # fmt: skip
@@ -224,9 +228,7 @@ def test_the_example_of_a_reward_runs(monkeypatch):
     """docs/grpo.md's reward of one's own: its code, as it stands there."""
     import rewards
 
-    (code,) = re.findall(
-        r"^```python\n(.*?)^```", text_of(REPOSITORY / "docs/grpo.md"), re.M | re.S
-    )
+    (code,) = blocks_of(text_of(REPOSITORY / "docs" / "grpo.md"), "python")
     monkeypatch.setattr(rewards, "REWARDS", dict(rewards.REWARDS))
     exec(code, {"REWARDS": rewards.REWARDS})
     assert rewards.REWARDS["short"](["a" * 399, "a" * 400], None) == [1.0, 0.0]
@@ -237,7 +239,7 @@ def test_the_example_of_a_reward_runs(monkeypatch):
 
 def data_block(word):
     """The code block of docs/data.md in which a word stands."""
-    blocks = BLOCKS.findall(text_of(REPOSITORY / "docs" / "data.md"))
+    blocks = blocks_of(text_of(REPOSITORY / "docs" / "data.md"))
     (block,) = [block for block in blocks if word in block]
     return block
 
