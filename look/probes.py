@@ -1,216 +1,213 @@
-"""The paper's three analyses of what the ladder changes, on any checkpoints and data: hints, attention, entropy.
+"""The paper's three analyses of what training changes: hints, attention, entropy.
 
-    python -m look.probes hints runs/tiny            # the rungs of a ladder, each asked in its own style about its test rooms
+    python -m look.probes hints runs/tiny         # the rungs of a ladder, about its test rooms
     python -m look.probes attention runs/tiny
     python -m look.probes entropy runs/tiny
-    python -m look.probes all runs/tiny              # the three
-    python -m look.probes hints --model DIR DIR --data SpatialLadder-26k --out DIR      # any checkpoints, data in that format
+    python -m look.probes all runs/tiny           # all three
+    python -m look.probes hints --model DIR DIR --data SpatialLadder-26k --out DIR
 
-Each writes its table as NAME.json and a chart NAME.svg, the first two pictures NAME/*.png besides, to RUN/probes or --out.
-A model whose weights and settings have not changed is not probed again. Intervals are 95% bootstraps over questions.
-The paper gives numbers (PAPER) without code, and of the last two no definitions. These are ours:
+Each probe writes NAME.json, the chart NAME.svg and (the first two) pictures NAME/*.png to
+RUN/probes or --out. A model whose weights and settings are the same is not measured again.
+Intervals are 95% bootstraps over questions. The paper gives numbers (PAPER) without code, and does
+not define the last two measures. These definitions are ours:
 
-hints      Questions of relative direction over one picture whose objects' boxes a localization row of the same picture
-           and question text knows. Accuracy of greedy answers with no hint; with each object's box drawn, and named by
-           its colour in the question (location); with the centres, a line between them and its direction in words
-           besides (full). "location - none" and "full - none" are paired by question.
-attention  The true answer is teacher-forced, asked for directly whatever the style of the rung. Softmax weights from the
-           positions that predict its tokens (end of turn left out) to the picture's vision tokens, mean over layers,
-           heads and positions, made to sum to 1: a map with a cell per vision token. iou: of the union of the true
-           boxes with the most attended cells, as many as have the union's area, at least one. entropy: the map's,
-           divided by ln(number of cells). "locating" is the same while the localization row is answered. To compare
-           with: another question's map on these boxes, random cells, the best cells that there are.
-entropy    K answers sampled to a question; those of one meaning are a cluster: the same letter, numbers within
-           --tolerance of the cluster's least, and all answers that cannot be parsed together. entropy: -sum p ln p of
-           the clusters' shares p, in nats, mean over questions. invalid: share of answers that cannot be parsed.
+hints      Questions of relative direction about one picture. A localization row with the same
+           picture and question gives the boxes of the objects. Accuracy of greedy answers without a
+           hint; with each object's box drawn, and named by its colour in the question (location);
+           with the centres, a line between them and its direction in words besides (full).
+           "location - none" and "full - none" are paired by question.
+attention  The true answer is forced, token by token, in the direct style for every model. Softmax
+           weights from the positions that predict its tokens (not the end of turn) to the
+           picture's vision tokens; mean over the last third of the layers, all heads and positions;
+           scaled to a sum of 1. That is a map with one cell per vision token.
+           iou: overlap of the union of the true boxes with the cells of the largest weights, as
+           many cells as have the union's area, at least one. entropy: of the map, divided by
+           ln(cells). "locating" is the same while the localization row is answered. To compare
+           with: the map of a question about another picture, random cells, the best possible cells.
+entropy    Several answers are sampled for each question and sorted into clusters of one meaning:
+           the same letter; numbers at most 10% above the smallest of their cluster; all answers
+           that cannot be parsed. entropy: -sum p ln p over the clusters' shares p, in nats, mean
+           over questions. invalid: the share of answers that cannot be parsed.
 """
 
-import argparse
 import dataclasses
 import io
-import itertools
 import math
-import os
 from collections import defaultdict
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 from ask import draw_boxes
 from benchmarks import bootstrap_interval
 from checkpoint import load_model
-from data import Media, Processor, check_media, collate, cost, open_picture, read_all, style_of
-from eval import answer_rows, model_hash, subset
-from files import UserError, read_json, write_json, writing
-from grpo import complete, noise
-from ladder import BASE, GROUNDING, RECIPES, RUNGS, SPATIAL, WAYS
-from look.charts import bars, save_chart
+from data import IGNORE, Media, Processor, collate, open_picture, read_all, style_of
+from eval import answer_rows, model_hash, our_files, subset
+from files import CONFIG, UserError, read_json, text_table, write_json, writing
+from grpo import noise, sample_completions
+from ladder import BASE, RECIPES, RUNGS
+from look.charts import dots, join, save
 from model import KVCache
 from rewards import CHOICE_TYPES, NUMBER_TYPES, SCORES, accuracy_reward, extract_answer
-from runtime import Ranks, main_guard
-from settings import PICTURES, Parser, add_flags
+from runtime import choose_device, compute_dtype, main_guard
+from settings import PICTURES, Parser, add_flags, positive, values
 
-PAPER = {  # group -> figures, of arXiv 2510.08531
+PAPER = {  # arXiv 2510.08531
     "hints": {
-        "Qwen2.5-VL-3B": {"none": 0.365, "location": 0.415, "full": 0.46},
-        "SpatialLadder-3B": {"none": 0.82, "location": 0.825, "full": 0.835},
+        "paper, Qwen2.5-VL-3B: none": 0.365,
+        "paper, Qwen2.5-VL-3B: location": 0.415,
+        "paper, Qwen2.5-VL-3B: full": 0.46,
+        "paper, SpatialLadder-3B: none": 0.82,
+        "paper, SpatialLadder-3B: location": 0.825,
+        "paper, SpatialLadder-3B: full": 0.835,
     },
     "attention": {
-        "Qwen2.5-VL-3B": {"iou": 0.338, "entropy": 0.193},
-        "SpatialLadder-3B": {"iou": 0.377, "entropy": 0.176},
+        "paper, Qwen2.5-VL-3B: iou": 0.338,
+        "paper, SpatialLadder-3B: iou": 0.377,
+        "paper, Qwen2.5-VL-3B: entropy": 0.193,
+        "paper, SpatialLadder-3B: entropy": 0.176,
     },
     "entropy": {
-        "before": {"entropy": 1.24},
-        "stages 1 and 2": {"entropy": 1.47},
-        "stage 3": {"entropy": 0.66},
+        "paper, before training: entropy": 1.24,
+        "paper, stages 1 and 2: entropy": 1.47,
+        "paper, stage 3: entropy": 0.66,
     },
 }
 CONDITIONS = ("none", "location", "full")
-PANELS = {  # of a chart: title, figures drawn as bars, figures of the first model drawn as dashed lines
-    "hints": [
-        ("directions answered right, share", CONDITIONS, ("chance",)),
-        ("answers without a letter, share", tuple(f"{name}: invalid" for name in CONDITIONS), ()),
-    ],
+PANELS = {  # probe -> panels of its chart: title, figures of each model, figures that they share
+    "hints": [("share of directions answered right", CONDITIONS, ("chance",))],
     "attention": [
         (
-            "IoU of attended cells and true boxes, answering (the paper's definition is not known)",
-            ("iou", "another's map"),
+            "IoU of the most attended cells and the true boxes",
+            ("iou", "another's map", "locating: iou", "locating: another's map"),
             ("random cells", "best cells"),
         ),
-        (
-            "the same, locating",
-            ("locating: iou", "locating: another's map"),
-            ("random cells", "best cells"),
-        ),
-        (
-            "entropy of the map / ln(cells) (the paper's definition is not known)",
-            ("entropy", "locating: entropy"),
-            (),
-        ),
+        ("entropy of the map / ln(cells)", ("entropy", "locating: entropy"), ()),
     ],
-    "entropy": [
-        ("semantic entropy, nats", ("entropy",), ()),
-        ("answers that cannot be parsed, share", ("invalid",), ()),
-    ],
+    "entropy": [("semantic entropy, nats", ("entropy",), ())],
 }
-LIMITS = {"hints": 200, "attention": 200, "entropy": 40}  # questions; of each type in entropy
-COLOURS = {
-    "red": (255, 0, 0),
-    "blue": (0, 0, 255),
-    "green": (0, 255, 0),
-    "yellow": (255, 255, 0),
-    "pink": (255, 0, 255),
-    "turquoise": (0, 255, 255),
+LIMITS = {"hints": 200, "attention": 200, "entropy": 40}  # questions; for entropy of each type
+COLOURS = {  # the name in a question -> what is drawn
+    "red": "#ff0000",
+    "blue": "#0000ff",
+    "green": "#00ff00",
+    "yellow": "#ffff00",
+    "pink": "#ff00ff",
+    "turquoise": "#00ffff",
 }
+USED = (  # settings that the results depend on
+    *("images", "dtype", *PICTURES, "seed"),
+    *("num_generations", "max_completion_length", "temperature"),
+)
+TOLERANCE = 0.1  # numbers that differ by so little mean the same
 RANDOM_MAPS = 20  # drawn for each question
-OVERLAYS, LARGE = 4, 448  # questions whose maps are painted; pixels of the longer side, at least
+PAINTED = 4  # questions whose maps are painted
+SIDE = 448  # pixels of a painted map's longer side, at least
 
-
-# ---------------------------------------------------------------------------------------------- shared
+# ---------------------------------------------------------------------------------- shared
 
 
 def spatial_pairs(samples):
-    """(question of relative direction, localization row of the same picture and question text) wherever both are there."""
-    boxes = {(s.media, s.question): s for s in samples if s.question_type == "localization"}
-    pairs = [
-        (s, boxes[s.media, s.question])
-        for s in samples
-        if s.question_type == "relative direction" and (s.media, s.question) in boxes
-    ]
-    return [
-        (question, located) for question, located in pairs if len(located.answer) <= len(COLOURS)
-    ]
+    """Questions of relative direction, each with the localization row of its picture and text.
+
+    Returns: [(question, localization row)]; questions that have no such row are left out.
+    """
+    located = {}
+    for sample in samples:
+        if sample.question_type == "localization" and len(sample.answer) <= len(COLOURS):
+            located[sample.media, sample.question] = sample
+    pairs = []
+    for sample in samples:
+        boxes = located.get((sample.media, sample.question))
+        if boxes and sample.question_type == "relative direction":
+            pairs.append((sample, boxes))
+    return pairs
 
 
 def meaning(text, sample):
-    """The letter or the number that a completion answers, or None."""
-    return SCORES[sample.question_type][0](extract_answer(text, text))
+    """The letter or the number that a completion answers, or None if it has neither."""
+    parse, _ = SCORES[sample.question_type]
+    return parse(extract_answer(text, text))
 
 
-def measured(values, seed):
-    """The mean of some numbers with its 95% interval."""
-    low, high = bootstrap_interval(values, seed)
-    return {"value": float(np.mean(values)), "low": low, "high": high}
-
-
-def save_png(picture, path):
-    picture.save(f"{path}.tmp", "PNG")
-    os.replace(f"{path}.tmp", path)
-
-
-def batches(samples, size):
-    """Places in `samples`, at most `size` together, rows of like cost beside one another."""
-    order = sorted(range(len(samples)), key=lambda row: cost(samples[row]))
-    return [order[i : i + size] for i in range(0, len(order), size)]
-
-
-# ---------------------------------------------------------------------------------------------- hints
-
-
-def direction(a, b):
-    """Where the centre of box a lies from that of box b in the picture.
-
-    >>> direction((0, 0, 2, 2), (4, 0, 6, 9)), direction((4, 0, 6, 2), (0, 0, 2, 2))
-    ('left of and above', 'right of')
+def batches(items, size):
     """
-    (xa, ya), (xb, yb) = centre(a), centre(b)
-    across, down = (
-        ("left of", "", "right of")[np.sign(xa - xb) + 1],
-        ("above", "", "below")[np.sign(ya - yb) + 1],
-    )
-    return " and ".join(filter(None, (across, down))) or "at"
+    >>> batches(["a", "b", "c"], 2)
+    [['a', 'b'], ['c']]
+    """
+    return [items[first : first + size] for first in range(0, len(items), size)]
+
+
+# ---------------------------------------------------------------------------------- hints
 
 
 def centre(box):
-    return round((box[0] + box[2]) / 2), round((box[1] + box[3]) / 2)
+    x1, y1, x2, y2 = box["bbox_2d"]
+    return round((x1 + x2) / 2), round((y1 + y2) / 2)
+
+
+def direction(a, b):
+    """Where the centre of box a lies in the picture, seen from the centre of box b.
+
+    >>> bin, bed = {"bbox_2d": [0, 0, 2, 2]}, {"bbox_2d": [4, 0, 6, 9]}
+    >>> direction(bin, bed), direction(bed, bin), direction(bed, bed)
+    ('left of and above', 'right of and below', 'at')
+    """
+    (xa, ya), (xb, yb) = centre(a), centre(b)
+    words = []
+    if xa != xb:
+        words.append("left of" if xa < xb else "right of")
+    if ya != yb:
+        words.append("above" if ya < yb else "below")
+    return " and ".join(words) or "at"
 
 
 def hint_text(boxes, condition):
-    """The words that go with what is drawn.
+    """The sentences that go with the drawing.
 
-    >>> hint_text([{"bbox_2d": [0, 0, 2, 2], "label": "bin"}, {"bbox_2d": [4, 0, 6, 2], "label": "bed"}], "full")
-    'The red box marks the bin, the blue box the bed. The centre of the red box is left of that of the blue box.'
+    >>> bin = {"bbox_2d": [0, 0, 2, 2], "label": "bin"}
+    >>> bed = {"bbox_2d": [4, 0, 6, 2], "label": "bed"}
+    >>> print(hint_text([bin, bed], "full").replace(". ", ".\\n"))
+    The red box marks the bin, the blue box the bed.
+    The centre of the red box is left of that of the blue box.
     """
-    marks = [
-        f"the {colour} box {'' if i else 'marks '}the {box['label']}"
-        for i, (colour, box) in enumerate(zip(COLOURS, boxes))
-    ]
-    sentences = [", ".join(marks)]
+    named = list(zip(COLOURS, boxes))
+    marks = [f"the {colour} box the {box['label']}" for colour, box in named]
+    text = ", ".join(marks).replace("the red box", "The red box marks", 1) + "."
     if condition == "full":
-        sentences += [
-            f"the centre of the {a} box is {direction(one['bbox_2d'], other['bbox_2d'])} that of the {b} box"
-            for (a, one), (b, other) in itertools.pairwise(zip(COLOURS, boxes))
-        ]
-    return " ".join(f"T{sentence[1:]}." for sentence in sentences)
+        for (a, one), (b, other) in pairwise(named):
+            where = direction(one, other)
+            text += f" The centre of the {a} box is {where} that of the {b} box."
+    return text
 
 
 def mark(picture, boxes, condition):
-    """Draw on a picture, in place: each box in its colour; for "full" the centres and the lines from one to the next."""
-    draw, line = ImageDraw.Draw(picture), 1 + max(picture.size) // 300
+    """Draw on a picture, in place: each box in its colour; for "full" the centres and a line."""
+    draw = ImageDraw.Draw(picture)
+    line = 1 + max(picture.size) // 300
     for colour, box in zip(COLOURS.values(), boxes):
         x1, y1, x2, y2 = box["bbox_2d"]
-        draw.rectangle((x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)), outline=colour, width=line)
+        # PIL draws the last pixel too.
+        draw.rectangle((x1, y1, x2 - 1, y2 - 1), outline=colour, width=line)
     if condition == "full":
-        centres = [centre(box["bbox_2d"]) for box in boxes]
+        centres = [centre(box) for box in boxes]
         draw.line(centres, fill="white", width=line)
-        for colour, (x, y) in zip(COLOURS.values(), centres):
-            draw.ellipse(
-                (x - 2 * line, y - 2 * line, x + 2 * line, y + 2 * line),
-                fill=colour,
-                outline="white",
-            )
+        for colour, place in zip(COLOURS.values(), centres):
+            draw.circle(place, 2 * line, fill=colour, outline="white")
 
 
 def hinted(question, located, condition):
-    """The question as it is asked under a condition."""
+    """The question as it is asked under one of CONDITIONS."""
     if condition == "none":
         return question
-    picture, text = open_picture(question.media[0].source), hint_text(located.answer, condition)
+    picture = open_picture(question.media[0].source)
     mark(picture, located.answer, condition)
     png = io.BytesIO()
     picture.save(png, "PNG")
+    text = hint_text(located.answer, condition)
     return dataclasses.replace(
         question,
         question=f"{question.question} {text}",
@@ -220,87 +217,85 @@ def hinted(question, located, condition):
 
 
 def probe_hints(model, processor, pairs, args, device):
-    """Accuracy under each condition, and the share of answers without a letter."""
-    right, invalid = (
-        {condition: np.zeros(len(pairs)) for condition in CONDITIONS} for _ in range(2)
-    )
-    for condition in CONDITIONS:
-        for rows in batches([question for question, _ in pairs], args.batch_size):
-            asked = [hinted(*pairs[row], condition) for row in rows]
-            for row, answer in zip(
-                rows, answer_rows(model, processor, asked, range(len(asked)), args, device)
-            ):
-                right[condition][row] = accuracy_reward([answer["completion"]], pairs[row][0])[0]
-                invalid[condition][row] = meaning(answer["completion"], pairs[row][0]) is None
-    figures = right | {f"{name} - none": right[name] - right["none"] for name in CONDITIONS[1:]}
-    figures |= {f"{name}: invalid": invalid[name] for name in CONDITIONS}
-    figures["chance"] = [1 / len(question.options) for question, _ in pairs]
-    return {name: measured(values, args.seed) for name, values in figures.items()}
+    """Yield {figure: number} of each question: was it answered right, was there a letter?
 
-
-# ---------------------------------------------------------------------------------------------- attention
-
-
-def attention_weights(q, k, at):
-    """Softmax weights of some queries over all keys up to their own.
-
-    Args:    q (B, H, T, D), k (B, K, T, D). at: (R,) places in the flattened (B, T), in order.
-    Returns: (R, H, T) fp32.
+    What the first question shows is saved beside args.pictures.
     """
-    _, H, T, D = q.shape
-    weights = []
-    for row in range(len(q)):
-        places = at[at // T == row] % T  # (r,)
-        keys = k[row].float().repeat_interleave(H // k.shape[1], dim=0)  # (H, T, D)
-        scores = q[row][:, places].float() @ keys.mT / math.sqrt(D)  # (H, r, T)
-        later = torch.arange(T, device=at.device) > places[:, None]  # (r, T)
-        weights.append(scores.masked_fill(later, -math.inf).softmax(-1).transpose(0, 1))
-    return torch.cat(weights)
+    for condition in CONDITIONS:
+        picture = open_picture(hinted(*pairs[0], condition).media[0].source)
+        picture.save(args.pictures.with_name(condition + ".png"))
+    for part in batches(pairs, args.micro_batch):
+        figures = [{"chance": 1 / len(question.options)} for question, _ in part]
+        for condition in CONDITIONS:
+            samples = [hinted(*pair, condition) for pair in part]
+            rows = range(len(samples))
+            answers = answer_rows(model, processor, samples, rows, args, device)
+            for row, sample, answer in zip(figures, samples, answers):
+                text = answer["completion"]
+                row[condition] = accuracy_reward([text], sample)[0]
+                row[condition + ": invalid"] = meaning(text, sample) is None
+                if condition != "none":
+                    row[condition + " - none"] = row[condition] - row["none"]
+        yield from figures
+
+
+# ---------------------------------------------------------------------------------- attention
 
 
 class WatchedCache(KVCache):
-    """A prefill as the model makes it, which beside it keeps the weights of the queries `at`: (R, T) a layer."""
+    """The cache of a prefill, which also keeps every layer's queries (B, H, T, D)."""
 
-    def __init__(self, lengths, at, layers, heads):
+    def __init__(self, lengths):
         super().__init__(lengths)
-        self.at, self.layers, self.heads, self.weights = at, layers, heads, []
+        self.queries = []
 
     def attend(self, layer, q, k, v):
-        if layer in self.layers:
-            self.weights.append(attention_weights(q, k, self.at)[:, self.heads].mean(1))
+        self.queries.append(q)
         return super().attend(layer, q, k, v)
 
 
+def attention_weights(q, k, places):
+    """Softmax weights of the queries at some places over all keys up to their own.
+
+    The model's own attention (SDPA) does not return them.
+
+    Args:    q (H, T, D), k (K, T, D), places (r,).
+    Returns: (H, r, T) fp32.
+    """
+    k = k.float().repeat_interleave(len(q) // len(k), dim=0)  # (H, T, D)
+    scores = q[:, places].float() @ k.mT / math.sqrt(q.shape[-1])  # (H, r, T)
+    later = torch.arange(q.shape[1], device=q.device) > places[:, None]  # (r, T)
+    return scores.masked_fill(later, -math.inf).softmax(-1)
+
+
 @torch.no_grad()
-def attention_maps(model, processor, samples, args, device):
-    """A map (h, w) for each sample, which sums to 1: row by row the merged vision tokens of its one picture."""
-    merge, L, H = (
-        model.config.vision.spatial_merge_size,
-        model.config.text.num_hidden_layers,
-        model.config.text.num_attention_heads,
-    )
-    layers, heads = args.layers or [*range(L - -(-L // 3), L)], args.heads or [*range(H)]
-    for flag, numbers, count in (("--layers", layers, L), ("--heads", heads, H)):
-        if max(numbers) >= count:
-            raise UserError(f"{flag} is {max(numbers)}, expected 0 to {count - 1}")
+def attention_maps(model, processor, samples, device):
+    """A map (h, w) for each sample: the share of attention that each vision token gets."""
     examples = [processor.example(sample, style_of(sample, "direct")) for sample in samples]
     batch = collate(examples, model.config).to(device)
-    at, T = batch.predict_at[batch.targets != processor.special["<|im_end|>"]], batch.ids.shape[1]
-    cache = WatchedCache(batch.lengths, at, layers, heads)
+    cache = WatchedCache(batch.lengths)
     model(batch, cache)
-    weights, maps = torch.stack(cache.weights).mean(0), []  # (R, T)
+
+    layers = list(zip(cache.queries, cache.keys))
+    layers = layers[len(layers) * 2 // 3 :]  # the last third
+    maps = []
     for row, example in enumerate(examples):
-        columns = batch.vision_at[batch.vision_at // T == row] % T
-        heat = weights[at // T == row][:, columns].sum(0)  # (cells,)
-        _, h, w = example.grids[0]
-        maps.append((heat / heat.sum()).view(h // merge, w // merge).cpu().numpy())
+        targets = example.labels[1:]  # a position predicts the token after it
+        answer = (targets != IGNORE) & (targets != processor.special["<|im_end|>"])
+        places = answer.nonzero()[:, 0].to(device)
+        # Summed over heads and positions; weights on the padding at the end are zero.
+        heat = sum(attention_weights(q[row], k[row], places).sum((0, 1)) for q, k in layers)
+        heat = heat.cpu()[: len(example.ids)][example.ids == model.config.image_token_id]
+        _, h, w = batch.grids[row]  # in patches; a vision token holds 2 x 2
+        maps.append((heat / heat.sum()).view(h // 2, w // 2).numpy())
     return maps
 
 
 def in_pixels(cells, shape):
-    """Cells (h, w) spread over a picture of shape (height, width) in pixels: the resize backwards."""
-    rows, columns = (np.arange(side) * n // side for side, n in zip(shape, cells.shape))
-    return cells[rows][:, columns]
+    """Spread cells (h, w) over a picture of shape (height, width)."""
+    rows = np.arange(shape[0]) * len(cells) // shape[0]
+    columns = np.arange(shape[1]) * len(cells[0]) // shape[1]
+    return cells[np.ix_(rows, columns)]
 
 
 def box_mask(boxes, size):
@@ -313,25 +308,33 @@ def box_mask(boxes, size):
 
 
 def attended_iou(heat, truth):
-    """IoU of a region with the most attended cells, as many as have its area, at least one.
+    """IoU of a region with the cells of most attention, as many as have its area, at least one.
 
-    Args:    heat (h, w). truth: (height, width) bool, pixels.
+    Args:    heat (h, w). truth (height, width) bool, pixels.
 
-    >>> attended_iou(np.array([[0.7, 0.1], [0.1, 0.1]]), box_mask([{"bbox_2d": [0, 0, 10, 20]}], (20, 20)))  # 2 cells of 3
+    >>> left = box_mask([{"bbox_2d": [0, 0, 10, 20]}], (20, 20))
+    >>> attended_iou(np.array([[0.7, 0.1], [0.1, 0.1]]), left)  # both upper cells: 1 of 3
     0.3333333333333333
     """
+    count = max(1, round(heat.size * truth.mean()))
     cells = np.zeros(heat.shape, bool)
-    cells.flat[
-        np.argsort(-heat, axis=None, kind="stable")[: max(1, round(heat.size * truth.mean()))]
-    ] = True
+    cells.flat[np.argsort(-heat, axis=None, kind="stable")[:count]] = True
     seen = in_pixels(cells, truth.shape)
     return float((seen & truth).sum() / (seen | truth).sum())
 
 
-def map_entropy(heat):
-    """Entropy of a map that sums to 1, as a share of the most that it could be.
+def best_iou(shape, truth):
+    """The same for the best map: the cells that hold most of the region."""
+    cells = np.arange(math.prod(shape))
+    cell_of = in_pixels(cells.reshape(shape), truth.shape)  # of every pixel
+    share = np.bincount(cell_of.ravel(), truth.ravel(), len(cells))
+    return attended_iou(share.reshape(shape), truth)
 
-    >>> map_entropy(np.array([[0.25, 0.25], [0.25, 0.25]])), map_entropy(np.array([[0.0, 1.0]]))
+
+def map_entropy(heat):
+    """Entropy of a map that sums to 1, divided by the largest possible.
+
+    >>> map_entropy(np.full((2, 2), 0.25)), map_entropy(np.array([[0.0, 1.0]]))
     (1.0, 0.0)
     """
     p = heat[heat > 0]
@@ -339,364 +342,243 @@ def map_entropy(heat):
 
 
 def overlay(picture, heat, boxes):
-    """The map in yellow, from its least to its most, over a grey picture large enough to look at; the true boxes in red."""
-    scale = -(-LARGE // max(picture.size))
-    grey = picture.convert("L").resize([side * scale for side in picture.size]).convert("RGB")
-    heat = in_pixels((heat - heat.min()) / max(np.ptp(heat), 1e-9), grey.size[::-1])
-    grey.paste((255, 225, 40), mask=Image.fromarray(np.uint8(170 * heat)))
-    draw_boxes(grey, boxes, (1 / scale, 1 / scale))
-    return grey
+    """The map in yellow over a grey picture that is large enough to look at; true boxes in red."""
+    scale = math.ceil(SIDE / max(picture.size))
+    painted = ImageOps.scale(picture.convert("L"), scale).convert("RGB")
+    strength = in_pixels(170 * heat / heat.max(), painted.size[::-1])
+    painted.paste("#ffe128", mask=Image.fromarray(np.uint8(strength)))
+    draw_boxes(painted, boxes, (1 / scale, 1 / scale))
+    return painted
+
+
+def another_picture(pairs, row):
+    """The next question, in a circle, that is about another picture than question `row`."""
+    question, _ = pairs[row]
+    for other in (*range(row + 1, len(pairs)), *range(row)):
+        if pairs[other][0].media != question.media:
+            return other
+    raise UserError(f"all {len(pairs)} questions are about one picture; attention needs two")
 
 
 def probe_attention(model, processor, pairs, args, device):
-    """IoU and entropy of the maps; those of OVERLAYS questions are painted."""
-    figures, rng, maps = defaultdict(list), np.random.default_rng(args.seed), {}
-    for kind, asked in zip(("", "locating: "), zip(*pairs)):
-        maps[kind] = [None] * len(pairs)
-        for rows in batches(asked, args.batch_size):
-            for row, heat in zip(
-                rows, attention_maps(model, processor, [asked[row] for row in rows], args, device)
-            ):
-                maps[kind][row] = heat
-    media = [question.media for question, _ in pairs]
-    others = [
-        next(
-            (
-                j % len(pairs)
-                for j in range(i + 1, i + len(pairs))
-                if media[j % len(pairs)] != media[i]
-            ),
-            None,
-        )
-        for i in range(len(pairs))
-    ]  # for each question the next one that asks about another picture
-    if None in others:
-        raise UserError(
-            f"{args.data}: all {len(pairs)} questions are about one picture; attention is compared between two"
-        )
+    """Yield {figure: number} of each question: IoU and entropy of its maps.
+
+    The first maps are painted to files whose names begin with args.pictures.
+    """
+    others = [another_picture(pairs, row) for row in range(len(pairs))]
+    maps = {"": [], "locating: ": []}
+    for kind, samples in zip(maps, zip(*pairs)):
+        for part in batches(samples, args.micro_batch):
+            maps[kind] += attention_maps(model, processor, part, device)
+
+    rng = np.random.default_rng(args.seed)
     for row, (question, located) in enumerate(pairs):
         picture = open_picture(question.media[0].source)
         truth = box_mask(located.answer, picture.size)
-        for kind, found in maps.items():
-            own, another = attended_iou(found[row], truth), attended_iou(found[others[row]], truth)
-            for name, value in (
-                ("iou", own),
-                ("another's map", another),
-                ("iou - another's", own - another),
-                ("entropy", map_entropy(found[row])),
-            ):
-                figures[kind + name].append(value)
-            if row < OVERLAYS:
-                name = f"{args.name}-{row + 1}{'-locating' if kind else ''}.png"
-                save_png(overlay(picture, found[row], located.answer), args.pictures / name)
-        shape = maps[""][row].shape
-        cell_of = in_pixels(
-            np.arange(math.prod(shape)).reshape(shape), truth.shape
-        )  # of every pixel
-        covered = np.bincount(cell_of.ravel(), truth.ravel(), math.prod(shape)).reshape(shape)
-        figures["random cells"].append(
-            np.mean([attended_iou(rng.random(shape), truth) for _ in range(RANDOM_MAPS)])
-        )
-        figures["best cells"].append(attended_iou(covered, truth))
-    return {name: measured(values, args.seed) for name, values in figures.items()}
+        figures = {}
+        for kind, heats in maps.items():
+            heat = heats[row]
+            own = attended_iou(heat, truth)
+            another = attended_iou(heats[others[row]], truth)
+            figures[kind + "iou"] = own
+            figures[kind + "another's map"] = another
+            figures[kind + "iou - another's"] = own - another
+            figures[kind + "entropy"] = map_entropy(heat)
+            if row < PAINTED:
+                painted = overlay(picture, heat, located.answer)
+                painted.save(f"{args.pictures}-{kind.strip(': ')}{row + 1}.png")
+        random = [attended_iou(rng.random(heat.shape), truth) for _ in range(RANDOM_MAPS)]
+        figures["random cells"] = np.mean(random)
+        figures["best cells"] = best_iou(heat.shape, truth)
+        yield figures
 
 
-# ---------------------------------------------------------------------------------------------- semantic entropy
+# ---------------------------------------------------------------------------------- entropy
 
 
-def cluster_sizes(meanings, tolerance):
-    """How many answers mean the same: letters, or numbers within a tolerance of the cluster's least; None together.
+def alike(number, least):
+    """Does a letter or number mean the same as the smallest of a cluster?"""
+    if isinstance(number, float) and least is not None:
+        return number - least <= TOLERANCE * abs(least)
+    return number == least
 
-    >>> cluster_sizes(["B", "A", "B", None, None], 0.1), cluster_sizes([121.0, 100.0, 110.0], 0.1)
+
+def cluster_sizes(meanings):
+    """How many answers share a meaning; those that cannot be parsed (None) come first.
+
+    >>> cluster_sizes(["B", "A", "B", None, None]), cluster_sizes([121.0, 100.0, 110.0])
     ([2, 1, 2], [2, 1])
     """
-    valid = sorted(meaning for meaning in meanings if meaning is not None)
-    sizes, least = [len(meanings) - len(valid)] if len(valid) < len(meanings) else [], None
-    for meaning in valid:
-        if meaning == least or (
-            isinstance(least, float) and meaning - least <= tolerance * abs(least)
-        ):
+    sizes = [meanings.count(None)]
+    least = None
+    for meaning in sorted(meaning for meaning in meanings if meaning is not None):
+        if alike(meaning, least):
             sizes[-1] += 1
         else:
-            sizes, least = [*sizes, 1], meaning
-    return sizes
+            sizes.append(1)
+            least = meaning
+    return [size for size in sizes if size]
 
 
-def semantic_entropy(meanings, tolerance):
+def semantic_entropy(meanings):
     """Entropy over clusters of meaning, in nats.
 
-    >>> semantic_entropy(["A", "A", "B", "B"], 0.1) == math.log(2), semantic_entropy([None, None], 0.1)
+    >>> semantic_entropy(["A", "A", "B", "B"]) == math.log(2), semantic_entropy([None, None])
     (True, 0.0)
     """
-    shares = [size / len(meanings) for size in cluster_sizes(meanings, tolerance)]
+    shares = [size / len(meanings) for size in cluster_sizes(meanings)]
     return sum(share * -math.log(share) for share in shares)
 
 
-def probe_entropy(model, processor, samples, args, device):
-    """Semantic entropy of K sampled answers, over all questions and by their types."""
-    K, C = args.num_generations, args.max_completion_length
-    entropies, invalid = np.zeros(len(samples)), np.zeros(len(samples))
-    for rows in batches(samples, max(1, args.batch_size // K)):
-        uniforms = torch.cat([noise(args.seed, 0, row, K, C) for row in rows]).to(device)
-        for row, group in zip(
-            rows, complete(model, processor, samples, rows, K, uniforms, args, device)
-        ):
+def probe_entropy(model, processor, pairs, args, device):
+    """Yield {figure: number} of each question; the entropy counts for its type as well."""
+    G, C = args.num_generations, args.max_completion_length
+    samples = [sample for sample, _ in pairs]
+    for rows in batches(range(len(pairs)), max(1, args.micro_batch // G)):
+        uniforms = torch.cat([noise(args.seed, 0, row, G, C) for row in rows]).to(device)
+        groups = sample_completions(model, processor, samples, rows, G, uniforms, args, device)
+        for group in groups:
             meanings = [meaning(text, group.sample) for text in group.texts]
-            entropies[row], invalid[row] = (
-                semantic_entropy(meanings, args.tolerance),
-                meanings.count(None) / K,
-            )
-    kinds = np.array([s.question_type for s in samples])
-    return {
-        "entropy": measured(entropies, args.seed),
-        "invalid": measured(invalid, args.seed),
-        "types": {
-            kind: measured(entropies[kinds == kind], args.seed)
-            for kind in sorted({*kinds.tolist()})
-        },
-    }
+            entropy = semantic_entropy(meanings)
+            invalid = meanings.count(None) / G
+            yield {"entropy": entropy, "invalid": invalid, group.sample.question_type: entropy}
 
 
-# ---------------------------------------------------------------------------------------------- results
+# ---------------------------------------------------------------------------------- results
+
+
+def summary(rows, seed):
+    """{figure: {"value", "low", "high"}}: means over questions with their 95% intervals."""
+    numbers = defaultdict(list)
+    for row in rows:
+        for name, number in row.items():
+            numbers[name].append(number)
+    figures = {}
+    for name in numbers:
+        low, high = bootstrap_interval(numbers[name], seed)
+        figures[name] = {"value": float(np.mean(numbers[name])), "low": low, "high": high}
+    return figures
 
 
 def figures_of(row):
-    """{name: {"value", "low", "high"}} of one model, those of question types last."""
-    return {
-        name: figure
-        for name, figure in (row | row.get("types", {})).items()
-        if isinstance(figure, dict) and "value" in figure
-    }
+    """The figures of one model in NAME.json."""
+    return {name: figure for name, figure in row.items() if isinstance(figure, dict)}
 
 
 def table(result):
-    """A line per figure, a column per model with intervals, then the paper's."""
-    models = [figures_of(row) for row in result["rows"]]
-    lines = [
-        [
-            "",
-            *(row["name"] for row in result["rows"]),
-            *(f"paper: {group}" for group in result["paper"]),
-        ]
-    ]
-    for name in models[0]:
-        lines.append(
-            [
-                name,
-                *("{value:.3f} [{low:.3f}, {high:.3f}]".format(**row[name]) for row in models),
-                *(
-                    f"{figures[name]:.3f}" if name in figures else ""
-                    for figures in result["paper"].values()
-                ),
-            ]
-        )
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines
-    )
+    """A line per figure with its interval, a column per model; below them the paper's figures."""
+    rows = result["rows"]
+    lines = [["", *[row["name"] for row in rows]]]
+    for name in figures_of(rows[0]):
+        cells = ["{value:.3f} [{low:.3f}, {high:.3f}]".format(**row[name]) for row in rows]
+        lines.append([name, *cells])
+    return text_table(lines) + "\n" + text_table(result["paper"].items())
 
 
-def rungs(run):
-    """-> [(name, model directory, style)] of a ladder's finished rungs, its test data, its preset."""
-    if not (run / "ladder.json").is_file():
-        raise UserError(f"{run}: no ladder there; climb one with: python ladder.py --out {run}")
-    ladder = read_json(run / "ladder.json")
-    base = Path(ladder["model"] or Path(__file__).parent / BASE)
-    models = [
-        (rung.name, run / rung.name if rung.start else base, rung.style)
-        for rung in RUNGS + WAYS["self"]
-        if not rung.start or (run / rung.name / "config.json").is_file()
-    ]
-    return (
-        models,
-        ladder["test"] or (ladder["preset"] == "tiny" and run / "rooms" / "test"),
-        ladder["preset"],
-    )
+def chart(what, result):
+    """One SVG: each model's figures, those that all models share, and the paper's as rings."""
+    charts = []
+    for title, names, shared in PANELS[what]:
+        rows = []
+        for model in result["rows"]:
+            rows += [(f"{model['name']}: {name}", *model[name].values()) for name in names]
+        rows += [(name, *model[name].values()) for name in shared]
+        paper = result["paper"].items()
+        rings = {label: value for label, value in paper if label.endswith(names)}
+        charts.append(dots(title, rows, rings))
+    return join(charts, 1)
+
+
+# ---------------------------------------------------------------------------------- the command
+
+PROBES = {"hints": probe_hints, "attention": probe_attention, "entropy": probe_entropy}
 
 
 def questions_for(what, samples, args):
-    """What a probe asks: samples, or pairs of them, the same for the same seed."""
-    limit = args.limit or LIMITS[what]
-    if what == "entropy":
-        answerable = [s for s in samples if s.question_type in CHOICE_TYPES + NUMBER_TYPES]
-        questions, _ = subset(answerable, answerable, limit, args.seed)
-    else:
-        pairs = spatial_pairs(samples)
-        questions = [
-            *zip(
-                *subset(
-                    [question for question, _ in pairs],
-                    [located for _, located in pairs],
-                    limit,
-                    args.seed,
-                )
-            )
-        ]
-        for _, located in questions:
-            check_media(located)
-    if not questions:
-        raise UserError(
-            f"{args.data}: nothing to ask for {what}; expected "
-            + (
-                "questions with a letter or a number for answer"
-                if what == "entropy"
-                else "a question of relative direction "
-                "over one picture and a localization row of the same picture and question"
-            )
-        )
-    return questions
+    """What a probe asks: pairs of a question and its localization row; the same for one seed."""
+    pairs = spatial_pairs(samples)
+    if what == "entropy":  # there are no second rows
+        parsed = CHOICE_TYPES + NUMBER_TYPES
+        pairs = [(sample, None) for sample in samples if sample.question_type in parsed]
+    if not pairs:
+        raise UserError(f"{args.data}: no rows for {what}; python -m look.probes --help says which")
+    return list(zip(*subset(*zip(*pairs), args.limit or LIMITS[what], args.seed)))
 
 
-def probe(what, models, questions, args, device):
-    """One probe of all models: written after each, its chart in the end."""
-    out, measure = (
-        Path(args.out),
-        {"hints": probe_hints, "attention": probe_attention, "entropy": probe_entropy}[what],
-    )
-    used = [
-        "images",
-        "dtype",
-        *PICTURES,
-        "seed",
-        *(("layers", "heads") if what == "attention" else ("max_completion_length",)),
-    ]
-    used += ["num_generations", "temperature", "tolerance"] if what == "entropy" else []
-    asked = {"data": str(args.data), "questions": len(questions)} | {
-        key: vars(args)[key] for key in used
-    }
-    result, done = {"what": what, "settings": asked, "rows": [], "paper": PAPER[what]}, []
-    if (out / f"{what}.json").is_file() and (before := read_json(out / f"{what}.json")).get(
-        "settings"
-    ) == asked:
-        done = before["rows"]
-    args.pictures = out / what
-    (out if what == "entropy" else args.pictures).mkdir(parents=True, exist_ok=True)
+def probe(what, models, pairs, args):
+    """Run one probe on all models. The results are written after each model."""
+    path = Path(args.out, what + ".json")
+    pictures = path.with_suffix("")
+    pictures.mkdir(parents=True, exist_ok=True)
+    settings = {"data": str(args.data), "questions": len(pairs), **values(args, USED)}
+    result = {"what": what, "settings": settings, "rows": [], "paper": PAPER[what]}
+    earlier = []
+    if path.is_file() and read_json(path)["settings"] == settings:
+        earlier = read_json(path)["rows"]
+    device = choose_device(args.device)
     for name, directory, style in models:
-        args.name, args.prompt_style = name, "direct" if what == "attention" else style
+        args.prompt_style = "direct" if what == "attention" else style
+        args.pictures = pictures / name
         row = {"name": name, "style": args.prompt_style, "model": model_hash(directory)}
-        found = [old for old in done if row.items() <= old.items()]
-        if not found:
-            dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-            model = load_model(directory, getattr(torch, dtype), device)
-            found = [
-                row
-                | measure(model, Processor(directory, model.config, args), questions, args, device)
-            ]
-        result["rows"] += found
-        write_json(
-            out / f"{what}.json",
-            result | {"rows": result["rows"] + [old for old in done if old not in result["rows"]]},
-        )
-    write_json(out / f"{what}.json", result)
-    for condition in CONDITIONS if what == "hints" else ():
-        save_png(
-            open_picture(hinted(*questions[0], condition).media[0].source),
-            args.pictures / f"{condition}.png",
-        )
-    save_chart(bars(result["rows"], result["paper"], PANELS[what]), out / f"{what}.svg")
-    print(f"\n{what}: {len(questions)} questions\n{table(result)}", flush=True)
+        same = [old for old in earlier if row.items() <= old.items()]
+        if same:
+            row = same[0]
+        else:
+            model = load_model(directory, compute_dtype(args.dtype, device), device)
+            processor = Processor(directory, model.config, **values(args, PICTURES))
+            row |= summary(PROBES[what](model, processor, pairs, args, device), args.seed)
+        result["rows"].append(row)
+        write_json(path, result)
+    save(chart(what, result), path.with_suffix(".svg"))
+    print(f"\n{what}: {len(pairs)} questions\n{table(result)}", flush=True)
 
 
-def settings():
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=(*PANELS, "all"))
-    parser.add_argument(
-        "run", nargs="?", type=Path, help="directory of a ladder, such as runs/tiny"
-    )
-    parser.add_argument("--model", nargs="+", help="model directories, in place of a ladder")
-    parser.add_argument(
-        "--data",
-        type=Path,
-        help="folder of spld_grounding_data.jsonl and spld_spatial_data.jsonl, or one "
-        "jsonl file with rows of both kinds (default: the ladder's test rooms)",
-    )
-    parser.add_argument(
-        "--prompt-style",
-        choices=("direct", "thinking"),
-        help="how questions are asked (default: as the rung was trained; with --model thinking)",
-    )
-    add_flags(
-        parser,
-        (
-            "images",
-            "out",
-            "device",
-            "dtype",
-            *PICTURES,
-            "num_generations",
-            "max_completion_length",
-            "temperature",
-            "seed",
-        ),
-    )
-    parser.add_argument(
-        "--limit",
-        type=int,
-        help="questions, drawn by --seed, in entropy of each type (default: "
-        + ", ".join(f"{what} {limit}" for what, limit in LIMITS.items())
-        + ")",
-    )
-    parser.add_argument("--batch-size", type=int, default=32, help="answers made at once")
-    parser.add_argument(
-        "--layers", type=int, nargs="+", help="of attention, from 0 (default: the last third)"
-    )
-    parser.add_argument("--heads", type=int, nargs="+", help="of attention, from 0 (default: all)")
-    parser.add_argument(
-        "--tolerance",
-        type=float,
-        default=0.1,
-        help="numbers that differ by so little mean the same",
-    )
-    parser.set_defaults(
-        num_frames=32, video_seconds="grid", num_generations=8, temperature=1.0, seed=0
-    )
-    args = parser.parse_args()
-    refuse_bad_values(parser, args)
-    if (args.run is None) == (args.model is None):
-        parser.error("expected either the directory of a ladder or --model")
-    for name in ("data", "out"):
-        if args.model and getattr(args, name) is None:
-            parser.error(f"--model needs --{name}")
-    if args.num_generations < 2:
-        parser.error(f"--num-generations is {args.num_generations}, expected at least 2")
-    return args
+def use_ladder(args):
+    """Take from a ladder's folder what is not given: data, out, the length of answers.
+
+    Returns: [(name, model directory, style)] of the rungs that are there.
+    """
+    ladder = read_json(args.run / CONFIG)
+    args.data = args.data or ladder["test"] or args.run / "rooms/test"
+    args.out = args.out or args.run / "probes"
+    length = args.max_completion_length  # tiny rungs were trained for fewer tokens
+    longest = RECIPES[ladder["preset"]]["grpo"].get("max_completion_length", length)
+    args.max_completion_length = min(length, longest)
+    models = [("base", ladder["model"] or Path(__file__).parents[1] / BASE, "direct")]
+    for rung in RUNGS[1:]:
+        directory = args.run / rung.name
+        if (directory / "config.json").is_file():
+            models.append((rung.name, directory, rung.style))
+    return models
 
 
 def main():
-    args = settings()
+    parser = Parser(__doc__)
+    parser.add_argument("what", choices=(*PROBES, "all"))
+    parser.add_argument("run", nargs="?", type=Path, help="folder of a ladder, such as runs/tiny")
+    parser.add_argument("--model", nargs="+", help="model directories, in place of a ladder")
+    parser.add_argument("--data", help="folder like SpatialLadder-26k, or one jsonl file")
+    parser.add_argument("--limit", type=int, help="questions (of each type, for entropy)")
+    parser.checks["limit"] = positive
+    add_flags(
+        parser,
+        (*USED, "out", "device", "micro_batch", "prompt_style"),
+        num_frames=32,
+        micro_batch=32,
+    )
+    args = parser.parse_args()
     if args.run:
-        models, data, preset = rungs(args.run)
-        if not (args.data or data):
-            raise UserError(
-                f"{args.run}: was climbed without --test; give --data, what to ask about"
-            )
-        args.data, args.out = args.data or Path(data), args.out or args.run / "probes"
+        models = use_ladder(args)
     else:
-        unique = len({Path(model).name for model in args.model}) == len(args.model)
-        models = [
-            (Path(m).name if unique else m.strip("/").replace("/", "_"), Path(m), "thinking")
-            for m in args.model
-        ]
-        preset = "paper"
-    models = [(name, directory, args.prompt_style or style) for name, directory, style in models]
-    args.max_completion_length = (
-        args.max_completion_length or RECIPES[preset]["grpo"]["max_completion_length"]
-    )
-    files = (
-        [args.data / file for file in (GROUNDING, SPATIAL)] if args.data.is_dir() else [args.data]
-    )
-    samples = read_all(files, args.images)
-    asked = {
-        what: questions_for(what, samples, args)
-        for what in (PANELS if args.what == "all" else (args.what,))
-    }
-    ranks = Ranks(args.device)
-    if ranks.world > 1:
-        raise UserError("probes.py runs in one process: python -m look.probes, not torchrun")
+        parser.need(args, "model", "data", "out")
+        names = [path.strip("/").replace("/", "_") for path in args.model]
+        models = [(name, path, args.prompt_style) for name, path in zip(names, args.model)]
+    samples = read_all(our_files(args.data), args.images)
+    chosen = PROBES if args.what == "all" else (args.what,)
+    questions = {what: questions_for(what, samples, args) for what in chosen}
     with writing(args.out, "results"):
-        for what, questions in asked.items():
-            probe(what, models, questions, args, ranks.device)
-    ranks.close()
+        for what in chosen:
+            probe(what, models, questions[what], args)
 
 
 if __name__ == "__main__":

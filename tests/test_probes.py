@@ -1,4 +1,4 @@
-"""probes.py: cases whose result is known, the way from a picture's pixels to its map, and all of it on a tiny ladder."""
+"""look/probes.py: cases whose result is known, from a picture to its map, and a tiny ladder."""
 
 import dataclasses
 import itertools
@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageColor
 
 import model as model_module
 from checkpoint import load_model
@@ -19,7 +19,7 @@ from data import Media, Processor, Sample, collate
 from files import UserError
 from look import probes
 
-ASKED = Sample(
+QUESTION = Sample(
     "rows.jsonl:1",
     "1",
     "Where is the bin relative to the bed?",
@@ -31,17 +31,15 @@ BOXES = (
     {"bbox_2d": [20, 40, 60, 90], "label": "bin"},
     {"bbox_2d": [100, 10, 180, 70], "label": "bed"},
 )
-ALL = {"layers": None, "heads": None}
 
 
-def pair(picture, boxes=BOXES, asked=ASKED):
-    media = (Media("image", str(picture)),)
-    return (
-        dataclasses.replace(asked, media=media),
-        dataclasses.replace(
-            asked, media=media, question_type="localization", answer=tuple(boxes), options=()
-        ),
+def pair(picture, boxes=BOXES, **changes):
+    """A question and the localization row of its picture."""
+    question = dataclasses.replace(QUESTION, media=(Media("image", str(picture)),), **changes)
+    located = dataclasses.replace(
+        question, question_type="localization", answer=tuple(boxes), options=()
     )
+    return question, located
 
 
 @pytest.fixture
@@ -51,132 +49,128 @@ def grey(tmp_path):
 
 
 @pytest.fixture
+def noisy(tmp_path):
+    """A picture of another shape."""
+    pixels = np.random.default_rng(0).integers(0, 255, (112, 84, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "noise.png")
+    return tmp_path / "noise.png"
+
+
+@pytest.fixture
 def loaded(tiny_model):
     """The untrained model and its processor."""
     model = load_model(tiny_model, torch.float32)
-    return model, Processor(tiny_model, model.config, SimpleNamespace(**dict.fromkeys(SEEN)))
+    return model, Processor(tiny_model, model.config)
 
 
-# ---------------------------------------------------------------------------------------------- pairs
+# ---------------------------------------------------------------------------------- pairs
 
 
-def test_pairs_are_of_one_picture_and_one_text(grey, tmp_path):
+def test_pairs_are_of_one_picture_and_one_text(grey):
     """Another text, another picture, another type, and more boxes than colours are no pairs."""
-    asked, located = pair(grey)
+    question, located = pair(grey)
     other = dataclasses.replace(located, media=(Media("image", "other.png"),))
-    reworded, typed = (
-        dataclasses.replace(located, question="Where?"),
-        dataclasses.replace(asked, question_type="object size"),
-    )
-    assert probes.spatial_pairs([asked, other, reworded, typed, located]) == [(asked, located)]
-    assert probes.spatial_pairs([asked, other, reworded]) == []
-    assert probes.spatial_pairs([asked, dataclasses.replace(located, answer=7 * BOXES[:1])]) == []
+    reworded = dataclasses.replace(located, question="Where?")
+    typed = dataclasses.replace(question, question_type="object size")
+    crowded = dataclasses.replace(located, answer=7 * BOXES[:1])
+    rows = [question, other, reworded, typed, located]
+    assert probes.spatial_pairs(rows) == [(question, located)]
+    assert probes.spatial_pairs([question, other, reworded]) == []
+    assert probes.spatial_pairs([question, crowded]) == []
 
 
-# ---------------------------------------------------------------------------------------------- hints
+# ---------------------------------------------------------------------------------- hints
 
 
-def test_hint_pictures_hold_the_colours_that_the_question_names(grey):
-    """On the edges of each box its own colour, which stands before its label; inside and in "none" nothing is drawn."""
-    asked, located = pair(grey)
-    assert probes.hinted(asked, located, "none") is asked
-    for condition in ("location", "full"):
-        made = probes.hinted(asked, located, condition)
-        pixels = np.asarray(probes.open_picture(made.media[0].source))
-        for (name, colour), box in zip(probes.COLOURS.items(), BOXES):
-            x1, y1, x2, y2 = box["bbox_2d"]
-            edges = (
-                pixels[y1, x1:x2],
-                pixels[y2 - 1, x1:x2],
-                pixels[y1:y2, x1],
-                pixels[y1:y2, x2 - 1],
-            )
-            assert all(
-                (edge == colour).all(1).mean() > 0.9 for edge in edges
-            )  # the line between centres crosses two
-            assert (
-                f"the {name} box marks the {box['label']}" in made.question.lower()
-                or f"the {name} box the {box['label']}" in made.question
-            )
-            assert pixels[y1 + 5, x1 + 5].tolist() == pixels[5, 5].tolist() == [90, 90, 90]
-            x, y = probes.centre(box["bbox_2d"])
-            assert pixels[y, x].tolist() == (
-                [90, 90, 90] if condition == "location" else list(colour)
-            )
-        assert made.question.startswith(ASKED.question) and (
-            "left of and below" in made.question
-        ) == (condition == "full")
-        assert made.options == ASKED.options and made.answer == ASKED.answer
-    between = [(a + b) // 2 for a, b in zip(*(probes.centre(box["bbox_2d"]) for box in BOXES))]
-    assert pixels[between[1] - 1 : between[1] + 2, between[0]].max() == 255
+@pytest.mark.parametrize("condition", ("location", "full"))
+def test_hint_pictures_hold_the_colours_that_the_question_names(condition, grey):
+    """On the edges of each box its own colour; inside nothing but the centres of "full"."""
+    question, located = pair(grey)
+    hinted = probes.hinted(question, located, condition)
+    pixels = np.asarray(probes.open_picture(hinted.media[0].source))
+    for name, box in zip(probes.COLOURS, BOXES):
+        colour = list(ImageColor.getrgb(probes.COLOURS[name]))
+        x1, y1, x2, y2 = box["bbox_2d"]
+        rows, columns = pixels[y1:y2], pixels[:, x1:x2]
+        for edge in (columns[y1], columns[y2 - 1], rows[:, x1], rows[:, x2 - 1]):
+            assert (edge == colour).all(1).mean() > 0.9  # the line of "full" crosses two
+        assert pixels[y1 + 5, x1 + 5].tolist() == pixels[5, 5].tolist() == [90, 90, 90]
+        x, y = probes.centre(box)
+        at_centre = {"location": [90, 90, 90], "full": colour}
+        assert pixels[y, x].tolist() == at_centre[condition]
+    between = [(a + b) // 2 for a, b in zip(*map(probes.centre, BOXES))]
+    around = pixels[between[1] - 1 : between[1] + 2, between[0]]
+    assert (around.max() == 255) == (condition == "full")
+
+
+def test_the_words_of_a_hint(grey):
+    question, located = pair(grey)
+    assert probes.hinted(question, located, "none") is question
+    marks = "The red box marks the bin, the blue box the bed."
+    line = "The centre of the red box is left of and below that of the blue box."
+    for condition, words in (("location", marks), ("full", f"{marks} {line}")):
+        hinted = probes.hinted(question, located, condition)
+        assert hinted.question == f"{QUESTION.question} {words}"
+        assert (hinted.options, hinted.answer) == (QUESTION.options, QUESTION.answer)
 
 
 def test_a_row_with_its_own_prompt_is_hinted_too(grey):
-    asked, located = pair(grey, asked=dataclasses.replace(ASKED, prompt="Which way?"))
-    assert (
-        probes.hinted(asked, located, "location").prompt
-        == "Which way? The red box marks the bin, the blue box the bed."
-    )
+    hinted = probes.hinted(*pair(grey, prompt="Which way?"), "location")
+    assert hinted.prompt == "Which way? The red box marks the bin, the blue box the bed."
 
 
-def test_accuracy_by_condition(grey, loaded, monkeypatch):
-    """A model that is right once boxes are drawn: 0, then 1; the change is paired; chance is one of two options."""
+def test_accuracy_by_condition(grey, loaded, monkeypatch, tmp_path):
+    """A model that is right once boxes are drawn: 0, then 1. The change is paired."""
 
     def answers(model, processor, samples, rows, args, device):
-        return [
-            {"index": row, "completion": "A" if "red box" in samples[row].question else "left"}
-            for row in rows
-        ]
+        hints = ["red box" in samples[row].question for row in rows]
+        return [{"completion": "A" if hint else "left"} for hint in hints]
 
     monkeypatch.setattr(probes, "answer_rows", answers)
-    row = probes.probe_hints(
-        *loaded, [pair(grey)] * 3, SimpleNamespace(batch_size=2, seed=0), "cpu"
-    )
-    assert {name: figure["value"] for name, figure in row.items()} == {
+    args = SimpleNamespace(micro_batch=2, pictures=tmp_path / "model")
+    rows = list(probes.probe_hints(*loaded, [pair(grey)] * 3, args, "cpu"))
+    expected = {
+        "chance": 0.5,  # of two options
         "none": 0,
         "location": 1,
         "full": 1,
         "location - none": 1,
         "full - none": 1,
-        "chance": 0.5,
-        "none: invalid": 1,
-        "location: invalid": 0,
-        "full: invalid": 0,
+        "none: invalid": True,
+        "location: invalid": False,
+        "full: invalid": False,
     }
+    assert rows == [expected] * 3
 
 
-# ---------------------------------------------------------------------------------------------- attention
+# ---------------------------------------------------------------------------------- attention
 
 
-def test_weights_times_values_are_what_sdpa_gives(loaded, grey, tmp_path):
-    """At every watched query of every layer and head, in a batch of two pictures of different sizes."""
+def test_weights_times_values_are_what_sdpa_gives(loaded, grey, noisy):
+    """At every query of every layer and head, in a batch of two pictures of different sizes."""
+    differences = []
 
     class Recording(probes.WatchedCache):
         def attend(self, layer, q, k, v):
-            out = super().attend(layer, q, k, v)
-            T = q.shape[2]
-            values = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)[
-                self.at // T
-            ]  # (R, H, T, D)
-            ours = torch.einsum("rht,rhtd->rhd", probes.attention_weights(q, k, self.at), values)
-            checked.append((ours - out[self.at // T, :, self.at % T]).abs().max().item())
+            out = super().attend(layer, q, k, v)  # (B, H, T, D)
+            places = torch.arange(q.shape[2])
+            for row in range(len(q)):
+                weights = probes.attention_weights(q[row], k[row], places)  # (H, T, T)
+                assert torch.allclose(weights.sum(-1), torch.ones(weights.shape[:2]))
+                values = v[row].repeat_interleave(len(q[row]) // len(v[row]), dim=0)
+                differences.append((weights @ values - out[row]).abs().max())
             return out
 
     model, processor = loaded
-    noise = np.random.default_rng(0).integers(0, 255, (112, 84, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(tmp_path / "noise.png")
-    samples = [
-        pair(grey)[0],
-        dataclasses.replace(pair(tmp_path / "noise.png")[0], question="Where?"),
-    ]
-    batch, checked = collate([processor.example(s, "direct") for s in samples], model.config), []
-    cache = Recording(batch.lengths, batch.predict_at, range(6), [0, 1, 2, 3])
+    samples = [pair(grey)[0], pair(noisy, question="Where?")[0]]
+    examples = [processor.example(sample, "direct") for sample in samples]
+    batch = collate(examples, model.config)
     with torch.no_grad():
-        assert torch.equal(model(batch, cache), model(batch, model_module.KVCache(batch.lengths)))
-    assert len(checked) == 6 and max(checked) < 1e-5
-    assert len(cache.weights) == 6 and torch.allclose(
-        torch.stack(cache.weights).sum(-1), torch.ones(6, len(batch.predict_at))
-    )
+        watched = model(batch, Recording(batch.lengths))
+        plain = model(batch, model_module.KVCache(batch.lengths))
+    assert torch.equal(watched, plain)
+    assert len(differences) == 2 * len(model.model.layers)
+    assert max(differences) < 1e-5
 
 
 class Bright(torch.nn.Module):
@@ -190,10 +184,15 @@ class Bright(torch.nn.Module):
 
 @pytest.fixture
 def watcher(loaded, monkeypatch):
-    """A model whose first layer looks at bright patches only, wherever they lie; with strength 0 it looks everywhere."""
+    """A model with one layer that looks at bright patches only; with strength 0 everywhere."""
+
+    def no_rotation(positions, config, dtype):
+        shape = (*positions.shape[1:], 16)
+        return torch.ones(shape)[:, None], torch.zeros(shape)[:, None]
 
     def make(strength):
         model, processor = loaded
+        model.model.layers = model.model.layers[:1]
         attention = model.model.layers[0].self_attn
         with torch.no_grad():
             for linear in (attention.q_proj, attention.k_proj):
@@ -202,14 +201,7 @@ def watcher(loaded, monkeypatch):
             attention.q_proj.bias[::32] = strength  # dimension 0 of every head
             attention.k_proj.weight[::32, 0] = 1.0
         model.visual = Bright()
-        monkeypatch.setattr(
-            model_module,
-            "text_rope",
-            lambda positions, config, dtype: (
-                torch.ones(*positions.shape[1:], 16)[:, None],
-                torch.zeros(*positions.shape[1:], 16)[:, None],
-            ),
-        )
+        monkeypatch.setattr(model_module, "text_rope", no_rotation)
         return model, processor
 
     return make
@@ -217,88 +209,63 @@ def watcher(loaded, monkeypatch):
 
 @pytest.mark.parametrize("box", ([112, 56, 168, 112], [0, 168, 224, 224], [56, 0, 112, 168]))
 def test_attention_forced_onto_a_known_box(box, watcher, tmp_path):
-    """A white rectangle in a black picture, shown at half its size: IoU 1, entropy ln(cells in it) / ln(16)."""
+    """A white rectangle in black, shown at half its size: IoU 1, entropy ln(its cells) / ln(16)."""
+    x1, y1, x2, y2 = box
     pixels = np.zeros((224, 224, 3), np.uint8)
-    pixels[box[1] : box[3], box[0] : box[2]] = 255
-    Image.fromarray(pixels).save(tmp_path / "box.png")
-    Image.fromarray(pixels).save(tmp_path / "twin.png")
-    one, twin = (
-        pair(tmp_path / name, [{"bbox_2d": box, "label": "bin"}])
-        for name in ("box.png", "twin.png")
-    )
-    args = SimpleNamespace(
-        layers=[0], heads=None, seed=0, batch_size=4, pictures=tmp_path, name="forced", data="rows"
-    )
-    row = probes.probe_attention(*watcher(40.0), [one, twin], args, "cpu")
-    assert row["another's map"] == row["iou"] and row["iou - another's"]["value"] == 0
-    cells = (box[2] - box[0]) * (box[3] - box[1]) // 56**2
-    assert (row["iou"]["value"], row["best cells"]["value"]) == (1.0, 1.0) and row["random cells"][
-        "value"
-    ] < 1
-    assert row["entropy"]["value"] == pytest.approx(math.log(cells) / math.log(16), abs=1e-5)
-    painted = np.asarray(Image.open(tmp_path / "forced-1.png")).astype(int)
+    pixels[y1:y2, x1:x2] = 255
+    pairs = []
+    for name in ("one.png", "two.png"):
+        Image.fromarray(pixels).save(tmp_path / name)
+        pairs.append(pair(tmp_path / name, [{"bbox_2d": box, "label": "bin"}]))
+    args = SimpleNamespace(micro_batch=4, seed=0, pictures=tmp_path / "forced")
+    row, other = probes.probe_attention(*watcher(40.0), pairs, args, "cpu")
+    cells = (x2 - x1) * (y2 - y1) // 56**2
+    for kind in ("", "locating: "):
+        assert row[kind + "iou"] == row[kind + "another's map"] == other[kind + "iou"] == 1.0
+        assert row[kind + "iou - another's"] == 0
+        entropy = math.log(cells) / math.log(16)
+        assert row[kind + "entropy"] == pytest.approx(entropy, abs=1e-5)
+    assert row["random cells"] < row["best cells"] == 1.0
+
+    painted = np.asarray(Image.open(tmp_path / "forced-1.png")).astype(int)  # twice as large
     yellow = painted[..., 0] - painted[..., 2] > 100
-    assert (
-        yellow[2 * box[1] + 40 : 2 * box[3] - 12, 2 * box[0] + 12 : 2 * box[2] - 12].mean() > 0.95
-    )
+    assert yellow[2 * y1 + 40 : 2 * y2 - 12, 2 * x1 + 12 : 2 * x2 - 12].mean() > 0.95
     assert yellow.mean() < cells / 16 + 0.01
 
 
 def test_attention_is_compared_between_pictures(watcher, grey):
     """Another question about the same picture is no control."""
-    with pytest.raises(UserError, match="rows: all 2 questions are about one picture"):
-        probes.probe_attention(
-            *watcher(0.0),
-            [pair(grey)] * 2,
-            SimpleNamespace(layers=[0], heads=None, batch_size=4, seed=0, data="rows"),
-            "cpu",
-        )
+    args = SimpleNamespace(micro_batch=4, seed=0)
+    with pytest.raises(UserError, match="all 2 questions are about one picture"):
+        list(probes.probe_attention(*watcher(0.0), [pair(grey)] * 2, args, "cpu"))
 
 
 def test_attention_everywhere_has_entropy_one(watcher, grey):
-    model, processor = watcher(0.0)
-    (heat,) = probes.attention_maps(
-        model, processor, [pair(grey)[0]], SimpleNamespace(layers=[0], heads=[2]), "cpu"
-    )
-    assert heat.shape == (2, 5) and heat == pytest.approx(np.full((2, 5), 0.1))
+    (heat,) = probes.attention_maps(*watcher(0.0), [pair(grey)[0]], "cpu")
+    assert heat.shape == (2, 5)
+    assert heat == pytest.approx(np.full((2, 5), 0.1))
     assert probes.map_entropy(heat) == pytest.approx(1)
 
 
-def test_maps_do_not_depend_on_the_batch(loaded, grey, tmp_path):
+def test_maps_do_not_depend_on_the_batch(loaded, grey, noisy):
     """Padding is not seen, and each map is of its own picture."""
-    Image.fromarray(np.random.default_rng(1).integers(0, 255, (112, 112, 3), dtype=np.uint8)).save(
-        tmp_path / "noise.png"
-    )
-    samples = [
-        pair(grey)[0],
-        dataclasses.replace(pair(tmp_path / "noise.png")[0], question="And the lamp, the sofa?"),
-    ]
-    together = probes.attention_maps(*loaded, samples, SimpleNamespace(**ALL), "cpu")
+    samples = [pair(grey)[0], pair(noisy, question="And the lamp, the sofa?")[0]]
+    together = probes.attention_maps(*loaded, samples, "cpu")
     for sample, heat in zip(samples, together):
+        (alone,) = probes.attention_maps(*loaded, [sample], "cpu")
+        assert heat == pytest.approx(alone, abs=1e-6)
         assert heat.sum() == pytest.approx(1)
-        assert heat == pytest.approx(
-            probes.attention_maps(*loaded, [sample], SimpleNamespace(**ALL), "cpu")[0], abs=1e-6
-        )
-    assert together[0].shape == (2, 5) and together[1].shape == (4, 4)
+    assert [heat.shape for heat in together] == [(2, 5), (4, 3)]
 
 
 def test_at_least_one_cell_is_attended():
     """A box of 2 x 2 pixels in the attended one of 16 cells, each of 7 x 7."""
-    heat = np.eye(4) / 4 + np.eye(1, 16, 5).reshape(4, 4)
-    assert probes.attended_iou(
-        heat, probes.box_mask([{"bbox_2d": [8, 8, 10, 10]}], (28, 28))
-    ) == pytest.approx(4 / 49)
+    heat = np.eye(1, 16, 5).reshape(4, 4)
+    truth = probes.box_mask([{"bbox_2d": [8, 8, 10, 10]}], (28, 28))
+    assert probes.attended_iou(heat, truth) == pytest.approx(4 / 49)
 
 
-@pytest.mark.parametrize("flag, last", [("layers", 5), ("heads", 3)])
-def test_layers_and_heads_that_are_not_there(flag, last, loaded, grey):
-    with pytest.raises(UserError, match=f"--{flag} is {last + 1}, expected 0 to {last}"):
-        probes.attention_maps(
-            *loaded, [pair(grey)[0]], SimpleNamespace(**ALL | {flag: [1, last + 1]}), "cpu"
-        )
-
-
-# ---------------------------------------------------------------------------------------------- semantic entropy
+# ---------------------------------------------------------------------------------- entropy
 
 
 @pytest.mark.parametrize(
@@ -307,146 +274,125 @@ def test_layers_and_heads_that_are_not_there(flag, last, loaded, grey):
         ("relative direction", ["A", "a.", "(A)", "A. left-front"], [4]),
         ("relative direction", ["A", "B", "C", "D"], [1, 1, 1, 1]),
         ("relative direction", ["<think>B</think><answer>A</answer>", "A", "B", "left"], [1, 2, 1]),
-        (
-            "object size",
-            ["100", "109.9 cm", "111", "121"],
-            [2, 2],
-        ),  # 111 is 11% above 100, 121 9% above 111
+        # 111 is 11% above 100, 121 is 9% above 111
+        ("object size", ["100", "109.9 cm", "111", "121"], [2, 2]),
         ("object size", ["4", "four", "about 4", ""], [3, 1]),
         ("object count", ["0", "0", "1", "-1"], [1, 2, 1]),
     ],
 )
 def test_clusters_of_meaning(kind, texts, sizes, loaded, grey, monkeypatch):
-    """Whole way from sampled texts to nats; what cannot be parsed is one cluster."""
+    """The whole way from sampled texts to nats; what cannot be parsed is one cluster."""
 
-    def complete(model, processor, samples, rows, G, uniforms, args, device):
-        assert uniforms.shape == (4, 8) and args.prompt_style == "thinking"
+    def completions(model, processor, samples, rows, G, uniforms, args, device):
+        assert uniforms.shape == (4, 8)
         return [SimpleNamespace(texts=texts, sample=samples[row]) for row in rows]
 
-    monkeypatch.setattr(probes, "complete", complete)
-    args = SimpleNamespace(
-        num_generations=4,
-        max_completion_length=8,
-        batch_size=4,
-        seed=0,
-        tolerance=0.1,
-        prompt_style="thinking",
-    )
-    options = ASKED.options if kind == "relative direction" else ()
-    sample = dataclasses.replace(
-        pair(grey)[0], question_type=kind, options=options, answer="A" if options else "4"
-    )
-    row = probes.probe_entropy(*loaded, [sample], args, "cpu")
-    expected = sum(n / 4 * math.log(4 / n) for n in sizes)
-    assert row["entropy"]["value"] == row["types"][kind]["value"] == pytest.approx(expected)
+    monkeypatch.setattr(probes, "sample_completions", completions)
+    args = SimpleNamespace(num_generations=4, max_completion_length=8, micro_batch=4, seed=0)
+    sample, _ = pair(grey, question_type=kind)
+    (row,) = probes.probe_entropy(*loaded, [(sample, None)], args, "cpu")
     meanings = [probes.meaning(text, sample) for text in texts]
-    assert (
-        probes.cluster_sizes(meanings, 0.1) == sizes
-        and row["invalid"]["value"] == meanings.count(None) / 4
-    )
+    assert probes.cluster_sizes(meanings) == sizes
+    assert row["entropy"] == row[kind] == pytest.approx(sum(n / 4 * math.log(4 / n) for n in sizes))
+    assert row["invalid"] == meanings.count(None) / 4
 
 
 @pytest.mark.parametrize("meanings", [*itertools.permutations([90.0, 100.0, 109.0, 98.0])])
-def test_order_of_sampling_does_not_matter(meanings):
-    assert probes.cluster_sizes(list(meanings), 0.1) == [2, 2]  # 90 to 99, 100 to 110
+def test_the_order_of_sampling_does_not_matter(meanings):
+    assert probes.cluster_sizes(list(meanings)) == [2, 2]  # 90 to 99, 100 to 110
 
 
-# ---------------------------------------------------------------------------------------------- the commands
-
-
-@pytest.fixture
-def run(rooms, tiny_model, tmp_path):
-    """A ladder of two rungs, whose test data are a few training rooms."""
-    run = tmp_path / "run"
-    run.mkdir()
-    (run / "ladder.json").write_text(
-        json.dumps({"preset": "tiny", "model": str(tiny_model), "test": str(rooms / "train")})
-    )
-    for rung in ("stage1", "grpo"):
-        shutil.copytree(tiny_model, run / rung)
-    (run / "stage1" / "config.json").unlink()  # not finished: no rung
-    return run
-
+# ---------------------------------------------------------------------------------- the command
 
 SMALL = ("--limit", 2, "--num-generations", 3, "--max-completion-length", 6, "--device", "cpu")
 
 
-def test_all_on_a_tiny_ladder(run, call, tmp_path, capsys, monkeypatch):
-    """Every file is there and well-formed, once more elsewhere it has the same numbers, in place nothing is computed."""
+@pytest.fixture
+def run(rooms, tiny_model, tmp_path):
+    """A ladder of two rungs whose test data are a few training rooms."""
+    run = tmp_path / "run"
+    for rung in ("stage1", "grpo"):
+        shutil.copytree(tiny_model, run / rung)
+    (run / "stage1" / "config.json").unlink()  # not finished: no rung
+    ladder = {"preset": "tiny", "model": str(tiny_model), "test": str(rooms / "train")}
+    (run / "config_run.json").write_text(json.dumps(ladder))
+    return run
+
+
+def results_in(folder):
+    return {what: json.loads((folder / f"{what}.json").read_text()) for what in probes.PANELS}
+
+
+def test_all_on_a_tiny_ladder(run, call, capsys):
+    """Every file is there and well-formed."""
     call(probes, "all", run, *SMALL)
     printed, out = capsys.readouterr().out, run / "probes"
-    results = {what: json.loads((out / f"{what}.json").read_text()) for what in probes.PANELS}
-    for what, result in results.items():
-        assert result["what"] == what and [row["name"] for row in result["rows"]] == [
-            "base",
-            "grpo",
-        ]
-        assert [row["style"] for row in result["rows"]] == (
-            ["direct"] * 2 if what == "attention" else ["direct", "thinking"]
-        )
-        text = " ".join(ElementTree.parse(out / f"{what}.svg").getroot().itertext())
-        assert (
-            "grpo" in text
-            and "paper" in text
-            and all(title in text for title, _, _ in probes.PANELS[what])
-        )
+    for what, result in results_in(out).items():
+        styles = ["direct", "direct" if what == "attention" else "thinking"]
+        assert [row["name"] for row in result["rows"]] == ["base", "grpo"]
+        assert [row["style"] for row in result["rows"]] == styles
         for row in result["rows"]:
-            for name in {name for _, bars, levels in probes.PANELS[what] for name in bars + levels}:
-                figure = row[name]
-                assert (
-                    figure["low"] <= figure["value"] + 1e-12
-                    and figure["value"] <= figure["high"] + 1e-12
-                )
+            for figure in probes.figures_of(row).values():
+                assert figure["low"] <= figure["value"] + 1e-12
+                assert figure["value"] <= figure["high"] + 1e-12
                 assert "{value:.3f} [{low:.3f}, {high:.3f}]".format(**figure) in printed
         assert result["paper"] == probes.PAPER[what]
-    assert {path.name for path in (out / "hints").iterdir()} == {
-        f"{condition}.png" for condition in probes.CONDITIONS
-    }
-    assert {path.name for path in (out / "attention").iterdir()} == {
-        f"{rung}-{n}{kind}.png"
-        for rung in ("base", "grpo")
-        for n in (1, 2)
-        for kind in ("", "-locating")
-    }
+        svg = ElementTree.parse(out / f"{what}.svg").getroot()
+        words = " ".join(svg.itertext())
+        assert "paper, " in words
+        for title, names, shared in probes.PANELS[what]:
+            labels = [f"{rung}: {name}" for rung in ("base", "grpo") for name in names]
+            assert all(text in words for text in (title, *labels, *shared))
+    conditions = {f"{condition}.png" for condition in probes.CONDITIONS}
+    assert {path.name for path in (out / "hints").iterdir()} == conditions
+    maps = {"base-1.png", "base-2.png", "base-locating1.png", "base-locating2.png"}
+    maps |= {name.replace("base", "grpo") for name in maps}
+    assert {path.name for path in (out / "attention").iterdir()} == maps
     assert not list(out.rglob("*.tmp"))
-    call(probes, "all", run, *SMALL, "--out", tmp_path / "again")
-    assert results == {
-        what: json.loads((tmp_path / "again" / f"{what}.json").read_text()) for what in results
-    }
-    monkeypatch.setattr(probes, "load_model", None)
+
+
+def test_a_model_is_measured_once(run, call, tmp_path, monkeypatch):
+    """The same numbers elsewhere; in place nothing is computed until weights or settings change."""
     call(probes, "all", run, *SMALL)
-    assert results == {what: json.loads((out / f"{what}.json").read_text()) for what in results}
-    with pytest.raises(TypeError):  # other settings are computed anew
-        call(probes, "entropy", run, *SMALL, "--tolerance", 0.2)
+    results = results_in(run / "probes")
+    call(probes, "all", run, *SMALL, "--out", tmp_path / "again")
+    assert results_in(tmp_path / "again") == results
+
+    def load(directory, *_):
+        raise UserError(f"loads {directory}")
+
+    monkeypatch.setattr(probes, "load_model", load)
+    call(probes, "all", run, *SMALL)
+    assert results_in(run / "probes") == results
+    with pytest.raises(UserError, match="loads"):
+        call(probes, "entropy", run, *SMALL, "--temperature", 0.5)
+    weights = run / "grpo" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\0")
+    probes.model_hash.cache_clear()
+    with pytest.raises(UserError, match=r"loads .*grpo"):  # the base is not measured again
+        call(probes, "hints", run, *SMALL)
 
 
 def test_any_checkpoints_and_one_file(tiny_model, rooms, call, tmp_path):
     """Models of one name are told apart; rows of both kinds may stand in one file."""
-    shutil.copytree(tiny_model, tmp_path / "x" / tiny_model.name)
-    train = rooms / "train"
-    (tmp_path / "both.jsonl").write_text(
-        "".join(
-            (train / f"spld_{kind}_data.jsonl").read_text() for kind in ("grounding", "spatial")
-        )
-    )
-    call(
-        probes,
-        "attention",
-        "--model",
-        tiny_model,
-        tmp_path / "x" / tiny_model.name,
-        "--data",
-        tmp_path / "both.jsonl",
-        "--images",
-        train / "images",
-        "--out",
-        tmp_path / "out",
-        *SMALL,
-        "--layers",
-        0,
-        3,
-        "--heads",
-        1,
-    )
-    rows = json.loads((tmp_path / "out" / "attention.json").read_text())["rows"]
-    assert rows[0]["name"] != rows[1]["name"] and rows[0]["iou"] == rows[1]["iou"]
+    twin = tmp_path / "x" / tiny_model.name
+    shutil.copytree(tiny_model, twin)
+    files = [rooms / "train" / f"spld_{kind}_data.jsonl" for kind in ("grounding", "spatial")]
+    (tmp_path / "both.jsonl").write_text("".join(file.read_text() for file in files))
+    flags = ("--data", tmp_path / "both.jsonl", "--images", rooms / "train" / "images")
+    out = tmp_path / "out"
+    call(probes, "attention", "--model", tiny_model, twin, *flags, "--out", out, *SMALL)
+    one, two = json.loads((out / "attention.json").read_text())["rows"]
+    assert one["name"] != two["name"]
+    assert one["iou"] == two["iou"]
+
+
+def test_what_is_missing_is_one_line(rooms, run, call, tmp_path, capsys):
+    with pytest.raises(UserError, match=r"config_run.json: no such file"):
+        call(probes, "hints", tmp_path)
+    with pytest.raises(SystemExit):
+        call(probes, "hints", "--model", "m", "--data", rooms)
+    assert "--out is missing" in capsys.readouterr().err
+    boxes = rooms / "train" / "spld_grounding_data.jsonl"
+    with pytest.raises(UserError, match="no rows for entropy"):
+        call(probes, "entropy", run, "--data", boxes)
