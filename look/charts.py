@@ -11,6 +11,7 @@ import base64
 import io
 import math
 import re
+from functools import partial
 from html import escape
 
 import numpy as np
@@ -58,21 +59,21 @@ li { border-top: 1px solid var(--line); padding: 6px 0; list-style: none }
 small, figcaption, .soft { font-size: 13px; color: var(--soft) }
 .good { color: var(--good) }
 .bad { color: var(--bad) }
-.row { display: flex; flex-wrap: wrap; gap: 14px 20px; margin: 0 0 16px }
-.across { overflow-x: auto; max-width: 100% }
-table { border-collapse: collapse; font-size: 14px; line-height: 1.35; margin: 12px 0 }
-td { padding: 5px 12px 5px 0; border-bottom: 1px solid var(--line); text-align: right }
-td:first-child { text-align: left; min-width: 13em }
-td small { display: block }
+.row { display: flex; flex-wrap: wrap; align-items: start; gap: 14px 20px; margin: 12px 0 16px }
+.row > * { flex: none }
+.row, .across { overflow-x: auto }
 .card { background: var(--card); border-radius: 8px; padding: 14px 16px; margin: 0 0 18px }
 .card h3 { margin-top: 0 }
 .text { white-space: pre-wrap; overflow-wrap: anywhere; font-size: 14px; margin: 4px 0 }
-img { max-width: 100%; border-radius: 4px; display: block }
-.boxes { max-width: 100%; border-radius: 4px; display: block }
+img { border-radius: 4px; display: block }
+.boxes { border-radius: 4px; display: block }
 .boxes path { fill: none; stroke-width: 2; vector-effect: non-scaling-stroke }
-.boxes text { fill: #fff; stroke: #000; stroke-width: .15em; paint-order: stroke }
-.boxes .true { stroke: #ffd43b }
-.boxes .seen { stroke: #ff4fa3; stroke-dasharray: 5 3 }
+.boxes text { stroke: #000; stroke-width: .15em; paint-order: stroke }
+.boxes path.true { stroke: #ffd43b }
+.boxes path.seen { stroke: #ff7ec0; stroke-dasharray: 5 3 }
+.boxes text.true { fill: #ffd43b }
+.boxes text.seen { fill: #ff9ed0 }
+.views img { width: 112px }
 .tokens { max-width: none }
 .tokens span { border-radius: 3px; margin-right: 1px; background: var(--line) }
 .trained .tokens span { background: rgb(40 167 90 / .3) }
@@ -80,7 +81,7 @@ img { max-width: 100%; border-radius: 4px; display: block }
 """
 
 LEFT, RIGHT, TOP, BOTTOM = 50, 290, 44, 156  # the frame of a curve
-ROW, ACROSS = 22, 240  # of dots: the height of a row, the width of the frame
+ROW, ACROSS = 22, 180  # of dots: the height of a row, the width of the frame
 POINTS = 400  # of a line that are drawn at most
 
 
@@ -102,8 +103,8 @@ def circle(kind, x, y):
     return f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="4.5"/>'
 
 
-def room_for(words):
-    """Pixels that a text needs at most. A character beyond ASCII has more bytes and may be wider."""
+def width_of(words):
+    """Pixels that a text needs. Beyond ASCII a character has more bytes, and may be wide."""
     return 8 * len(words.encode(errors="replace"))
 
 
@@ -116,13 +117,17 @@ def drawing(width, height, parts):
     )
 
 
+def pixels(low, high, start, end):
+    """The function that takes a value to its place; what lies outside goes to the edge."""
+    return partial(np.interp, xp=(low, high), fp=(start, end))
+
+
 def ticks(low, high, count=4):
     """At most count + 1 round numbers from low to high, 1, 2 or 5 times a power of ten apart."""
     rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))
-    step = next(power * times for times in (1, 2, 5, 10) if power * times >= rough * (1 - 1e-9))
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [step * n for n in range(first, last + 1)]
+    step = next(power * times for times in (1, 2, 5, 10) if power * times >= rough)
+    return [step * n for n in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
 def running_mean(values):
@@ -146,15 +151,14 @@ def curve(title, lines, unit=""):
     """
     series = {}
     for name, points in lines.items():
-        x, y = np.array(points, float).reshape(-1, 2).T  # None becomes NaN
-        finite = np.isfinite(y)
-        if not finite.all():
-            name += f" ({len(y) - finite.sum()} of {len(y)} without a value)"
-        if finite.any():
-            series[name] = np.stack([x[finite], y[finite], running_mean(y[finite])])
-    width = max(RIGHT + 14, 16 + max(map(room_for, [title, unit, *series])))
-    height = BOTTOM + 26 + 16 * len(series)
+        table = np.array(points, float).reshape(-1, 2)  # None becomes NaN
+        x, y = table[np.isfinite(table[:, 1])].T
+        if len(x) < len(table):
+            name += f" ({len(table) - len(x)} of {len(table)} without a value)"
+        if len(x):
+            series[name] = np.stack([x, y, running_mean(y)])
     parts = [text(title, 8, 16, kind="title"), text(unit if series else "no values", 8, 32)]
+    width = max(RIGHT + 14, 16 + max(map(width_of, (title, unit, *series))))
     if not series:
         return drawing(width, TOP, parts)
 
@@ -162,24 +166,23 @@ def curve(title, lines, unit=""):
     low = min(means.min(), np.percentile(values, 2))
     high = max(means.max(), np.percentile(values, 98))
     margin = 0.05 * (high - low) or 0.1 * abs(high) or 1.0  # a flat curve needs a range too
-    across = (0, max(steps.max(), 1)), (LEFT, RIGHT)
-    up = (low - margin, high + margin), (BOTTOM, TOP)
-    for tick in ticks(*across[0]):
-        parts.append(text(f"{tick:.6g}", np.interp(tick, *across), BOTTOM + 16, "middle"))
-    for tick in ticks(*up[0]):
-        y = np.interp(tick, *up)
-        parts += [line("grid", LEFT, RIGHT, y, y), text(f"{tick:.5g}", LEFT - 6, y + 4, "end")]
-    for color, (name, rows) in enumerate(series.items(), 1):
+    low, high, last = low - margin, high + margin, max(1, steps.max())
+    across, up = pixels(0, last, LEFT, RIGHT), pixels(low, high, BOTTOM, TOP)
+    for tick in ticks(0, last):
+        parts.append(text(f"{tick:.6g}", across(tick), BOTTOM + 16, "middle"))
+    for tick in ticks(low, high):
+        parts.append(line("grid", LEFT, RIGHT, up(tick), up(tick)))
+        parts.append(text(f"{tick:.5g}", LEFT - 6, up(tick) + 4, "end"))
+    bottom = BOTTOM + 24
+    for number, (name, rows) in enumerate(series.items(), 1):
         x, y, mean = rows[:, :: rows.shape[1] // POINTS + 1]
-        x, y, mean = np.interp(x, *across), np.interp(y, *up), np.interp(mean, *up)
-        faint = "".join(f"M{a:.1f} {b:.1f}h0" for a, b in zip(x, y))
-        points = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, mean))
-        parts += [
-            f'<g class="c{color}"><path class="faint" d="{faint}"/>',
-            f'<polyline class="line" points="{points}"/>',
-            text(name, 8, BOTTOM + 20 + 16 * color, kind="name") + "</g>",
-        ]
-    return drawing(width, height, parts)
+        faint = "".join(f"M{a:.1f} {b:.1f}h0" for a, b in zip(across(x), up(y)))
+        points = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(across(x), up(mean)))
+        parts.append(f'<g class="c{number}"><path class="faint" d="{faint}"/>')
+        parts.append(f'<polyline class="line" points="{points}"/>')
+        bottom += 16
+        parts.append(text(name, 8, bottom - 8, kind="name") + "</g>")
+    return drawing(width, bottom, parts)
 
 
 def dots(title, rows, marks=None):
@@ -193,32 +196,31 @@ def dots(title, rows, marks=None):
     marks = dict(marks or {})
     rows = [(*row, marks.pop(row[0], None)) for row in rows]
     rows += [(label, None, None, None, mark) for label, mark in marks.items()]
-    places = np.array([row[1:] for row in rows], float).reshape(-1, 4)  # None becomes NaN
-    low, high = np.nanmin(places, initial=0.0), np.nanmax(places, initial=0.0)
-    margin = 0.04 * (high - low) or 1.0
-    left = 20 + max((room_for(row[0]) for row in rows), default=0)
+    places = np.array([row[1:] for row in rows], float)  # None becomes NaN
+    least, most = np.nanmin(places, initial=0.0), np.nanmax(places, initial=0.0)
+    margin = 0.04 * (most - least) or 1.0
+    left = 20 + max([width_of(row[0]) for row in rows], default=0)
     right, bottom = left + ACROSS, 30 + ROW * len(rows)
-    scale = (low - margin, high + margin), (left, right)
+    across = pixels(least - margin, most + margin, left, right)
 
     parts = [text(title, 8, 16, kind="title")]
-    for tick in ticks(*scale[0]):
-        x = np.interp(tick, *scale)
-        parts.append(line("grid" if tick else "zero", x, x, 26, bottom))
-        parts.append(text(f"{tick:.5g}", x, bottom + 15, "middle"))
+    for tick in ticks(least - margin, most + margin):
+        kind = "grid" if tick else "zero"
+        parts.append(line(kind, across(tick), across(tick), 26, bottom))
+        parts.append(text(f"{tick:.5g}", across(tick), bottom + 15, "middle"))
     for number, (label, value, low, high, mark) in enumerate(rows):
-        y, numbers = 41 + ROW * number, []
-        if low is not None:
-            parts.append(line("whisker", *np.interp((low, high), *scale), y, y))
-            numbers.append(f"[{low:.3g}, {high:.3g}]")
-        if value is not None:
-            parts.append(circle("dot", np.interp(value, *scale), y))
-            numbers.insert(0, f"{value:.3g}")
-        if mark is not None:
-            parts.append(circle("ring", np.interp(mark, *scale), y))
-            numbers.append(f"({mark:.3g})")
+        y = 41 + ROW * number
         parts.append(text(label, left - 10, y + 4, "end"))
-        parts.append(text(" ".join(numbers) or "–", right + 10, y + 4))
-    return drawing(max(right + 190, 16 + room_for(title)), bottom + 24, parts)
+        if low is not None:
+            parts.append(line("whisker", across(low), across(high), y, y))
+            parts.append(text(f"{low:.3g} to {high:.3g}", right + 54, y + 4))
+        if value is not None:
+            parts.append(circle("dot", across(value), y))
+        if mark is not None:
+            parts.append(circle("ring", across(mark), y))
+        said = mark if value is None else value
+        parts.append(text("–" if said is None else f"{said:.3g}", right + 10, y + 4))
+    return drawing(max(right + 150, 16 + width_of(title)), bottom + 24, parts)
 
 
 def join(svgs, columns):
@@ -229,7 +231,7 @@ def join(svgs, columns):
     for number, svg in enumerate(svgs):
         row, column = divmod(number, columns)
         parts.append(svg.replace("<svg", f'<svg x="{wide * column}" y="{high * row}"', 1))
-    return drawing(wide * columns, high * -(-len(svgs) // columns), parts)
+    return drawing(wide * columns, high * math.ceil(len(svgs) / columns), parts)
 
 
 def save(svg, path):
@@ -254,10 +256,10 @@ def data_uri(image, longest=448):
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def boxed(uri, size, kinds):
+def boxed(uri, size, kinds, caption):
     """A picture under outlines of boxes.
 
-    Args: size: (width, height) that the boxes are given in. kinds: {class of PAGE: boxes}.
+    Args: size: (width, height) that the boxes are given in. kinds: {"true" or "seen": boxes}.
     """
     width, height = size
     drawn = f'<image href="{uri}" width="{width}" height="{height}" preserveAspectRatio="none"/>'
@@ -265,10 +267,12 @@ def boxed(uri, size, kinds):
         for box in boxes:
             x1, y1, x2, y2 = box["bbox_2d"]
             drawn += f'<path class="{kind}" d="M{x1:.1f} {y1:.1f}H{x2:.1f}V{y2:.1f}H{x1:.1f}Z"/>'
-            drawn += f'<text x="{x1 + 2}" y="{y1 + width / 12}">{escape(box["label"])}</text>'
+            y = y1 + width / 13 if kind == "true" else y2 - width / 40
+            drawn += f'<text class="{kind}" x="{x1 + 2}" y="{y:.1f}">{escape(box["label"])}</text>'
     return (
-        f'<svg class="boxes" width="200" viewBox="0 0 {width} {height}" '
+        f'<figure><svg class="boxes" width="190" viewBox="0 0 {width} {height}" '
         f'font-size="{width / 16}">{drawn}</svg>'
+        f"<figcaption>{escape(caption)}</figcaption></figure>"
     )
 
 

@@ -1,9 +1,9 @@
-"""Write RUN/report.html: one page that shows what a run of the ladder learned, and signs of trouble.
+"""Write RUN/report.html: one page of what a run of the ladder learned, and signs of trouble.
 
     python -m look.report runs/tiny
 
-The page stands alone: pictures and charts are in it, nothing is fetched. It can be made at any time:
-what the run has not written yet is left out. A line that cannot be read is an error that names it.
+The page stands alone: pictures and charts are in it, nothing is fetched. It can be made at any
+time; what the run has not written yet is left out.
 """
 
 import re
@@ -20,12 +20,8 @@ from look.signs import signs
 from runtime import main_guard
 from settings import Parser
 
-SFT = {  # key of log.jsonl -> title and unit of its curve
+CURVES = {  # key of log.jsonl -> title, unit
     "loss": ("loss", "nats per token"),
-    "grad_norm": ("gradient norm", "before clipping"),
-    "learning_rate": ("learning rate", ""),
-}
-GRPO = {
     "reward": ("reward", "sum of its parts"),
     "rewards/accuracy/mean": ("accuracy reward", "mean, 0 to 1"),
     "rewards/format/mean": ("format reward", "mean, 0 to 1"),
@@ -37,25 +33,34 @@ GRPO = {
     "completions/clipped_ratio": ("truncated completions", "share"),
     "grad_norm": ("gradient norm", "before clipping"),
 }
-NOTHING = '<p class="soft">Nothing yet.</p>'
+LEADS = {  # heading -> what is seen below it
+    "The ladder": "Dots: scores with 95% intervals. Rings: answers given without a look at the "
+    "picture. What a rung has learned to see is what it scores above them.",
+    "Signs of trouble": "What often goes wrong, and whether it did.",
+    "Curves": "Over optimizer steps. Dots are single steps, the line is their running mean; a "
+    "dot on the edge of a frame lies beyond it.",
+    "Boxes through the rungs": "Pictures evenly spaced through the test set. Yellow: the true "
+    "boxes. Pink and dashed: those of the rung.",
+    "Answers through the rungs": "The middle test question of each type, with each rung's score.",
+    "Sampled groups": "The first and the last groups of completions in GRPO. A completion that "
+    "earns more than the mean of its group has a positive advantage and becomes more likely.",
+}
 VERDICTS = {True: "TROUBLE", False: "ok", None: "unknown"}
-FEW_STEPS = 10  # a run with no stage longer than this has trained nothing
+FEW_STEPS = 10  # a run without a longer stage has trained nothing
 PICTURES, FRAMES, GROUPS, CHARACTERS = 5, 8, 2, 500  # rows, views of a row, groups, text: at most
 
 
-# ---------------------------------------------------------------------------------- pieces
+# ---------------------------------------------------------------------------------- reading
 
 
-def rows_of(path, *keys):
-    """The rows of a JSON-lines file, which must have these keys; none if there is no file yet."""
-    if not path.exists():
-        return []
+def rows_of(path, key):
+    """The rows of a JSON-lines file, which must have this key; none if there is no file yet."""
     rows = []
-    for where, row in read_jsonl(path):
-        missing = [key for key in keys if key not in row]
-        if missing:
-            raise UserError(f"{where}: expected an object with {', '.join(missing)}")
-        rows.append(row)
+    if path.exists():
+        for where, row in read_jsonl(path):
+            if key not in row:
+                raise UserError(f"{where}: expected an object with the key {key}")
+            rows.append(row)
     return rows
 
 
@@ -65,165 +70,130 @@ def spread(items, count):
     return [items[place] for place in places.round().astype(int)]
 
 
+# ---------------------------------------------------------------------------------- pieces
+
+
 def picture(path):
     """A picture as a data URI; what cannot be opened, such as a video, is a grey card."""
     try:
         return data_uri(Image.open(path))
     except OSError:
-        card = Image.new("RGB", (224, 224), "#777")
-        ImageDraw.Draw(card).multiline_text((8, 98), f"not shown:\n{Path(path).name}")
-        return data_uri(card)
+        grey = Image.new("RGB", (224, 224), "#777")
+        ImageDraw.Draw(grey).multiline_text((8, 98), f"not shown:\n{Path(path).name}")
+        return data_uri(grey)
 
 
 def paragraph(text):
     """Text from data, escaped and cut to CHARACTERS; line breaks stay."""
-    rest = len(text) - CHARACTERS
-    more = f" … ({rest} more characters)" if rest > 0 else ""
-    return f'<p class="text">{escape(text[:CHARACTERS])}{more}</p>'
+    shown = escape(text[:CHARACTERS])
+    if len(text) > CHARACTERS:
+        shown += f" … ({len(text) - CHARACTERS} more characters)"
+    return f'<p class="text">{shown}</p>'
 
 
-def card(title, row, lines):
-    """A question with its pictures and true answer.
-
-    lines: (good or bad, heading, completion) of each answer.
-    """
+def card(title, row, answers):
+    """A question with its pictures and true answer. answers: [(good, heading, completion)]."""
     turn = row["prompt"].rsplit("<|im_start|>user", 1)[-1].split("<|im_end|>")[0]
     question = re.sub(r"<\|[^|<>]*\|>", "", turn).strip()  # without special tokens
-    views = [
-        f'<img width="112" src="{picture(path)}" alt="">' for path in spread(row["images"], FRAMES)
-    ]
-    items = [
-        f'<li><b class="{kind}">{escape(heading)}</b>{paragraph(text)}</li>'
-        for kind, heading, text in lines
-    ]
+    views = "".join(f'<img src="{picture(path)}" alt="">' for path in spread(row["images"], FRAMES))
+    items = ""
+    for good, heading, text in answers:
+        kind = "good" if good else "bad"
+        items += f'<li><b class="{kind}">{escape(heading)}</b>{paragraph(text)}</li>'
     return (
-        f'<div class="card"><h3>{escape(title)}</h3><div class="row">{"".join(views)}</div>'
+        f'<div class="card"><h3>{escape(title)}</h3><div class="row views">{views}</div>'
         f"{paragraph(question)}<p>True answer: <b>{escape(str(row['answer']))}</b></p>"
-        f"<ul>{''.join(items)}</ul></div>"
+        f"<ul>{items}</ul></div>"
     )
 
 
 # ---------------------------------------------------------------------------------- sections
 
 
-def columns(scores):
-    """What is shown of a scores.json: title -> {"score", "blind", "low", "high", "n"}."""
-    shown = {"all questions": scores | {"score": scores["overall"]}}
+def parts(scores):
+    """What a scores.json has figures of: title -> {"score", "blind", "low", "high", "n"}."""
+    found = {"all questions": scores | {"score": scores["overall"]}}
     if "localization" in scores:
-        shown["localization, mean IoU"] = scores["localization"]
-    return shown | scores["types"]
-
-
-def number(value):
-    return "–" if value is None else f"{value:.3f}"
-
-
-def table(rungs):
-    """The rungs as rows, below what is scored without a look; bold: surely above that."""
-    titles = columns(rungs[0]["scores"])
-    head, blind = ["rung"], ["blind <small>answers without a look at the picture</small>"]
-    for title, part in titles.items():
-        head.append(f"{escape(title)} <small>n = {part.get('n')}</small>")
-        blind.append(number(part.get("blind")))
-    rows = [[*head, "well-formed", "seconds"], [*blind, "–", "–"]]
-    what = {rung.name: rung.what for rung in RUNGS}
-    for rung in rungs:
-        name, scores = rung["name"], columns(rung["scores"])
-        cells = [f"{escape(name)} <small>{escape(what.get(name, rung['style']))}</small>"]
-        for title in titles:
-            part = scores.get(title, {})
-            cell, low, blind = number(part.get("score")), part.get("low"), part.get("blind")
-            sure = None not in (low, blind) and low > blind
-            cells.append(f"<b>{cell}</b>" if sure else cell)
-        rows.append([*cells, number(rung["scores"]["well_formed"]), f"{rung['seconds']:.0f}"])
-    lines = ["<tr><td>" + "</td><td>".join(row) + "</td></tr>" for row in rows]
-    return f'<div class="across"><table>{"".join(lines)}</table></div>'
+        found["localization (IoU)"] = scores["localization"]
+    return found | scores["types"] | {"well-formed answers": {"score": scores["well_formed"]}}
 
 
 def staircase(rungs):
-    """Two charts of what the rungs score, and the table of all of it."""
-    if not rungs:
-        return ""
-    charts = ""
-    for title in list(columns(rungs[0]["scores"]))[:2]:
-        rows = []
-        for rung in rungs:
-            part = columns(rung["scores"]).get(title, {})
-            rows.append((rung["name"], part.get("score"), part.get("low"), part.get("high")))
-        charts += embed(dots(title, rows, {"blind": part.get("blind")}))
-    return f'<div class="row">{charts}</div>{table(rungs)}'
+    """A chart of each score, with a row for each rung of results.json."""
+    charts = {}  # title -> (rows, rings)
+    for rung in rungs:
+        for title, part in parts(rung["scores"]).items():
+            rows, rings = charts.setdefault(title, ([], {}))
+            rows.append((rung["name"], part["score"], part.get("low"), part.get("high")))
+            if part.get("blind") is not None:
+                rings["blind"] = part["blind"]
+    return "".join(dots(title, *rows) for title, rows in charts.items())
+
+
+def lessons(rungs):
+    """What each rung teaches, and how long it took."""
+    what = {rung.name: rung.what for rung in RUNGS}
+    items = ""
+    for rung in rungs:
+        lesson = what.get(rung["name"], "another way up")
+        items += f"<li><b>{escape(rung['name'])}</b> {lesson} "
+        items += f"<small>({escape(rung['style'])} answers, {rung['seconds']:.0f} s)</small></li>"
+    return f"<ul>{items}</ul>"
 
 
 def curves(logs):
-    """Charts of what the trainers logged: one for each key, with a line for each stage."""
-    body = ""
-    for heading, keys in (("Supervised stages", SFT), ("GRPO", GRPO)):
-        charts = ""
-        for key, (title, unit) in keys.items():
-            lines = {}
-            for name, rows in logs.items():
-                points = [(row["step"], row[key]) for row in rows if key in row]
-                if points and ("reward" in rows[0]) == (keys is GRPO):
-                    lines[name] = points
-            if lines:
-                charts += curve(title, lines, unit)
-        if charts:
-            body += f'<h3>{heading}</h3><div class="row">{charts}</div>'
-    return body
-
-
-def through_the_rungs(answers):
-    """The same question through the rungs: (localization, others), lists of [(rung, row), ...]."""
-    located, others = {}, {}
-    for name, rows in answers.items():
-        for row in rows:
-            kind = located if row["question_type"] == "localization" else others
-            kind.setdefault((row["question_type"], row["where"]), []).append((name, row))
-    return [*located.values()], [*others.values()]
+    """A chart of each key that the trainers logged, with a line for each stage."""
+    charts = ""
+    for key, (title, unit) in CURVES.items():
+        lines = {}
+        for name, rows in logs.items():
+            points = [(row["step"], row[key]) for row in rows if key in row]
+            # The loss of GRPO is about zero whatever it learns.
+            if points and not (key == "loss" and "reward" in rows[0]):
+                lines[name] = points
+        if lines:
+            charts += curve(title, lines, unit)
+    return charts
 
 
 def gallery(questions):
-    """Pictures evenly through the test set, with the boxes of each rung."""
+    """Pictures evenly through the test set, with the boxes of each rung.
+
+    Args: questions: for each the list of (rung, row of predictions.jsonl).
+    """
     body = ""
     for answers in spread(questions, PICTURES):
         uri = picture(answers[0][1]["images"][0])
         figures = ""
         for name, row in answers:
-            boxes = {"true": row["answer"], "seen": row["prediction"] or []}
-            said = f"IoU {row['score']:.2f}" if row["prediction"] else "no boxes"
-            figures += f"<figure>{boxed(uri, row['size'], boxes)}<figcaption>{escape(name)}: {said}"
-            figures += "</figcaption></figure>"
+            boxes = {"true": row["answer"], "seen": row["prediction"] or ()}
+            figures += boxed(uri, row["size"], boxes, f"{name}: IoU {row['score']:.2f}")
         body += f'<div class="row">{figures}</div>'
     return body
 
 
-def conversations(questions):
+def conversations(types):
     """The middle question of each type, with what each rung answers."""
-    types = {}
-    for answers in questions:
-        types.setdefault(answers[0][1]["question_type"], []).append(answers)
     cards = ""
-    for name, those in types.items():
-        answers = those[len(those) // 2]
+    for title, questions in types.items():
+        answers = [*questions.values()][len(questions) // 2]
         lines = []
-        for rung, row in answers:
-            kind = "good" if row["score"] > 0.99 else "bad" if row["score"] == 0 else "partly"
-            lines.append((kind, f"{rung}: {row['score']:.2f}", row["completion"]))
-        cards += card(name, answers[0][1], lines)
+        for name, row in answers:
+            lines.append((row["score"] > 0, f"{name}: {row['score']:.2f}", row["completion"]))
+        cards += card(title, answers[0][1], lines)
     return cards
 
 
 def groups(rows):
-    """The first and the last GROUPS of sampled completions, each from the highest advantage down."""
+    """The first and the last GROUPS of completions, each from the highest advantage down."""
     cards = ""
     for row in rows[:GROUPS] + rows[max(GROUPS, len(rows) - GROUPS) :]:
         lines = []
-        for place in np.argsort(row["advantages"], kind="stable")[::-1]:
+        for place in np.argsort(row["advantages"])[::-1]:
             gain = row["advantages"][place]
-            parts = [f"{name} {values[place]:.2f}" for name, values in row["rewards"].items()]
-            heading = f"advantage {gain:+.2f} ({', '.join(parts)})"
-            kind = "good" if gain > 0 else "bad"
-            lines.append((kind, heading, row["completions"][place]))
+            rewards = [f"{name} {values[place]:.2f}" for name, values in row["rewards"].items()]
+            heading = f"advantage {gain:+.2f} ({', '.join(rewards)})"
+            lines.append((gain > 0, heading, row["completions"][place]))
         cards += card(f"step {row['step']}, {row['question_type']}", row, lines)
     return cards
 
@@ -234,83 +204,72 @@ def probes(folder):
     for chart in sorted(folder.glob("*.svg")):
         body += f"<h3>{escape(chart.stem)}</h3>{embed(chart.read_text(encoding='utf-8'))}"
         for path in sorted((folder / chart.stem).glob("*.png")):
-            body += f'<figure><img src="{picture(path)}" alt="">'
-            body += f"<figcaption>{escape(path.stem)}</figcaption></figure>"
+            body += f'<figure><img src="{picture(path)}" alt=""><figcaption>{escape(path.stem)}'
+            body += "</figcaption></figure>"
     return body
 
 
 # ---------------------------------------------------------------------------------- the page
 
 
-def report(run):
-    """Write the page from what the run has so far.
+def through_the_rungs(answers):
+    """{question type: {where: [(rung, row), ...]}}: each question with the answer of each rung."""
+    types = {}
+    for name, rows in answers.items():
+        for row in rows:
+            questions = types.setdefault(row["question_type"], {})
+            questions.setdefault(row["where"], []).append((name, row))
+    return types
 
-    Returns: (its path, the signs of trouble as lines of text).
-    """
+
+def report(run):
+    """Write the page from what the run has so far. Returns the signs of trouble as lines."""
     if not run.is_dir():
         raise UserError(f"{run}: no such directory; expected the --out of ladder.py")
-    settings, results = {}, {"rungs": []}
-    if (run / CONFIG).exists():
-        settings = read_json(run / CONFIG)
-    if (run / "results.json").exists():
-        results = read_json(run / "results.json")
     names = [rung.name for rung in RUNGS]
-    ways = [rung["name"] for rung in results["rungs"] if rung["name"] not in names]
-    keys = (
-        "where",
-        "question_type",
-        "prompt",
-        "completion",
-        "prediction",
-        "answer",
-        "score",
-        "images",
-    )
-    answers = {name: rows_of(run / "eval" / name / "predictions.jsonl", *keys) for name in names}
+    answers = {name: rows_of(run / "eval" / name / "predictions.jsonl", "where") for name in names}
     logs = {name: rows_of(run / name / "log.jsonl", "step") for name in names}
-    keys = (
-        "step",
-        "question_type",
-        "prompt",
-        "answer",
-        "images",
-        "completions",
-        "rewards",
-        "advantages",
-    )
-    sampled = rows_of(run / "grpo" / "rollouts.jsonl", *keys)
-    located, others = through_the_rungs(answers)
+    files = {CONFIG: {}, "results.json": {"rungs": []}}
+    for name in files:
+        if (run / name).is_file():
+            files[name] = read_json(run / name)
+    settings, results = files.values()
 
+    # A run with hardly any step shows that everything works, not what is learned.
     steps = max(map(len, logs.values()))
-    said = [f"{VERDICTS[bad]:<8}{name}: {text}" for name, bad, text in signs(run, names + ways)]
-    scores = staircase(results["rungs"])
     if steps < FEW_STEPS:
-        said = []
-        scores = f"<p>Nothing was trained: no stage has more than {steps} steps.</p>"
-    missing = [name for name in names if not answers[name]]
-    if missing:
-        scores += f'<p class="soft">Not evaluated yet: {", ".join(missing)}.</p>'
+        troubles = []
+        ladder = f"<p>Nothing was trained: no stage has more than {steps} steps.</p>"
+    else:
+        troubles = [
+            f"{VERDICTS[bad]:<8}{name}: {said}" for name, (bad, said) in signs(run, answers, logs)
+        ]
+        ladder = lessons(results["rungs"]) + f'<div class="row">{staircase(results["rungs"])}</div>'
+    types = through_the_rungs(answers)
+    located = types.pop("localization", {})
     sections = {
-        "The ladder": scores,
-        "Signs of trouble": "".join(f"<p>{escape(line)}</p>" for line in said),
+        "The ladder": ladder,
+        "Signs of trouble": "".join(f"<li>{escape(line)}</li>" for line in troubles),
         "Curves": curves(logs),
+        "Boxes through the rungs": gallery([*located.values()]),
+        "Answers through the rungs": conversations(types),
+        "Sampled groups": groups(rows_of(run / "grpo" / "rollouts.jsonl", "step")),
         "Probes": probes(run / "probes"),
-        "Boxes through the rungs": gallery(located),
-        "Answers through the rungs": conversations(others),
-        "Sampled groups": groups(sampled),
     }
-    body = f'<p class="soft">{escape(", ".join(f"{k} {v}" for k, v in settings.items()))}</p>'
+    chosen = [f"{name} {value}" for name, value in settings.items() if value is not None]
+    body = f'<p class="soft">{escape(", ".join(chosen))}</p>'
     for heading, content in sections.items():
-        body += f"<section><h2>{heading}</h2>{content or NOTHING}</section>"
+        lead = LEADS.get(heading, "") if content else "Nothing yet."
+        body += f'<h2>{heading}</h2><p class="soft">{lead}</p>{content}'
     write_text(run / "report.html", page("A run of the ladder", body))
-    return run / "report.html", said
+    return troubles
 
 
 def main():
     parser = Parser(__doc__)
     parser.add_argument("run", type=Path, help="directory that ladder.py wrote, such as runs/tiny")
-    path, said = report(parser.parse_args().run)
-    print(*said, path, sep="\n")
+    run = parser.parse_args().run
+    print(*report(run), run / "report.html", sep="\n")
 
 
 if __name__ == "__main__":

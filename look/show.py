@@ -23,12 +23,11 @@ from settings import PICTURES, Parser, add_flags, values
 
 def seen(example):
     """An example's pictures and frames as the patches hold them, in one list for each grid."""
-    pictures, first = [], 0
-    for t, h, w in example.grids:
-        patches = example.patches[first : first + t * h * w].numpy()
-        first += t * h * w
+    pictures = []
+    sizes = [t * h * w for t, h, w in example.grids]
+    for (t, h, w), patches in zip(example.grids, example.patches.split(sizes)):
         # data.to_patches backwards, axis by axis.
-        axes = patches.reshape(t, h // 2, w // 2, 2, 2, 3, 2, 14, 14)
+        axes = patches.numpy().reshape(t, h // 2, w // 2, 2, 2, 3, 2, 14, 14)
         frames = axes.transpose(0, 6, 1, 3, 7, 2, 4, 8, 5).reshape(2 * t, 14 * h, 14 * w, 3)
         pixels = (255 * (frames * np.array(STD) + np.array(MEAN))).round().clip(0, 255)
         pictures.append([Image.fromarray(frame) for frame in pixels.astype(np.uint8)])
@@ -36,12 +35,17 @@ def seen(example):
 
 
 def token_runs(example, processor):
-    """Yield runs of tokens of one kind: ("vision", "trained" or "prompt", texts, positions (3, n))."""
-    vision = processor.config.image_token_id, processor.config.video_token_id
+    """Yield (kind, texts, positions (3, n)) of each run of tokens of one kind.
+
+    A kind is "vision", "trained" or "prompt". There is a text for each token, or for several that
+    are one character together.
+    """
     kinds = []
-    for token, label in zip(example.ids.tolist(), example.labels.tolist()):
-        text = "trained" if label >= 0 else "prompt"
-        kinds.append("vision" if token in vision else text)
+    for token, label in zip(example.ids, example.labels):
+        if token in (processor.config.image_token_id, processor.config.video_token_id):
+            kinds.append("vision")
+        else:
+            kinds.append("trained" if label >= 0 else "prompt")
     for kind, places in groupby(range(len(kinds)), kinds.__getitem__):
         places = list(places)
         texts, pending = [], []
@@ -55,35 +59,55 @@ def token_runs(example, processor):
 
 
 def views(example, sample):
-    """The pictures of an example, with the boxes of its answer."""
+    """The pictures of an example with the boxes of its answer."""
     figures = ""
     for media, frames in zip(sample.media, seen(example)):
-        for number, frame in enumerate(frames[: 1 if media.kind == "image" else None], 1):
-            # A video has its frames in files, an odd last one twice, or all in one file.
-            name = Path(media.sources[min(number, len(media.sources)) - 1]).name
-            drawn = boxed(data_uri(frame, max(frame.size)), frame.size, {"true": example.boxes})
-            caption = f"{number}: {escape(name)}, {frame.width} × {frame.height}"
-            figures += f"<figure>{drawn}<figcaption>{caption}</figcaption></figure>"
+        if media.kind == "image":
+            frames = frames[:1]  # a still picture stands in both frames of its patches
+        for number, frame in enumerate(frames, 1):
+            caption = f"{media.kind} {number}, {frame.width} × {frame.height}"
+            uri = data_uri(frame, max(frame.size))
+            figures += boxed(uri, frame.size, {"true": example.boxes}, caption)
     return figures
 
 
 def tokens(example, processor):
-    """The tokens of an example, run by run, with their positions."""
+    """The tokens of an example, run by run, with their positions on the three axes."""
     items = ""
     for kind, texts, positions in token_runs(example, processor):
+        ends = zip(("time", "height", "width"), positions.amin(1), positions.amax(1))
+        axes = ", ".join(f"{name} {low} to {high}" for name, low, high in ends)
         count = positions.shape[1]
-        axes = []
-        for name, axis in zip(("time", "height", "width"), positions):
-            low, high = int(axis.min()), int(axis.max())
-            axes.append(f"{name} {low}" if low == high else f"{name} {low} to {high}")
         if kind == "vision":
             texts = [f"{texts[0]} × {count}"]
         marked = "".join(f"<span>{escape(text)}</span>" for text in texts).replace("\n", "↵\n")
-        items += (
-            f'<li class="{kind}"><b>{kind}</b> <small>{count} tokens; {", ".join(axes)}</small>'
-        )
+        items += f'<li class="{kind}"><b>{kind}</b> <small>{count} tokens: {axes}</small>'
         items += f'<p class="text tokens">{marked}</p></li>'
     return items
+
+
+def show(args):
+    """Write the page of one row."""
+    where = f"{args.file}:{args.row}"
+    line = dict(read_lines(args.file)).get(where)
+    if line is None:
+        raise UserError(f"{where}: there is no such row")
+    images = Path(args.images or args.file.parent / "images")
+    sample = parse_row(parse_line(line, where), where, images)
+    processor = Processor(args.model, load_config(args.model), **values(args, PICTURES))
+    example = processor.example(sample, style_of(sample))
+
+    trained = int((example.labels >= 0).sum())
+    body = (
+        f"<p>{escape(sample.question_type)} {sample.data_type}, prompt style {style_of(sample)}: "
+        f"{len(example.ids)} tokens, {trained} of them trained</p>"
+        "<h2>Pictures</h2><p>At the size that the model sees, with the boxes of the answer.</p>"
+        f'<div class="row">{views(example, sample)}</div>'
+        "<h2>Tokens</h2><p>One shade for each token; ↵ ends a line. Green tokens are trained, blue "
+        "ones stand for a picture or video, grey ones are only read.</p>"
+        f"<ul>{tokens(example, processor)}</ul>"
+    )
+    write_text(args.out, page(Path(where).name, body))
 
 
 def main():
@@ -94,28 +118,7 @@ def main():
     parser.add_argument("--out", default="row.html", help="page to write (default: %(default)s)")
     add_flags(parser, ("images", *PICTURES))
     args = parser.parse_args()
-
-    where = f"{args.file}:{args.row}"
-    line = dict(read_lines(args.file)).get(where)
-    if line is None:
-        raise UserError(f"{where}: there is no such row")
-    images = Path(args.images or args.file.parent / "images")
-    sample = parse_row(parse_line(line, where), where, images)
-    processor = Processor(args.model, load_config(args.model), **values(args, PICTURES))
-    style = style_of(sample)
-    example = processor.example(sample, style)
-
-    trained = int((example.labels >= 0).sum())
-    body = (
-        f"<p>{escape(sample.question_type)} {sample.data_type}, prompt style {style}: "
-        f"{len(example.ids)} tokens, {trained} of them trained</p>"
-        "<h2>Pictures</h2><p>At the size that the model sees, with the boxes of the answer.</p>"
-        f'<div class="row">{views(example, sample)}</div>'
-        "<h2>Tokens</h2><p>One shade for each token; ↵ ends a line. Green tokens are trained, blue "
-        "ones stand for a picture or video, grey ones are only read.</p>"
-        f"<ul>{tokens(example, processor)}</ul>"
-    )
-    write_text(args.out, page(Path(where).name, body))
+    show(args)
     print(args.out)
 
 

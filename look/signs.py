@@ -1,7 +1,6 @@
-"""Signs of trouble in a run of the ladder. The report shows them and prints them.
+"""Signs of trouble in a run of the ladder, for the report.
 
-A sign is (rung, trouble, sentence): trouble is True, False, or None where there is too little to
-judge by. The trainers and evaluations leave what is read here; what is not there yet is left out.
+A sign is (trouble, sentence). Trouble is True, False, or None where there is too little to judge.
 """
 
 from itertools import pairwise
@@ -9,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from files import read_json, read_jsonl
-from ladder import GROUNDING, RUNGS
+from files import CONFIG, read_json
+from ladder import GROUNDING
 
 INVALID = 0.01  # share of answers that may be no JSON, and of boxes that may leave the picture
 MEMORIZED = 0.1  # training questions may score so much better than held-out ones
@@ -31,10 +30,10 @@ def outside(box, size):
 def boxes_sign(rows):
     """Localization rows of predictions.jsonl: answers that are no JSON, boxes that cannot be."""
     invalid = np.mean([row["prediction"] is None for row in rows])
-    wrong = []
+    wrong = [0.0]
     for row in rows:
         wrong += [outside(box["bbox_2d"], row["size"]) for box in row["prediction"] or ()]
-    out = sum(wrong) / max(1, len(wrong))
+    out = sum(wrong) / max(1, len(wrong) - 1)
     return max(invalid, out) > INVALID, (
         f"{1 - invalid:.1%} of its localization answers are valid JSON, "
         f"{out:.1%} of their boxes empty or partly outside the picture"
@@ -61,7 +60,8 @@ def reward_sign(rows):
     The first fifth of the steps against the last; noise is two standard errors of the difference
     of their means.
     """
-    rewards, fifth = [row["reward"] for row in rows], len(rows) // 5
+    rewards = [row["reward"] for row in rows]
+    fifth = len(rows) // 5
     key = "eval_rewards/accuracy/mean"
     held_out = [row[key] for row in rows if key in row]
     if fifth < 2 or len(held_out) < 2:
@@ -72,14 +72,14 @@ def reward_sign(rows):
     first, last = rewards[:fifth], rewards[-fifth:]
     noise = 2 * np.sqrt((np.var(first, ddof=1) + np.var(last, ddof=1)) / fifth)
     rises = np.mean(last) - np.mean(first) > noise
-    return bool(rises and held_out[-1] <= held_out[0]), (
+    return rises and held_out[-1] <= held_out[0], (
         f"reward {np.mean(first):.3f} -> {np.mean(last):.3f} (noise {noise:.3f}), "
         f"held-out accuracy {held_out[0]:.3f} -> {held_out[-1]:.3f}"
     )
 
 
 def attention_sign(before, after):
-    """Rows of look.probes attention: the entropy of the map has surely risen.
+    """Two rungs of look.probes attention: the entropy of the map has surely risen.
 
     >>> attention_sign({"value": 0.8, "high": 0.85}, {"value": 0.9, "low": 0.88})
     (True, 'entropy of the attention map 0.800 -> 0.900')
@@ -90,39 +90,36 @@ def attention_sign(before, after):
 
 
 def taught_boxes(run, name):
-    """Whether a rung, or the one that it started from, was trained on rows of boxes."""
-    path = run / name / "config_run.json"
+    """Whether a rung, or one that it goes back to, was trained on rows of boxes."""
+    path = run / name / CONFIG
     if not path.is_file():
         return False
     config = read_json(path)
     files = config["data"]
     if config.get("replay_ratio"):
         files = files + config["replay"]
-    return any(Path(file).name == GROUNDING for file in files) or taught_boxes(
-        run, Path(config["model"]).name
-    )
+    own = any(Path(file).name == GROUNDING for file in files)
+    return own or taught_boxes(run, Path(config["model"]).name)
 
 
-def signs(run, names):
-    """Yield a sign for all that the rungs of these names have so far."""
-    for name in names:
-        answers, log = run / "eval" / name / "predictions.jsonl", run / name / "log.jsonl"
-        if answers.is_file() and taught_boxes(run, name):
-            rows = [row for _, row in read_jsonl(answers)]
-            rows = [row for row in rows if row["question_type"] == "localization"]
-            if rows:
-                yield name, *boxes_sign(rows)
+def signs(run, answers, logs):
+    """Yield (rung, sign) of all that a run has so far.
+
+    Args: answers, logs: {rung: the rows of its predictions.jsonl, of its log.jsonl}.
+    """
+    for name in answers:
+        located = [row for row in answers[name] if row["question_type"] == "localization"]
+        if located and taught_boxes(run, name):
+            yield name, boxes_sign(located)
         train = run / "eval-train" / name / "scores.json"
         held_out = run / "eval" / name / "scores.json"
         if train.is_file() and held_out.is_file():
-            yield name, *memory_sign(read_json(train), read_json(held_out))
-        if log.is_file():
-            steps = [row for _, row in read_jsonl(log) if "reward" in row]
-            if steps:
-                yield name, *reward_sign(steps)
+            yield name, memory_sign(read_json(train), read_json(held_out))
+        steps = [row for row in logs[name] if "reward" in row]
+        if steps:
+            yield name, reward_sign(steps)
     maps = run / "probes" / "attention.json"
     if maps.is_file():
-        rows = {row["name"]: row for row in read_json(maps)["rows"]}
-        rows = [rows[rung.name] for rung in RUNGS if rung.name in rows]
+        rows = [row for row in read_json(maps)["rows"] if row["name"] in answers]
         for before, after in pairwise(rows):
-            yield after["name"], *attention_sign(before["entropy"], after["entropy"])
+            yield after["name"], attention_sign(before["entropy"], after["entropy"])
