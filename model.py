@@ -1,16 +1,19 @@
 """Qwen2.5-VL from scratch: vision encoder, decoder, generation.
 
     model = checkpoint.load_model("path/to/Qwen2.5-VL-3B-Instruct")
-    log_probs, entropies = model(batch)                       # training, scoring
+    log_probs, entropies = model(batch)                     # training, scoring
     rollout = generate(model, batch, max_new_tokens=64, stop_ids=(151645, 151643))
 
 Everything the model takes is one `Batch`; everything it does with it is `QwenVL.forward`.
-Submodules carry the names of the checkpoint's tensors, so loading (checkpoint.py) needs no table of names.
+Submodules carry the names of the checkpoint's tensors, so loading needs no table of names.
 There is no distributed code here: runtime.py shards the model from outside.
 
-Letters in shapes: B rows, T tokens, P prompt tokens, C completion tokens, G completions in a group, R rows of a
-rollout or scored tokens, V vocabulary, N patches, M merged vision tokens, H query heads, K key-value heads,
-D head dimension, W width.
+Nothing in a forward waits for the GPU: what the host must know (grids, lengths of windows, the
+number of keys) it counts itself, and what it makes it sends by `to_device`.
+
+Letters in shapes: B rows, T tokens, P prompt tokens, C completion tokens, G completions in a group,
+R rows of a rollout or scored tokens, V vocabulary, N patches, M merged vision tokens, H query
+heads, K key-value heads, D head dimension, S keys, W width.
 """
 
 import dataclasses
@@ -22,12 +25,18 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 HEAD_LOGITS = 2**22  # logits held at once where tokens are scored: 16 MB
+KEY_BLOCK = 128  # decoding attends to this many keys at a time more, not to one more each step
 
 
-# ---------------------------------------------------------------------------------------------- configuration
+# ---------------------------------------------------------------------------------- configuration
+
+
 @dataclass(frozen=True)
 class VisionConfig:
-    """The vision encoder's shape. Defaults are those of transformers' class: re-saved files leave them out."""
+    """The vision encoder's shape, with the defaults of transformers' class.
+
+    Files that transformers saves again leave out what equals a default.
+    """
 
     depth: int = 32
     hidden_size: int = 3584
@@ -40,13 +49,17 @@ class VisionConfig:
     window_size: int = 112  # pixels
     fullatt_block_indexes: tuple = (7, 15, 23, 31)
     out_hidden_size: int = 3584
-    tokens_per_second: float = 4.0  # M-RoPE positions per second of video
+    tokens_per_second: float = 4.0  # M-RoPE positions in a second of video
     hidden_act: str = "silu"
+
+    @property
+    def head_dim(self):
+        return self.hidden_size // self.num_heads
 
 
 @dataclass(frozen=True)
 class TextConfig:
-    """The decoder's shape, with transformers' class defaults."""
+    """The decoder's shape, with the defaults of transformers' class."""
 
     vocab_size: int = 152064
     hidden_size: int = 8192
@@ -78,49 +91,68 @@ class Config:
     source: dict
 
 
-# ---------------------------------------------------------------------------------------------- what the model eats
+# ---------------------------------------------------------------------------------- the input
+
+
+def to_device(tensor, device):
+    """Copy to a device. The host does not wait: to a GPU the copy goes from pinned memory."""
+    if torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 @dataclass
 class Batch:
-    """Right-padded rows of token ids and the patches of all their pictures, in order of appearance.
+    """Right-padded rows of token ids, and the patches of all their pictures in order of appearance.
 
-    A batch without pictures carries one dummy picture whose features go nowhere (`vision_at` is empty): every rank
-    then enters the vision tower, whose sharded weights are gathered by all ranks together.
+    A batch without pictures carries one dummy picture whose features go nowhere (`vision_at` is
+    empty). So every rank enters the vision tower, whose sharded weights all ranks gather together.
     """
 
     ids: torch.Tensor  # (B, T) int64
     positions: torch.Tensor  # (3, B, T) int64: time, height, width
-    lengths: torch.Tensor  # (B,) int64, tokens that are not padding
+    lengths: torch.Tensor  # (B,) int64: tokens that are not padding
     patches: torch.Tensor  # (N, 3 * 2 * 14 * 14) float32
-    grids: list  # [(t, h, w)] in patches, one per picture or video
-    vision_at: torch.Tensor  # (M,) int64, places in the flattened ids that take the vision features
-    predict_at: torch.Tensor  # (R,) int64, places in the flattened ids whose next token is scored
-    targets: torch.Tensor  # (R,) int64, those next tokens
+    grids: list  # [(t, h, w)] in patches, one for each picture or video
+    vision_at: torch.Tensor  # (M,) int64: places in the flattened ids that take the vision features
+    predict_at: torch.Tensor  # (R,) int64: places in the flattened ids whose next token is scored
+    targets: torch.Tensor  # (R,) int64: those next tokens
     group: tuple | None = None  # (G, C): the one row is [prompt | c1 | ... | cG], see SharedPrompt
 
     def to(self, device):
-        moved = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return Batch(
-            **{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in moved.items()}
-        )
+        tensors = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, torch.Tensor):
+                tensors[field.name] = to_device(value, device)
+        return dataclasses.replace(self, **tensors)
 
 
-# ---------------------------------------------------------------------------------------------- layers
+# ---------------------------------------------------------------------------------- layers
+
+
 def rotate(x, cos, sin):
-    """Rotary embedding: numbers i of the two halves of x (..., D) turn as a pair, by angle i of cos, sin (..., D/2).
+    """Rotary embedding: numbers i of the two halves of x turn as a pair, by angle i.
 
-    >>> rotate(torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])).tolist()
+    Args: x (..., D). cos, sin (..., D / 2).
+
+    >>> cos, sin = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])  # of 0 and of 90 degrees
+    >>> rotate(torch.tensor([1.0, 2.0, 3.0, 4.0]), cos, sin).tolist()  # (1, 3) stays, (2, 4) turns
     [1.0, -4.0, 3.0, 2.0]
     """
     a, b = x.chunk(2, dim=-1)
-    return torch.cat(
-        (torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)), dim=-1
-    )
+    turned_a = torch.addcmul(a * cos, b, sin, value=-1)
+    turned_b = torch.addcmul(b * cos, a, sin)
+    return torch.cat((turned_a, turned_b), dim=-1)
 
 
 class RMSNorm(nn.Module):
+    """Divide each vector by its root mean square, then scale its numbers."""
+
     def __init__(self, width, eps):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
 
     def forward(self, x):
         return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
@@ -139,67 +171,91 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-# ---------------------------------------------------------------------------------------------- vision encoder
-def vision_angles(grids, config):
-    """Rotary angles of every patch, (N, D/2): half of them turn with the row, half with the column.
+# ---------------------------------------------------------------------------------- vision encoder
+# Patches come merge block by merge block: the blocks of a frame row by row, then the 2 x 2 patches
+# of a block. Within the encoder the blocks are sorted by attention window, and at its end back.
 
-    Patches come merge block by merge block: the blocks of a frame row by row, then the 2 x 2 patches of a block.
+
+def vision_angles(grids, config):
+    """Rotary angles of every patch: half of them turn with the row, half with the column.
+
+    Returns: (N, D / 2), on the CPU.
     """
-    dim = config.hidden_size // config.num_heads // 2
+    dim = config.head_dim // 2
     frequencies = 10000.0 ** (-torch.arange(0, dim, 2, dtype=torch.float32) / dim)  # (D/4,)
-    m, places = config.spatial_merge_size, []
+    m = config.spatial_merge_size
+    places = []
     for t, h, w in grids:
         rows, columns = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
-        place = torch.stack((rows, columns), dim=-1).reshape(h // m, m, w // m, m, 2)
-        places.append(place.transpose(1, 2).reshape(h * w, 2).repeat(t, 1))
-    return (torch.cat(places)[:, :, None] * frequencies).flatten(
-        1
-    )  # (N, 2, 1) * (D/4,) -> (N, D/2)
+        place = torch.stack((rows, columns), dim=-1)  # (h, w, 2)
+        place = place.reshape(h // m, m, w // m, m, 2).transpose(1, 2)  # merge block by merge block
+        places.append(place.reshape(h * w, 2).repeat(t, 1))  # (t*h*w, 2)
+    angles = torch.cat(places)[:, :, None] * frequencies  # (N, 2, D/4)
+    return angles.flatten(1)
 
 
 def window_order(grids, config):
-    """Sort merge blocks by attention window, windows of a frame row by row.
+    """Sort merge blocks by attention window, the windows of a frame row by row.
 
-    Returns: order (M,): the block that stands at each place; sizes: blocks in each window.
+    Returns: order (M,): the block that stands at each place. sizes: blocks in each window.
 
-    >>> order, sizes = window_order([(1, 4, 12)], VisionConfig(window_size=112))  # 2 x 6 blocks, windows 4 wide
+    2 x 6 blocks, windows 4 blocks wide and high: a window of 2 x 4 and one of 2 x 2.
+
+    >>> order, sizes = window_order([(1, 4, 12)], VisionConfig(window_size=112))
     >>> order.tolist(), sizes
     ([0, 1, 2, 3, 6, 7, 8, 9, 4, 5, 10, 11], [8, 4])
     """
-    side, m = (
-        config.window_size // config.patch_size // config.spatial_merge_size,
-        config.spatial_merge_size,
-    )
-    windows, first = [], 0
+    m = config.spatial_merge_size
+    side = config.window_size // config.patch_size // m  # blocks
+    windows = []
+    first = 0
     for t, h, w in grids:
         frame, row, column = torch.meshgrid(
-            *(torch.arange(n) for n in (t, h // m, w // m)), indexing="ij"
+            torch.arange(t), torch.arange(h // m), torch.arange(w // m), indexing="ij"
         )
-        down, across = -(-h // m // side), -(-w // m // side)
-        windows.append(((frame * down + row // side) * across + column // side).flatten() + first)
+        down = -(-h // m // side)  # windows of a frame, rounded up
+        across = -(-w // m // side)
+        window = (frame * down + row // side) * across + column // side
+        windows.append(window.flatten() + first)
         first += t * down * across
-    window = torch.cat(windows)
+    window = torch.cat(windows)  # (M,) number of each block's window
     return window.argsort(stable=True), window.bincount().tolist()
 
 
 class Segments:
-    """Attention within runs of consecutive patches: the runs are padded to one rectangle, one SDPA call does all."""
+    """Attention within segments of consecutive patches: the windows, or whole frames.
+
+    One SDPA call does all. Equal segments are a view of the patches; unequal ones are padded to one
+    rectangle (S segments, L patches), whose padding is masked.
+    """
 
     def __init__(self, lengths, device):
-        longest, starts = max(lengths), torch.tensor([0] + lengths[:-1]).cumsum(0)
+        longest = max(lengths)
+        self.shape = (len(lengths), longest)  # (S, L)
+        self.mask = None
+        if min(lengths) == longest:
+            return
+        starts = torch.tensor([0, *lengths[:-1]]).cumsum(0)
         offsets = torch.arange(longest)
-        self.keep = (offsets < torch.tensor(lengths)[:, None]).to(device)  # (S, L)
-        self.index = (starts[:, None] + offsets).clamp(max=sum(lengths) - 1).to(device)  # (S, L)
-        self.mask = None if min(lengths) == longest else self.keep[:, None, None, :]
+        real = offsets < torch.tensor(lengths)[:, None]  # (S, L), False for padding
+        index = (starts[:, None] + offsets).clamp(max=sum(lengths) - 1)  # (S, L) which patch
+        self.mask = to_device(real, device)[:, None, None, :]  # for (S, H, L, L)
+        self.index = to_device(index.flatten(), device)  # (S*L,)
+        self.places = to_device(real.flatten().nonzero()[:, 0], device)  # (N,) back again
 
     def attend(self, q, k, v):
         """(N, H, D) each -> (N, H, D)."""
-        q, k, v = (x[self.index].transpose(1, 2) for x in (q, k, v))  # (S, H, L, D)
+        if self.mask is not None:
+            q, k, v = (x.index_select(0, self.index) for x in (q, k, v))  # (S*L, H, D)
+        q, k, v = (x.unflatten(0, self.shape).transpose(1, 2) for x in (q, k, v))  # (S, H, L, D)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask)
-        return out.transpose(1, 2)[self.keep]
+        out = out.transpose(1, 2).flatten(0, 1)  # (S*L, H, D)
+        return out if self.mask is None else out.index_select(0, self.places)
 
 
 class VisionAttention(nn.Module):
+    """Attention of patches within their segment; rotary embedding in fp32."""
+
     def __init__(self, config):
         super().__init__()
         self.heads = config.num_heads
@@ -208,11 +264,14 @@ class VisionAttention(nn.Module):
 
     def forward(self, x, rope, segments):
         q, k, v = self.qkv(x).view(len(x), 3, self.heads, -1).unbind(1)  # (N, H, D)
-        q, k = (rotate(y.float(), *rope).to(x.dtype) for y in (q, k))
+        q = rotate(q.float(), *rope).to(x.dtype)
+        k = rotate(k.float(), *rope).to(x.dtype)
         return self.proj(segments.attend(q, k, v).flatten(1))
 
 
 class VisionBlock(nn.Module):
+    """Attention and MLP, each after a norm and added to what came in."""
+
     def __init__(self, config):
         super().__init__()
         self.norm1 = RMSNorm(config.hidden_size, 1e-6)
@@ -226,7 +285,7 @@ class VisionBlock(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """The checkpoint stores a Conv3d whose kernel is as large as its stride: on flattened patches it is a matrix."""
+    """The checkpoint stores a Conv3d with kernel = stride: on flattened patches it is a matrix."""
 
     def __init__(self, config):
         super().__init__()
@@ -236,25 +295,30 @@ class PatchEmbed(nn.Module):
         )
 
     def forward(self, patches):
-        return F.linear(patches.to(self.proj.weight.dtype), self.proj.weight.flatten(1))
+        weight = self.proj.weight.flatten(1)  # (W, 1176)
+        return F.linear(patches.to(weight.dtype), weight)
 
 
 class PatchMerger(nn.Module):
-    """Concatenate each 2 x 2 block of patches and project it to the decoder's width."""
+    """Concatenate the 2 x 2 patches of each block and project them to the decoder's width."""
 
     def __init__(self, config):
         super().__init__()
-        self.wide = wide = config.hidden_size * config.spatial_merge_size**2
+        self.wide = config.hidden_size * config.spatial_merge_size**2
         self.ln_q = RMSNorm(config.hidden_size, 1e-6)
         self.mlp = nn.Sequential(
-            nn.Linear(wide, wide), nn.GELU(), nn.Linear(wide, config.out_hidden_size)
+            nn.Linear(self.wide, self.wide),
+            nn.GELU(),
+            nn.Linear(self.wide, config.out_hidden_size),
         )
 
     def forward(self, x):
-        return self.mlp(self.ln_q(x).view(-1, self.wide))
+        return self.mlp(self.ln_q(x).view(-1, self.wide))  # (N, W) -> (M, W of the decoder)
 
 
 class VisionEncoder(nn.Module):
+    """A ViT over the patches of all pictures: windows in most blocks, whole frames in a few."""
+
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -263,46 +327,75 @@ class VisionEncoder(nn.Module):
         self.merger = PatchMerger(config)
 
     def forward(self, patches, grids, run):
-        """patches (N, 1176), grids [(t, h, w)] -> (M, W of the decoder), M = N / 4, in the order of the patches."""
-        block = self.config.spatial_merge_size**2
-        order, sizes = window_order(grids, self.config)
-        by_window = (
-            (order[:, None] * block + torch.arange(block)).flatten().to(patches.device)
-        )  # (N,)
-        angles = vision_angles(grids, self.config).to(patches.device)[
-            by_window, None
-        ]  # (N, 1, D/2)
-        rope = angles.cos(), angles.sin()
-        windows = Segments([size * block for size in sizes], patches.device)
-        frames = Segments([h * w for t, h, w in grids for _ in range(t)], patches.device)
-        x = self.patch_embed(patches)[by_window]
-        for index, layer in enumerate(self.blocks):
-            x = run(
-                layer, x, rope, frames if index in self.config.fullatt_block_indexes else windows
-            )
-        return self.merger(x)[order.argsort().to(x.device)]
+        """One feature for each merge block, in the order of the patches.
+
+        Args:    patches (N, 1176). grids: [(t, h, w)]. run: calls a block, see QwenVL.run.
+        Returns: (M, W of the decoder), M = N / 4.
+        """
+        device = patches.device
+        order, sizes = window_order(grids, self.config)  # of the M blocks
+        per_block = self.config.spatial_merge_size**2
+        by_window = (order[:, None] * per_block + torch.arange(per_block)).flatten()  # (N,) patches
+
+        # A patch's place in its frame turns its queries and keys.
+        angles = to_device(vision_angles(grids, self.config)[by_window], device)[:, None]
+        rope = angles.cos(), angles.sin()  # (N, 1, D/2)
+
+        # Who attends to whom: within a window, or within a whole frame.
+        windows = Segments([size * per_block for size in sizes], device)
+        frame_sizes = []
+        for t, h, w in grids:
+            frame_sizes += t * [h * w]
+        frames = Segments(frame_sizes, device)
+
+        x = self.patch_embed(patches).index_select(0, to_device(by_window, device))  # (N, W)
+        for index, block in enumerate(self.blocks):
+            whole = index in self.config.fullatt_block_indexes
+            x = run(block, x, rope, frames if whole else windows)
+        merged = self.merger(x)  # (M, W of the decoder), by window
+        return merged.index_select(0, to_device(order.argsort(), device))
 
 
-# ---------------------------------------------------------------------------------------------- decoder
+# ---------------------------------------------------------------------------------- attention
+# The decoder asks a "layout" to attend: rows of their own (Causal), a group behind its prompt
+# (SharedPrompt), or the keys of earlier steps (KVCache). So its layers hold no mask code.
+
+
 def text_rope(positions, config, dtype):
-    """cos and sin of positions (3, B, T), each (B, 1, T, D/2). mrope_section says how many of the frequencies, from the
-    fastest on, turn with time, then with height, then with width."""
-    frequencies = config.rope_theta ** (
-        -torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim
-    )
-    axis = torch.arange(3, device=positions.device).repeat_interleave(
-        torch.tensor(config.mrope_section, device=positions.device)
-    )
-    angles = (positions[axis].permute(1, 2, 0).float() * frequencies)[
-        :, None
-    ]  # (D/2, B, T) -> (B, 1, T, D/2)
+    """cos and sin for `rotate`, from positions on three axes.
+
+    mrope_section says how many frequencies, from the fastest on, turn with time, then with height,
+    then with width.
+
+    Args:    positions (3, B, T).
+    Returns: cos, sin, (B, 1, T, D / 2) each.
+    """
+    steps = torch.arange(0, config.head_dim, 2, device=positions.device)
+    frequencies = config.rope_theta ** (-steps.float() / config.head_dim)  # (D/2,)
+    angles = []
+    for axis, some in zip(positions.float(), frequencies.split(config.mrope_section)):
+        angles.append(axis[..., None] * some)  # (B, T, section)
+    angles = torch.cat(angles, dim=-1)[:, None]  # (B, 1, T, D/2)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def attend_causal(q, k, v, mask=None):
-    """q (B, H, T, D) against k, v (B, K, S, D): each of the K key-value heads serves H / K query heads."""
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+def attend_causal(q, k, v):
+    """q (B, H, T, D) against k, v (B, K, T, D): each key-value head serves H / K query heads."""
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
+def attend_masked(q, k, v, mask):
+    """q (B, H, T, D) against k, v (B, K, S, D); mask (..., 1 or T, S) is True where q sees k.
+
+    The H / K query heads of a key-value head stand one after another as more queries: no copy of
+    the keys, and no kernel that has to know grouped heads and masks at once.
+    """
+    shared = q.shape[1] // k.shape[1]
+    if mask.shape[-2] > 1:
+        mask = mask.repeat(shared, 1)  # (H/K * T, S)
+    queries = q.unflatten(1, (-1, shared)).flatten(2, 3)  # (B, K, H/K * T, D)
+    out = F.scaled_dot_product_attention(queries, k, v, attn_mask=mask)
+    return out.unflatten(2, (shared, -1)).flatten(1, 2)  # (B, H, T, D)
 
 
 class Causal:
@@ -313,80 +406,95 @@ class Causal:
 
 
 class SharedPrompt:
-    """One row [prompt | c1 | ... | cG]: G completions of C tokens see the prompt and themselves, not one another.
+    """One row [prompt | c1 | ... | cG]: completions see the prompt and themselves, not each other.
 
-    The linear layers run on P + G * C tokens instead of G * (P + C), and attention is two calls without a dense
-    (P + G*C)^2 mask. Equal to G separate rows up to rounding.
+    The linear layers run on P + G * C tokens instead of G * (P + C), and attention is two calls
+    without a dense (P + G*C)^2 mask. Equal to G separate rows up to rounding.
     """
 
     def __init__(self, group, tokens, device):
         self.G, self.C = group
         self.P = tokens - self.G * self.C
         own = torch.ones(self.C, self.C, dtype=torch.bool, device=device).tril()
-        self.mask = torch.cat((own.new_ones(self.C, self.P), own), dim=1)  # (C, P + C)
+        prompt = own.new_ones(self.C, self.P)
+        self.mask = torch.cat((prompt, own), dim=1)  # (C, P + C)
 
     def attend(self, layer, q, k, v):
-        q_prompt, k_prompt, v_prompt = (x[:, :, : self.P] for x in (q, k, v))
-        prompt = attend_causal(q_prompt, k_prompt, v_prompt)
-        q, k, v = (
-            x[0, :, self.P :].unflatten(1, (self.G, self.C)).transpose(0, 1) for x in (q, k, v)
-        )  # (G, H, C, D)
+        split = (self.P, self.G * self.C)
+        (q_prompt, q), (k_prompt, k), (v_prompt, v) = (x.split(split, dim=2) for x in (q, k, v))
+        prompt = attend_causal(q_prompt, k_prompt, v_prompt)  # (1, H, P, D)
+
+        # The completions become rows of a batch, each with the prompt's keys before its own.
+        q, k, v = (x[0].unflatten(1, (self.G, self.C)).transpose(0, 1) for x in (q, k, v))
         k = torch.cat((k_prompt.expand(self.G, -1, -1, -1), k), dim=2)  # (G, K, P + C, D)
         v = torch.cat((v_prompt.expand(self.G, -1, -1, -1), v), dim=2)
-        completions = attend_causal(q, k, v, self.mask)
-        return torch.cat((prompt, completions.transpose(0, 1).flatten(1, 2)[None]), dim=2)
+        completions = attend_masked(q, k, v, self.mask)  # (G, H, C, D)
+
+        completions = completions.transpose(0, 1).flatten(1, 2)[None]  # (1, H, G*C, D)
+        return torch.cat((prompt, completions), dim=2)
 
 
 class KVCache:
     """Keys and values of all layers while decoding; each row keeps its own length.
 
-    The first forward (prefill) stores what the prompt needs; `expand` copies it to G rows with room to grow; each
-    further forward brings one token a row, written at the row's own length. Later keys are hidden by a length mask.
+    The first forward (prefill) stores what the prompts need; `expand` copies it to the rows of each
+    group, with room to grow; each further forward brings one token a row, written at the row's own
+    length. Later keys are hidden by a length mask. The host counts the keys in use by itself, and
+    rounds up to KEY_BLOCK: a rollout has few shapes, and a kernel with a plan for each is quick.
     """
 
     def __init__(self, lengths):
         self.lengths = lengths  # (R,) tokens held for each row
-        self.keys, self.values = [], []  # per layer (R, K, S, D)
+        self.keys, self.values = [], []  # of each layer (R, K, S, D)
         self.decoding = False
 
     def expand(self, group, room):
-        def grow(x):  # (B, K, P, D) -> (B*G, K, P + room, D)
+        """B prompts become B * group rows with room for more keys; decoding begins."""
+        self.used = self.keys[0].shape[2]  # keys in use, at most: the longest row's
+
+        def grow(x):  # (B, K, P, D) -> (R, K, P + room, D)
             return F.pad(x, (0, 0, 0, room)).repeat_interleave(group, dim=0)
 
-        self.keys, self.values = [grow(k) for k in self.keys], [grow(v) for v in self.values]
+        self.keys = [grow(k) for k in self.keys]
+        self.values = [grow(v) for v in self.values]
         self.lengths = self.lengths.repeat_interleave(group)
         self.decoding = True
 
     def keep(self, rows):
-        """Drop all other rows."""
-        self.keys, self.values = [k[rows] for k in self.keys], [v[rows] for v in self.values]
+        """Drop all other rows. rows: int64 indices."""
+        self.keys = [k.index_select(0, rows) for k in self.keys]
+        self.values = [v.index_select(0, rows) for v in self.values]
         self.lengths = self.lengths[rows]
+
+    def begin_step(self):
+        """Once in a decoding step, for all layers: where the new keys go, which keys are seen."""
+        self.rows = torch.arange(len(self.lengths), device=self.lengths.device)
+        self.write_at = self.lengths  # (R,)
+        self.lengths = self.lengths + 1
+        self.used += 1
+        blocks = -(-self.used // KEY_BLOCK)  # rounded up
+        self.seen = min(blocks * KEY_BLOCK, self.keys[0].shape[2])
+        places = torch.arange(self.seen, device=self.lengths.device)
+        self.mask = (places < self.lengths[:, None])[:, None, None]  # (R, 1, 1, seen)
 
     def attend(self, layer, q, k, v):
         if not self.decoding:
             self.keys.append(k)
             self.values.append(v)
             return attend_causal(q, k, v)
-        rows, used = torch.arange(len(k), device=k.device), self.used
-        self.keys[layer][rows, :, self.lengths - 1] = k[:, :, 0]
-        self.values[layer][rows, :, self.lengths - 1] = v[:, :, 0]
-        k, v = self.keys[layer][:, :, :used], self.values[layer][:, :, :used]
-        grouped = q.unflatten(1, (k.shape[1], -1))[
-            :, :, :, 0
-        ]  # (R, K, H/K, D): the H/K queries of a key-value head
-        out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=self.mask)
-        return out.flatten(1, 2)[:, :, None]  # (R, H, 1, D)
+        self.keys[layer][self.rows, :, self.write_at] = k[:, :, 0]
+        self.values[layer][self.rows, :, self.write_at] = v[:, :, 0]
+        k = self.keys[layer][:, :, : self.seen]
+        v = self.values[layer][:, :, : self.seen]
+        return attend_masked(q, k, v, self.mask)
 
-    def begin_step(self):
-        """Once per decoding step, for all layers: each row gets one more key; which of all keys may it see?"""
-        self.lengths = self.lengths + 1
-        self.used = int(self.lengths.max())
-        self.mask = (torch.arange(self.used, device=self.lengths.device) < self.lengths[:, None])[
-            :, None, None
-        ]
+
+# ---------------------------------------------------------------------------------- decoder
 
 
 class Attention(nn.Module):
+    """Grouped-query attention with a bias on queries, keys and values."""
+
     def __init__(self, config, layer):
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
@@ -396,16 +504,20 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, kv_width)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
+    def heads(self, x):
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H or K, T, D)
+
     def forward(self, x, rope, layout):
-        q, k, v = (
-            proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H or K, T, D)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        out = layout.attend(self.layer, rotate(q, *rope), rotate(k, *rope), v)
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+        q = rotate(self.heads(self.q_proj(x)), *rope)
+        k = rotate(self.heads(self.k_proj(x)), *rope)
+        v = self.heads(self.v_proj(x))
+        out = layout.attend(self.layer, q, k, v)  # (B, H, T, D)
+        return self.o_proj(out.transpose(1, 2).flatten(2))  # (B, T, W)
 
 
 class DecoderLayer(nn.Module):
+    """Attention and MLP, each after a norm and added to what came in."""
+
     def __init__(self, config, layer):
         super().__init__()
         self.self_attn = Attention(config, layer)
@@ -419,89 +531,117 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
+    """The decoder's parts; QwenVL.forward runs them."""
+
     def __init__(self, config):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(
-            DecoderLayer(config, i) for i in range(config.num_hidden_layers)
-        )
+        layers = range(config.num_hidden_layers)
+        self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in layers)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
-# ---------------------------------------------------------------------------------------------- the model
-def score_tokens(hidden, targets, head, banned=None, temperature=1.0):
-    """Log-probability of each target and entropy of the distribution it is drawn from.
+# ---------------------------------------------------------------------------------- the head
 
-    Args:    hidden (R, W), targets (R,), head (V, W), banned (V,) bool: words with probability zero.
+
+def ban(logits, banned):
+    """Give banned tokens the lowest finite number, in place: p = 0, and 0 * log 0 = 0.
+
+    Args: logits (R, n) fp32. banned (n,) bool, or None.
+    """
+    if banned is None:
+        return logits
+    return logits.masked_fill_(banned, torch.finfo(torch.float32).min)
+
+
+def score_tokens(hidden, targets, head, banned=None, temperature=1.0):
+    """Log-probability of each target, and entropy of the distribution that it is drawn from.
+
+    Args:    hidden (R, W), targets (R,), head (V, W), banned (V,) bool: tokens of probability 0.
     Returns: log_probs (R,), entropies (R,) in nats, both fp32; entropies carry no gradient.
     """
     return TokenScores.apply(hidden / temperature, targets, head, banned)
 
 
-def ban(logits, banned):
-    """Give banned words the lowest finite number, in place: probability 0, and 0 * log 0 = 0. logits (R, V) fp32."""
-    return logits if banned is None else logits.masked_fill_(banned, torch.finfo(torch.float32).min)
+def pieces(hidden, targets, head, banned):
+    """Go through the vocabulary, HEAD_LOGITS logits at a time.
 
-
-def tiles(hidden, targets, head, banned):
-    """HEAD_LOGITS logits at a time: words, their logits (R, n), which targets are among them (R,), at which column (R, 1)."""
-    count = max(1, HEAD_LOGITS // max(1, len(hidden)))
-    for first in range(0, len(head), count):
-        words = slice(first, first + count)
-        logits = ban(
-            F.linear(hidden, head[words]).float(), None if banned is None else banned[words]
-        )
+    Yields: span: slice of the piece's n tokens. logits (R, n) fp32. here (R,) bool: the target is
+            in this piece. column (R, 1): where in it; 0 or n - 1 if it is not here.
+    """
+    size = max(1, HEAD_LOGITS // max(1, len(hidden)))
+    for first in range(0, len(head), size):
+        span = slice(first, first + size)
+        logits = F.linear(hidden, head[span]).float()
+        logits = ban(logits, None if banned is None else banned[span])
         column = targets - first
-        yield (
-            words,
-            logits,
-            (column >= 0) & (column < logits.shape[1]),
-            column.clamp(0, logits.shape[1] - 1)[:, None],
-        )
+        here = (column >= 0) & (column < logits.shape[1])
+        yield span, logits, here, column.clamp(0, logits.shape[1] - 1)[:, None]
 
 
 class TokenScores(torch.autograd.Function):
-    """score_tokens tile by tile: all logits of 151,936 words would fill the memory. A tile's softmax times its share of the
-    whole is the softmax over all words; the gradient of log p[target] is onehot(target) - p. The backward computes logits
-    again. softmax, not exp: where exp underflows, as at banned words, a CPU needs four times as long for it."""
+    """score_tokens, a piece of the vocabulary at a time, with its gradient by hand.
+
+    All logits of 151,936 tokens would fill the memory. So a piece's logits z (R, n) are made, used
+    and dropped, and made again in the backward. Write p for the softmax of a piece by itself, S_i
+    for the log of the sum of exp(z) over piece i, S for the same over the whole vocabulary.
+
+    Forward:   S = logsumexp(S_1, S_2, ...)      log p(target) = z[target] - S
+               share_i = exp(S_i - S)            the probability that a token is in piece i
+               To draw a token is to draw a piece, then a token in it, so the entropy is
+               H(shares) + sum of share_i * H(p of piece i).
+    Backward:  The derivative of z[target] - S with respect to z[v] is [v == target] - softmax[v],
+               and softmax over the whole vocabulary is share_i * p. With g the gradient that
+               arrives for log p(target), the gradient of piece i's logits is
+               dz = g * ([v == target] - share_i * p)
+               and from z = hidden @ head^T follow d hidden = dz @ head and d head = dz^T @ hidden.
+
+    Why not autograd with a checkpoint for each piece: all that is needed here is the softmax kernel.
+    logsumexp's backward calls exp, which on a CPU takes long where the result underflows, as it
+    does for most tokens of a trained model. docs/speed.md has the figures.
+    """
 
     @staticmethod
     def forward(ctx, hidden, targets, head, banned):
-        chosen, log_masses, entropies = torch.zeros(len(hidden), device=hidden.device), [], []
-        for _, logits, here, column in tiles(hidden, targets, head, banned):
+        chosen = torch.zeros(len(hidden), device=hidden.device)  # z[target]
+        log_sums, entropies = [], []
+        for _, logits, here, column in pieces(hidden, targets, head, banned):
             chosen = torch.where(here, logits.gather(1, column)[:, 0], chosen)
-            top = logits.amax(1)
-            p = logits.sub_(top[:, None]).softmax(1)
-            log_mass = -p.amax(
-                1
-            ).log()  # log of the sum of exp(logit - top): the top's own p is 1 / sum
-            log_masses.append(top + log_mass)
-            entropies.append(log_mass - (p * logits).sum(1))
-        total = torch.stack(log_masses).logsumexp(0)
-        shares = (torch.stack(log_masses) - total).exp()  # (tiles, R)
-        entropy = (torch.special.entr(shares) + shares * torch.stack(entropies)).sum(
-            0
-        )  # which tile, then which word
+            p = logits.softmax(1)
+            log_sum = logits.amax(1) - p.amax(1).log()  # for every v: log p[v] = z[v] - log_sum
+            log_sums.append(log_sum)
+            entropies.append(log_sum - (p * logits).sum(1))  # -sum of p * log p
+        log_sums = torch.stack(log_sums)  # (pieces, R)
+        total = log_sums.logsumexp(0)
+        shares = (log_sums - total).exp()
+        entropy = (torch.special.entr(shares) + shares * torch.stack(entropies)).sum(0)
+
         ctx.save_for_backward(hidden, targets, head, shares)
         ctx.banned = banned
         ctx.mark_non_differentiable(entropy)
         return chosen - total, entropy
 
     @staticmethod
-    def backward(ctx, gradient, _):
+    def backward(ctx, g, _):
         hidden, targets, head, shares = ctx.saved_tensors
-        to_hidden, to_head = torch.zeros_like(hidden, dtype=torch.float32), torch.empty_like(head)
-        for (words, logits, here, column), share in zip(
-            tiles(hidden, targets, head, ctx.banned), shares
-        ):
-            down = logits.softmax(1).mul_((-gradient * share)[:, None])  # (R, n)
-            down = down.scatter_add_(1, column, (gradient * here)[:, None]).to(head.dtype)
-            to_hidden += down @ head[words]
-            to_head[words] = down.T @ hidden
-        return to_hidden.to(hidden.dtype), None, to_head, None
+        d_hidden = torch.zeros_like(hidden, dtype=torch.float32)
+        d_head = torch.empty_like(head)
+        scored = pieces(hidden, targets, head, ctx.banned)
+        for (span, logits, here, column), share in zip(scored, shares):
+            dz = logits.softmax(1).mul_((-g * share)[:, None])  # (R, n)
+            dz.scatter_add_(1, column, (g * here)[:, None])
+            dz = dz.to(head.dtype)
+            d_hidden += dz @ head[span]
+            d_head[span] = dz.T @ hidden
+        return d_hidden.to(hidden.dtype), None, d_head, None
+
+
+# ---------------------------------------------------------------------------------- the model
 
 
 class QwenVL(nn.Module):
+    """Vision encoder, decoder and head."""
+
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -512,48 +652,67 @@ class QwenVL(nn.Module):
             self.lm_head = nn.Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
 
     def run(self, layer, *inputs):
-        """A layer's forward; with activation checkpointing its inner values are computed again in the backward."""
+        """A layer's forward; with checkpointing its inner values are computed again later."""
         if self.activation_checkpointing and torch.is_grad_enabled():
-            return checkpoint(layer, *inputs, use_reentrant=False)
+            return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
         return layer(*inputs)
 
+    def head(self):
+        """The head's weight (V, W): the embeddings' if they are tied."""
+        tied = self.config.tie_word_embeddings
+        return self.model.embed_tokens.weight if tied else self.lm_head.weight
+
+    def embed(self, batch):
+        """Embeddings of the tokens (B, T, W), vision features in the places of their pad tokens."""
+        x = self.model.embed_tokens(batch.ids)  # (B, T, W)
+        features = self.visual(batch.patches, batch.grids, self.run)  # (M, W)
+        features = features[: len(batch.vision_at)]  # none of a dummy picture
+        return x.flatten(0, 1).index_copy(0, batch.vision_at, features).view_as(x)
+
     def forward(self, batch, cache=None, banned=None, temperature=1.0):
-        """Score the batch's targets, or, with a cache, give the logits of the token that comes next.
+        """Score the batch's targets, or, with a cache, give the logits of the next token.
 
         Returns: without a cache (log_probs (R,), entropies (R,)), see score_tokens;
                  with one, logits (B, V) after each row's last token.
         """
-        x = self.model.embed_tokens(batch.ids)  # (B, T, W)
-        decoding = cache is not None and cache.decoding
-        if decoding:
-            cache.begin_step()
-        else:
-            features = self.visual(batch.patches, batch.grids, self.run)[: len(batch.vision_at)]
-            x = x.flatten(0, 1).index_copy(0, batch.vision_at, features).view_as(x)
-        layout = cache or (
-            SharedPrompt(batch.group, x.shape[1], x.device) if batch.group else Causal()
-        )
+        if cache is not None and cache.decoding:
+            return self.decode(batch, cache, banned, temperature)
+        layout = cache or Causal()
+        if batch.group:
+            layout = SharedPrompt(batch.group, batch.ids.shape[1], batch.ids.device)
+        x = self.embed(batch)
         rope = text_rope(batch.positions, self.config.text, x.dtype)
         for layer in self.model.layers:
             x = self.run(layer, x, rope, layout)
-        head = (
-            self.model.embed_tokens.weight
-            if self.config.tie_word_embeddings
-            else self.lm_head.weight
-        )
+        x = x.flatten(0, 1)  # (B*T, W)
         if cache is None:
-            x = x.flatten(0, 1)[batch.predict_at]
-            return score_tokens(self.model.norm(x), batch.targets, head, banned, temperature)
-        last = (
-            self.model.norm(x[torch.arange(len(x), device=x.device), batch.lengths - 1])
-            / temperature
-        )  # (B, W)
-        return ban(
-            (head @ last.T).T.float(), banned
-        )  # this way round: for a few rows in fp32 the CPU is faster at it
+            x = self.model.norm(x.index_select(0, batch.predict_at))  # (R, W)
+            return score_tokens(x, batch.targets, self.head(), banned, temperature)
+        rows = torch.arange(len(batch.ids), device=x.device)
+        last = rows * batch.ids.shape[1] + batch.lengths - 1  # (B,)
+        return self.logits(x.index_select(0, last), banned, temperature)
+
+    def decode(self, batch, cache, banned, temperature):
+        """One token a row: logits (R, V) of the next. FSDP's weights must be gathered."""
+        cache.begin_step()
+        x = self.model.embed_tokens(batch.ids)  # (R, 1, W)
+        rope = text_rope(batch.positions, self.config.text, x.dtype)
+        for layer in self.model.layers:
+            # layer.forward, not layer(): past FSDP's hooks, which take as long as the layer
+            # itself. The weights are gathered already (runtime.gathered).
+            x = layer.forward(x, rope, cache)
+        return self.logits(x[:, 0], banned, temperature)
+
+    def logits(self, x, banned, temperature):
+        """Logits (R, V) in fp32 of hidden states (R, W)."""
+        x = self.model.norm(x) / temperature
+        # This way round: with a few rows in fp32 a CPU is faster at it.
+        return ban((self.head() @ x.T).T.float(), banned)
 
 
-# ---------------------------------------------------------------------------------------------- generation
+# ---------------------------------------------------------------------------------- generation
+
+
 @dataclass
 class Rollout:
     """R = B * G sampled completions; row b * G + g is completion g of prompt b."""
@@ -565,12 +724,14 @@ class Rollout:
 
 
 def pick(logits, uniform):
-    """Choose one token a row: the most likely (uniform None), or by inverse CDF from one uniform number a row.
+    """Choose one token a row: the most likely, or by inverse CDF from one uniform number a row.
 
-    The same uniforms give the same tokens however rows are batched or spread over processes.
+    The same uniforms give the same tokens, however rows are batched or spread over processes.
 
-    Args:    logits (R, V), uniform (R,) in [0, 1) or None.
+    Args:    logits (R, V). uniform (R,) in [0, 1), or None for the most likely.
     Returns: tokens (R,), their log-probabilities (R,).
+
+    0.6 lies beyond the first token's 0.5 and within the second's 0.5 to 0.75.
 
     >>> pick(torch.tensor([0.5, 0.25, 0.25]).log()[None], torch.tensor([0.6]))[0].item()
     1
@@ -580,39 +741,44 @@ def pick(logits, uniform):
         tokens = logits.argmax(-1, keepdim=True)
     else:
         cdf = p.cumsum(-1, dtype=torch.float64)
-        tokens = torch.searchsorted(cdf, uniform.double()[:, None] * cdf[:, -1:], right=True)
+        drawn = uniform.double()[:, None] * cdf[:, -1:]  # its end is 1 but for rounding
+        tokens = torch.searchsorted(cdf, drawn, right=True)
     return tokens[:, 0], p.gather(-1, tokens)[:, 0].log()
+
+
+def next_positions(batch):
+    """(B,) the position of the token that follows each prompt: the largest so far plus one."""
+    padding = torch.arange(batch.ids.shape[1], device=batch.ids.device) >= batch.lengths[:, None]
+    return batch.positions.amax(0).masked_fill(padding, -1).amax(1) + 1
 
 
 @torch.no_grad()
 def generate(
     model, batch, max_new_tokens, stop_ids, group=1, uniforms=None, banned=None, temperature=1.0
 ):
-    """Continue every prompt of the batch `group` times. Vision tower and prefill run once per prompt.
+    """Continue every prompt of the batch `group` times; each prompt is computed once.
 
-    Rows end at any of `stop_ids`; finished rows leave the batch once they are a quarter of it.
+    Rows end at any of `stop_ids`; ended rows leave the batch once they are a quarter of it. The
+    host waits for the device once in a step: to know how many rows go on. FSDP's weights must be
+    gathered (runtime.gathered).
 
-    Args:    uniforms: (B * group, max_new_tokens) in [0, 1), the noise of sampling; None decodes greedily.
+    Args:    uniforms: (B * group, max_new_tokens) in [0, 1), the noise; None decodes greedily.
     Returns: Rollout, on the batch's device.
     """
     rows, device = len(batch.ids) * group, batch.ids.device
     rollout = Rollout(
-        torch.zeros(rows, max_new_tokens, dtype=torch.long, device=device),
-        torch.zeros(rows, dtype=torch.long, device=device),
-        torch.zeros(rows, max_new_tokens, device=device),
-        torch.zeros(rows, dtype=torch.bool, device=device),
+        ids=torch.zeros(rows, max_new_tokens, dtype=torch.long, device=device),
+        lengths=torch.zeros(rows, dtype=torch.long, device=device),
+        log_probs=torch.zeros(rows, max_new_tokens, device=device),
+        finished=torch.zeros(rows, dtype=torch.bool, device=device),
     )
-    stops = torch.tensor(stop_ids, device=device)
+    stops = to_device(torch.tensor(stop_ids), device)
     cache = KVCache(batch.lengths)
-    logits = model(batch, cache, banned, temperature).repeat_interleave(group, dim=0)
+    logits = model(batch, cache, banned, temperature).repeat_interleave(group, dim=0)  # (R, V)
     cache.expand(group, max_new_tokens)
-    live = torch.arange(
-        rows, device=device
-    )  # which row of the rollout each row of the cache belongs to
-    padding = torch.arange(batch.ids.shape[1], device=device) >= batch.lengths[:, None]
-    position = (
-        batch.positions.amax(0).masked_fill(padding, -1).amax(1).repeat_interleave(group) + 1
-    )  # (R,)
+    position = next_positions(batch).repeat_interleave(group)  # (R,)
+    live = torch.arange(rows, device=device)  # the rollout's row of each row in the cache
+
     for step in range(max_new_tokens):
         tokens, log_probs = pick(logits, None if uniforms is None else uniforms[live, step])
         going = ~rollout.finished[live]
@@ -620,23 +786,18 @@ def generate(
         rollout.log_probs[live, step] = log_probs * going
         rollout.lengths[live] += going
         rollout.finished[live] |= torch.isin(tokens, stops)
+
         going = ~rollout.finished[live]
-        going_rows = int(going.sum())
+        going_rows = int(going.sum())  # the host waits here
         if going_rows == 0 or step + 1 == max_new_tokens:
             break
         if going_rows <= 0.75 * len(live):
-            cache.keep(going)
-            live, tokens, position = live[going], tokens[going], position[going]
-        logits = model(
-            dataclasses.replace(
-                batch,
-                ids=tokens[:, None],
-                positions=position.expand(3, -1)[:, :, None],
-                lengths=torch.ones_like(tokens),
-            ),
-            cache,
-            banned,
-            temperature,
+            kept = going.nonzero()[:, 0]
+            cache.keep(kept)
+            live, tokens, position = live[kept], tokens[kept], position[kept]
+        one_each = dataclasses.replace(
+            batch, ids=tokens[:, None], positions=position.expand(3, -1)[:, :, None]
         )
+        logits = model(one_each, cache, banned, temperature)
         position = position + 1
     return rollout
