@@ -1,7 +1,11 @@
-"""Procedural 3D rooms: furniture, cameras, and pictures with exact boxes. scenes.py asks questions about them.
+"""Procedural 3D rooms: furniture, cameras, and pictures with exact boxes.
 
-Room coordinates: x and y along the walls from a corner, z up, meters. On the floor a camera has things `right` and
-`ahead` of it. Boxes [x1, y1, x2, y2] cover pixel columns x1 to x2-1 and rows y1 to y2-1: x2 - x1 is the width.
+    make_room    a furnished room with its cameras
+    render       one picture of it, and what the picture shows of each thing (Sight)
+
+scenes.py asks questions about them. Room coordinates: x and y along the walls from a corner, z up,
+in meters. On the floor a camera has things `right` and `ahead` of it. A box [x1, y1, x2, y2] covers
+the pixel columns x1 to x2 - 1 and the rows y1 to y2 - 1, so x2 - x1 is its width.
 """
 
 import io
@@ -10,170 +14,147 @@ import math
 import struct
 from collections import namedtuple
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from files import UserError
+from files import UserError, read_json
 
-# Difficulty. Blind guessing earns little only where the range of a number is wide: hence the factors on sides.
+# ---------------------------------------------------------------------------------- constants
+
 SIZE = 112  # side of a picture in pixels; a multiple of 28, a merged patch of the vision encoder
-CAST = 40  # the lens's colour cast at the edges in grey levels; the model, which has no absolute positions, can use it
-FIELD_OF_VIEW, EYE_HEIGHT, PITCH, CEILING = math.radians(64), 1.5, math.radians(15), 2.9
-DIFFICULTY = {  # least and most; flags of these names set them
-    "view_sides": (3.8, 5.0),
-    "video_sides": (2.8, 9.5),  # walls in meters, log-uniform: distance
-    "view_categories": (2, 5),
-    "video_categories": (4, 6),  # different categories in a room: number
-    "scale": (0.5, 1.6),  # factor on all sides of a thing: size
+# The lens tints the edges of a picture by this many grey levels. The model has no absolute
+# positions: the tint tells it where in the picture it looks.
+CAST = 40
+FIELD_OF_VIEW = math.radians(64)
+PITCH = math.radians(15)  # cameras look down by this angle
+EYE_HEIGHT = 1.5
+CEILING = 2.9
+
+# The least and the most; flags of these names set them. A blind guess of a number earns little only
+# where the numbers vary widely: hence the wide ranges of walls and scales.
+DIFFICULTY = {
+    "view_sides": (3.8, 5.0),  # walls in meters, of rooms with views and of rooms with a video
+    "video_sides": (2.8, 9.5),
+    "view_categories": (2, 5),  # different categories in a room
+    "video_categories": (4, 6),
+    "scale": (0.5, 1.6),  # factor on all sides of a thing
 }
-TRIES = 1000  # rooms drawn before one of a kind is called impossible
-REPEATS = 0.9  # share of rooms with a category 2 to 4 times
+ROOM_TRIES = 1000  # rooms that are drawn before one of a kind is called impossible
+PLACE_TRIES = 30  # places that are drawn before a thing is left out
+REPEATS = 0.9  # share of rooms with several things of one category
 STRETCH = (0.85, 1.18)  # factors on each side of a thing
-GAP, CLEARANCE, WALL = 0.15, 0.75, 0.03  # meters from things to things, cameras and walls
-VIEWS, FRAMES = 4, 8  # cameras of a room
-# A question may name what shows this share of the picture's pixels and sides, and of its own pixels, where others
-# hide the rest, and has this share of its projected rectangle inside the picture.
-MIN_PIXELS, MIN_SIDE, MIN_RATIO, MIN_INSIDE = 0.005, 0.06, 0.5, 0.6
+GAP = 0.15  # meters between two things
+CLEARANCE = 0.75  # meters from a thing to a camera
+WALL = 0.03  # meters from a thing to a wall
+VIEWS = 4  # cameras of a room with views
+FRAMES = 8  # cameras of a room with a video
 
-# colour, (width, depth, height) in meters, solids (sides, x, y0, y1, z0, z1, taper, tint) that fill a unit box: from -x
-# to x, y0 to y1, z0 to z1; 4 sides are the rectangle, 8 the octagon in it; taper scales the top face, tint the colour.
-FURNITURE = {
-    "chair": (
-        (215, 50, 45),
-        (0.65, 0.65, 1.05),
-        [
-            (4, 0.5, -0.5, 0.5, 0.4, 0.52, 1, 1),
-            (4, 0.5, 0.32, 0.5, 0.52, 1, 1, 1),
-            (4, 0.36, -0.36, 0.36, 0, 0.4, 1, 0.7),
-        ],
-    ),
-    "table": (
-        (150, 95, 45),
-        (1.2, 0.8, 0.75),
-        [
-            (4, 0.5, -0.5, 0.5, 0.84, 1, 1, 1),
-            (4, 0.15, -0.25, 0.25, 0.08, 0.84, 1, 0.8),
-            (4, 0.4, -0.3, 0.3, 0, 0.08, 1, 0.8),
-        ],
-    ),
-    "sofa": (
-        (45, 75, 215),
-        (1.5, 0.8, 0.85),
-        [(4, 0.5, -0.5, 0.5, 0, 0.5, 1, 1), (4, 0.5, 0.2, 0.5, 0.5, 1, 1, 0.9)],
-    ),
-    "bed": (
-        (245, 140, 185),
-        (1, 1.6, 0.8),
-        [
-            (4, 0.5, -0.5, 0.42, 0, 0.55, 1, 1),
-            (4, 0.5, 0.42, 0.5, 0, 1, 1, 0.8),
-            (4, 0.35, 0.15, 0.38, 0.55, 0.7, 1, 1.25),
-        ],
-    ),
-    "cabinet": ((130, 50, 165), (0.8, 0.55, 1.35), [(4, 0.5, -0.5, 0.5, 0, 1, 1, 1)]),
-    "lamp": (
-        (245, 215, 50),
-        (0.6, 0.6, 1.35),
-        [
-            (8, 0.5, -0.5, 0.5, 0.55, 1, 0.5, 1),
-            (8, 0.1, -0.1, 0.1, 0.06, 0.55, 1, 0.6),
-            (8, 0.35, -0.35, 0.35, 0, 0.06, 1, 0.6),
-        ],
-    ),
-    "plant": (
-        (50, 165, 55),
-        (0.75, 0.75, 1.1),
-        [(8, 0.5, -0.5, 0.5, 0.35, 1, 0.35, 1), (8, 0.25, -0.25, 0.25, 0, 0.35, 1.3, 0.55)],
-    ),
-    "bin": (
-        (45, 45, 50),
-        (0.6, 0.6, 0.8),
-        [(8, 0.36, -0.36, 0.36, 0, 0.9, 1.25, 1), (8, 0.5, -0.5, 0.5, 0.9, 1, 1, 1.6)],
-    ),
-}
-LIGHT = np.array([0.45, 0.2, 0.87])  # unit vector towards it
+# A question may name a thing of which the picture shows enough.
+MIN_PIXELS = 0.005  # share of the picture's pixels
+MIN_SIDE = 0.06  # the box's shorter side, as a share of the picture's
+MIN_RATIO = 0.5  # share of the thing's own pixels that no other thing hides
+MIN_INSIDE = 0.6  # share of its projected rectangle that is inside the picture
 
-# name, (2,) center, yaw, (3,) width, depth and height, (4, 2) corners on the floor, counter-clockwise: a yawed box
+# Category: its colour, its dims (width, depth, height in meters), and solids that fill a unit box,
+# see `build`.
+FURNITURE = read_json(Path(__file__).parent / "furniture.json")
+LIGHT = np.array([0.45, 0.2, 0.87])  # unit vector towards the light
+# sides of a solid: radius of the polygon in a unit square, and by how many sides it is turned
+CORNERS = {4: (math.sqrt(0.5), 0.5), 8: (0.5, 0)}
+
+# yaw turns the box around its center (2,); dims (3,) are width, depth and height; footprint (4, 2)
+# has the corners on the floor, counter-clockwise
 Thing = namedtuple("Thing", "name center yaw dims footprint")
-# a convex part of a thing, points p with normals (K, 3) @ p <= offsets (K,); (K, 3) shaded colours; (V, 3) vertices
+# a convex part of a thing: points p with normals (K, 3) @ p <= offsets (K,); colours (K, 3) of its
+# faces in this light; vertices (V, 3)
 Solid = namedtuple("Solid", "normals offsets colours vertices")
-# place on the floor and heading, counter-clockwise from the x axis, radians
+# place on the floor, and heading in radians, counter-clockwise from the x axis
 Camera = namedtuple("Camera", "x y yaw")
-# (2,) walls' lengths in whole decimeters, things, their solids, (N, N) distances of things in meters, cameras, and
-# (3, 2, 3) colours of the walls x = 0 and x = width, y = 0 and y = depth, of floor and ceiling
+# sides (2,): the walls' lengths in whole decimeters; solids of each thing; gaps (N, N): meters
+# between things; tints (3, 2, 3): colours of the walls x = 0 and x = width, y = 0 and y = depth, of
+# floor and ceiling
 Room = namedtuple("Room", "sides things solids gaps cameras tints")
-# one thing in one picture: box of the visible pixels or None, their share in what the thing would show if it stood
-# alone in the room, whether that is enough to name it in a question
+# one thing in one picture: box of its visible pixels or None; their share of the pixels that it
+# would show if it stood alone in the room; whether a question may name it
 Sight = namedtuple("Sight", "box ratio clear")
 
 
-# ---------------------------------------------------------------------------------------------------- geometry
+# ---------------------------------------------------------------------------------- things
+
+
+def shuffled(rng, items):
+    """The items in a random order, as a list."""
+    return [items[i] for i in rng.permutation(len(items))]
+
+
+def turn(points, yaw):
+    """Points (N, 2) turned counter-clockwise around the origin."""
+    c, s = math.cos(yaw), math.sin(yaw)
+    return points @ [[c, s], [-s, c]]
+
+
 def make_thing(name, center, yaw, dims):
     """A thing with its footprint.
 
     >>> make_thing("bin", (2, 1), 0, (1, 0.5, 0.7)).footprint.tolist()
     [[1.5, 0.75], [2.5, 0.75], [2.5, 1.25], [1.5, 1.25]]
     """
-    c, s = math.cos(yaw), math.sin(yaw)
-    corners = (
-        np.array([[-0.5, -0.5], [0.5, -0.5], [0.5, 0.5], [-0.5, 0.5]])
-        * dims[:2]
-        @ [[c, s], [-s, c]]
-        + center
-    )
+    square = np.array([[-0.5, -0.5], [0.5, -0.5], [0.5, 0.5], [-0.5, 0.5]])
+    corners = turn(square * dims[:2], yaw) + center
     return Thing(name, np.asarray(center), yaw, np.asarray(dims), corners)
 
 
-def build(thing):
-    """The solids of a thing: its category's unit box scaled to dims, turned by yaw, moved to center."""
-    colour, _, parts = FURNITURE[thing.name]
-    c, s = math.cos(thing.yaw), math.sin(thing.yaw)
-    solids = []
-    for sides, x, y0, y1, z0, z1, taper, tint in parts:
-        angles = (np.arange(sides) + (sides == 4) / 2) * 2 * math.pi / sides
-        rim = np.stack([np.cos(angles), np.sin(angles)], 1) * (
-            math.sqrt(0.5) if sides == 4 else 0.5
-        )  # (n, 2)
-        mid, span = np.array([0, y0 + y1]) / 2, np.array([2 * x, y1 - y0])
-        bottom, top = (
-            np.c_[
-                (mid + rim * span * scale) * thing.dims[:2] @ [[c, s], [-s, c]] + thing.center,
-                np.full(sides, z * thing.dims[2]),
-            ]
-            for scale, z in ((1, z0), (taper, z1))
-        )  # (n, 3)
-        normals = np.cross(np.roll(bottom, -1, 0) - bottom, top - bottom)
-        normals = np.r_[
-            normals / np.linalg.norm(normals, axis=1, keepdims=True), [[0, 0, 1], [0, 0, -1]]
-        ]
-        offsets = np.r_[(normals[:-2] * bottom).sum(1), top[0, 2], -bottom[0, 2]]
-        shade = tint * (0.65 + 0.4 * np.maximum(normals @ LIGHT, -0.5))
-        solids.append(Solid(normals, offsets, shade[:, None] * colour, np.r_[bottom, top]))
-    return solids
+def build(thing, sides, x, y, z, taper=1, tint=1):
+    """One solid of a thing: a part of a unit box, scaled to the thing's dims, turned and moved.
+
+    Args: sides: 4 for a rectangle, 8 for the octagon in it.
+          x: it reaches from -x to x. y, z: from where to where.
+          taper: factor on the top face. tint: factor on the thing's colour.
+    """
+    radius, start = CORNERS[sides]
+    angles = (np.arange(sides) + start) * 2 * math.pi / sides
+    outline = np.stack([np.cos(angles), np.sin(angles)], 1) * radius * (2 * x, y[1] - y[0])
+    ends = []
+    for scale, height in zip((1, taper), z):
+        flat = ((0, sum(y) / 2) + outline * scale) * thing.dims[:2]
+        flat = turn(flat, thing.yaw) + thing.center
+        ends.append(np.c_[flat, np.full(sides, height * thing.dims[2])])
+    bottom, top = ends  # (sides, 3) each
+    around = np.cross(np.roll(bottom, -1, 0) - bottom, top - bottom)
+    around /= np.linalg.norm(around, axis=1, keepdims=True)
+    normals = np.r_[around, [[0, 0, 1], [0, 0, -1]]]  # (K, 3): sides, top, bottom
+    offsets = np.r_[(around * bottom).sum(1), top[0, 2], -bottom[0, 2]]
+    shade = tint * (0.65 + 0.4 * np.maximum(normals @ LIGHT, -0.5))
+    colours = shade[:, None] * FURNITURE[thing.name]["colour"]
+    return Solid(normals, offsets, colours, np.r_[bottom, top])
 
 
 def polygon_distance(a, b):
     """Distance of two convex polygons (V, 2), counter-clockwise; 0 if they meet.
 
-    All things are upright prisms on the floor: this is the distance of their closest points in 3D, exactly.
+    Things are upright prisms on the floor: this is the distance of their closest points in 3D.
 
     >>> square = np.array([[0, 0], [1, 0], [1, 1], [0, 1.]])
     >>> polygon_distance(square, square + [4, 5]), polygon_distance(square, square / 2)
     (5.0, 0.0)
     """
-    best, separated = math.inf, False
+    nearest = math.inf
+    separated = False
     for p, q in ((a, b), (b, a)):
-        edges = p[np.arange(1, len(p) + 1) % len(p)] - p  # (P, 2)
-        offsets = q[:, None] - p  # (Q, P, 2)
+        edges = np.roll(p, -1, 0) - p  # (P, 2)
+        offsets = q[:, None] - p  # (Q, P, 2): each corner of q from the start of each edge of p
         along = (offsets * edges).sum(2) / np.maximum((edges * edges).sum(1), 1e-12)
-        apart = (
-            offsets - np.minimum(np.maximum(along, 0), 1)[..., None] * edges
-        )  # from the nearest point of each edge
-        best = min(best, (apart * apart).sum(2).min())
+        apart = offsets - np.clip(along, 0, 1)[..., None] * edges  # from the edge's nearest point
+        nearest = min(nearest, (apart * apart).sum(2).min())
         outside = offsets[..., 0] * edges[:, 1] - offsets[..., 1] * edges[:, 0]
-        separated |= bool((outside.min(0) > 0).any())  # all of q lies beyond one edge of p
-    return math.sqrt(best) if separated else 0.0
+        if (outside.min(0) > 0).any():  # all of q lies beyond one edge of p
+            separated = True
+    return math.sqrt(nearest) if separated else 0.0
+
+
+# ---------------------------------------------------------------------------------- rooms
 
 
 def ground(camera, point):
@@ -182,98 +163,117 @@ def ground(camera, point):
     >>> ground(Camera(1, 0, 0), (3, 4))
     (-4.0, 2.0)
     """
-    dx, dy, c, s = (
-        point[0] - camera.x,
-        point[1] - camera.y,
-        math.cos(camera.yaw),
-        math.sin(camera.yaw),
-    )
+    dx = point[0] - camera.x
+    dy = point[1] - camera.y
+    c, s = math.cos(camera.yaw), math.sin(camera.yaw)
     return float(dx * s - dy * c), float(dx * c + dy * s)
 
 
-def make_cameras(rng, sides, video):
-    """Four cameras at the walls looking inwards, in turn round the room; or 8 on a path that pans and walks."""
-    if video:
-        a, b = rng.uniform(0.15, 0.85, (2, 2)) * sides
-        b = a + (b - a) * min(1, rng.uniform(0, 2) / np.linalg.norm(b - a))  # a walk of at most 2 m
-        inwards = sides - a - b  # the middle of the path looks this way
-        yaw, sweep = (
-            math.atan2(inwards[1], inwards[0]),
-            rng.choice([1, -1]) * math.radians(rng.uniform(110, 210)),
-        )
-        return [
-            Camera(*(a + (b - a) * t), yaw + sweep * (t - 0.5)) for t in np.linspace(0, 1, FRAMES)
-        ]
-    cameras, start, turn = [], int(rng.integers(VIEWS)), int(rng.choice([1, -1]))
-    for wall in range(start, start + turn * VIEWS, turn):
-        c, s = (
-            np.cos(wall * math.pi / 2),
-            np.sin(wall * math.pi / 2),
-        )  # looking this way, from the wall behind
-        back, aside = abs(sides @ [c, s]) / 2 - 0.2, rng.uniform(-0.3, 0.3)
-        cameras.append(
-            Camera(
-                *(sides / 2 - back * np.array([c, s]) + aside * np.array([-s, c])),
-                wall * math.pi / 2 + rng.uniform(-0.1, 0.1),
-            )
-        )
+def video_cameras(rng, sides):
+    """Eight cameras on a straight walk of at most 2 m, which pan by 110 to 210 degrees."""
+    a, b = rng.uniform(0.15, 0.85, (2, 2)) * sides
+    walk = (b - a) * min(1, rng.uniform(0, 2) / np.linalg.norm(b - a))
+    b = a + walk
+    inwards = sides - a - b  # the middle of the walk looks to the middle of the room
+    yaw = math.atan2(inwards[1], inwards[0])
+    sweep = rng.choice([1, -1]) * math.radians(rng.uniform(110, 210))
+    return [Camera(*(a + (b - a) * t), yaw + sweep * (t - 0.5)) for t in np.linspace(0, 1, FRAMES)]
+
+
+def view_cameras(rng, sides):
+    """Four cameras, one at each wall, that look inwards; in turn around the room."""
+    cameras = []
+    start = int(rng.integers(VIEWS))
+    step = int(rng.choice([1, -1]))
+    for wall in range(start, start + step * VIEWS, step):
+        yaw = wall * math.pi / 2
+        forward = np.array([np.cos(yaw), np.sin(yaw)])
+        back = abs(sides @ forward) / 2 - 0.2
+        aside = rng.uniform(-0.3, 0.3) * np.array([-forward[1], forward[0]])
+        place = sides / 2 - back * forward + aside
+        cameras.append(Camera(*place, yaw + rng.uniform(-0.1, 0.1)))
     return cameras
 
 
 def fits(thing, things, cameras, sides):
-    """Whether a thing is inside the walls, apart from all others and not in a camera's face."""
+    """Whether a thing is inside the walls, apart from all others and not close to a camera."""
     if thing.footprint.min() < WALL or (sides - thing.footprint.max(0)).min() < WALL:
         return False
-    for camera in cameras:  # its distance from the footprint, in the thing's own coordinates
+    for camera in cameras:
+        # The camera's distance from the footprint, in the thing's own coordinates.
         beyond = np.abs(ground(Camera(*thing.center, thing.yaw), camera)) - thing.dims[1::-1] / 2
         if math.hypot(*np.maximum(beyond, 0)) < CLEARANCE:
             return False
     return all(polygon_distance(other.footprint, thing.footprint) >= GAP for other in things)
 
 
+def furnish(rng, names, scale, cameras, sides):
+    """A thing of each name at a place where it fits. One that fits nowhere is left out."""
+    things = []
+    small, large = scale
+    for name in names:
+        # Both ends of the range are likelier than its middle.
+        factor = small * (large / small) ** rng.beta(0.5, 0.5)
+        dims = factor * np.exp(rng.uniform(*np.log(STRETCH), 3)) * FURNITURE[name]["dims"]
+        for _ in range(PLACE_TRIES):
+            thing = make_thing(name, rng.uniform(0, sides), rng.uniform(0, 2 * math.pi), dims)
+            if fits(thing, things, cameras, sides):
+                things.append(thing)
+                break
+    return things
+
+
 def make_room(rng, video, easy=False, difficulty=DIFFICULTY):
-    """A furnished room and its cameras; drawn anew until it holds the least number of categories, one if easy."""
-    walls, categories = (
-        difficulty[f"{'video' if video else 'view'}_{what}"] for what in ("sides", "categories")
-    )
-    (least, most), (small, large) = (1, 1) if easy else categories, difficulty["scale"]
-    for _ in range(TRIES):
+    """A furnished room and its cameras, after as many tries as it takes.
+
+    Args: video: eight cameras on a path, not four at the walls.
+          easy: one category is enough.
+    """
+    kind = "video" if video else "view"
+    walls = difficulty[f"{kind}_sides"]
+    least, most = (1, 1) if easy else difficulty[f"{kind}_categories"]
+    for _ in range(ROOM_TRIES):
         sides = np.round(np.exp(rng.uniform(*np.log(walls), 2)), 1)
-        cameras, things = make_cameras(rng, sides, video), []
-        names = rng.permutation(list(FURNITURE))[: rng.integers(least, most + 1)].tolist()
+        cameras = video_cameras(rng, sides) if video else view_cameras(rng, sides)
+        names = shuffled(rng, [*FURNITURE])[: rng.integers(least, most + 1)]
         if rng.random() < REPEATS and not easy:
-            names[:1] *= min(4, int(rng.integers(2, 7)))  # most are 4: not all will fit
-        for name in names:
-            scale = small * (large / small) ** rng.beta(
-                0.5, 0.5
-            )  # the ends are likelier than the middle
-            dims = scale * np.exp(rng.uniform(*np.log(STRETCH), 3)) * FURNITURE[name][1]
-            for _ in range(30):  # tries
-                thing = make_thing(name, rng.uniform(0, sides), rng.uniform(0, 2 * math.pi), dims)
-                if fits(thing, things, cameras, sides):
-                    things.append(thing)
-                    break
-        if len({t.name for t in things}) >= least:
-            break
-    else:
-        raise UserError(
-            f"{least} categories of scale {small} to {large} do not fit between walls of {walls} meters"
-        )
+            names[:1] *= min(4, rng.integers(2, 7))  # most are 4: not all will fit
+        things = furnish(rng, names, difficulty["scale"], cameras, sides)
+        if len({thing.name for thing in things}) >= least:
+            return finish(rng, sides, things, cameras)
+    scale = difficulty["scale"]
+    raise UserError(
+        f"{least} categories of scale {scale} do not fit between walls of {walls} meters"
+    )
+
+
+def finish(rng, sides, things, cameras):
+    """A Room: solids, distances and colours."""
+    solids = []
+    for thing in things:
+        parts = FURNITURE[thing.name]["solids"]
+        solids.append([build(thing, **part) for part in parts])
     gaps = np.zeros((len(things), len(things)))
     for a, b in itertools.combinations(range(len(things)), 2):
         gaps[a, b] = gaps[b, a] = polygon_distance(things[a].footprint, things[b].footprint)
-    shades = np.array([[0.85, 0.95], [1, 0.9], [rng.uniform(0.65, 0.9), 1.2]]) * rng.uniform(
-        150, 205
-    )
-    tints = (shades[..., None] + rng.uniform(-14, 14, (3, 1, 3))).astype(np.float32)
-    return Room(sides, things, [build(t) for t in things], gaps, cameras, tints)
+    shades = np.array([[0.85, 0.95], [1, 0.9], [rng.uniform(0.65, 0.9), 1.2]])
+    shades *= rng.uniform(150, 205)
+    tints = shades[..., None] + rng.uniform(-14, 14, (3, 1, 3))
+    return Room(sides, things, solids, gaps, cameras, tints.astype(np.float32))
 
 
-# ---------------------------------------------------------------------------------------------------- pictures
+# ---------------------------------------------------------------------------------- pictures
+
+
+def focal_length(size):
+    """In pixels."""
+    return size / 2 / math.tan(FIELD_OF_VIEW / 2)
+
+
 @lru_cache
 def pixel_rays(size):
-    """(3, size, size): through the centre of each pixel, in camera coordinates right, down, forward = 1."""
-    u = (np.arange(size) + 0.5 - size / 2) / (size / 2 / math.tan(FIELD_OF_VIEW / 2))
+    """(3, size, size): through the centre of each pixel; right, down, and forward = 1."""
+    u = (np.arange(size) + 0.5 - size / 2) / focal_length(size)
     return np.stack([*np.meshgrid(u, u), np.ones((size, size))]).astype(np.float32)
 
 
@@ -284,172 +284,149 @@ def lens_cast(size, cast):
     return np.stack([ramp, ramp.T, -ramp], 2).astype(np.float32)
 
 
-def cast_rays(solid, origin, rays):
-    """Where rays (3, P) from origin enter a solid: ray lengths (P,), inf for a miss, and the face's number (P,)."""
-    reach = (solid.offsets - solid.normals @ origin).astype(np.float32)[:, None]  # (K, 1)
-    facing = solid.normals.astype(np.float32) @ rays  # (K, P)
-    front = reach[:, 0] < 0  # the origin is beyond these planes: a hit must enter through them all
+def draw_walls(room, origin, rays):
+    """The empty room from inside: the colour (h, w, 3) of the first plane that each ray meets."""
+    far = np.array([*room.sides, CEILING])
+    ahead = rays > 0
+    planes = np.where(ahead, far[:, None, None], 0) - origin[:, None, None]
     with np.errstate(divide="ignore"):
-        enter = np.where(facing[front] < 0, reach[front] / facing[front], np.inf)  # (F, P)
-        leave = np.where(facing[~front] > 0, reach[~front] / facing[~front], np.inf).min(0)  # (P,)
-    face = enter.argmax(0)
-    enter = enter[face, np.arange(len(face))]
-    return np.where(enter < leave, enter, np.inf), np.flatnonzero(front)[face]
+        axis = (planes.astype(np.float32) / rays).argmin(0)  # (h, w)
+    side = np.take_along_axis(ahead, axis[None], 0)[0]
+    return room.tints[axis, side.astype(int)]
+
+
+def project(solid, basis, origin, size):
+    """The rectangle (x0, y0, x1, y1) around a solid in the picture; None if it is behind."""
+    right, down, forward = basis @ (solid.vertices - origin).T  # (V,) each
+    if forward.max() < 0.1:
+        return None
+    if forward.min() < 0.1:  # it reaches behind the camera: it may show anywhere
+        return -size, -size, 2 * size, 2 * size
+    corners = size / 2 + focal_length(size) * np.stack([right, down]) / forward  # (2, V)
+    return [*np.floor(corners.min(1)), *np.ceil(corners.max(1))]
+
+
+def cast_rays(solid, origin, rays):
+    """Where rays (3, h, w) enter a solid: ray lengths (h, w), inf for a miss, and faces (h, w).
+
+    A ray is inside a convex solid from the last plane that it enters to the first that it leaves.
+    """
+    reach = (solid.offsets - solid.normals @ origin).astype(np.float32)[:, None, None]
+    facing = np.tensordot(solid.normals.astype(np.float32), rays, 1)  # (K, h, w)
+    front = reach[:, 0, 0] < 0  # the origin is beyond these planes: a hit enters through them all
+    with np.errstate(divide="ignore"):
+        enter = np.where(facing[front] < 0, reach[front] / facing[front], np.inf)
+        leave = np.where(facing[~front] > 0, reach[~front] / facing[~front], np.inf).min(0)
+    face = np.flatnonzero(front)[enter.argmax(0)]
+    enter = enter.max(0)
+    return np.where(enter < leave, enter, np.inf), face
 
 
 def render(room, camera, size=SIZE, cast=CAST):
-    """Picture (size, size, 3) uint8, ids (size, size) of the things seen + 1, 0 for none, and a Sight of each thing.
+    """One picture.
 
-    Each solid is met only with the rays of the rectangle around its projected vertices; a depth buffer decides.
+    Returns: picture (size, size, 3) uint8; ids (size, size), the number + 1 of the thing that each
+             pixel shows, 0 for none; a Sight of each thing.
     """
-    c, s, cp, sp = math.cos(camera.yaw), math.sin(camera.yaw), math.cos(PITCH), math.sin(PITCH)
-    basis = np.array(
-        [[s, -c, 0], [-c * sp, -s * sp, -cp], [c * cp, s * cp, -sp]]
-    )  # rows right, down, forward
-    origin, focal = (
-        np.array([camera.x, camera.y, EYE_HEIGHT]),
-        size / 2 / math.tan(FIELD_OF_VIEW / 2),
-    )
-    rays = np.tensordot(
-        basis.astype(np.float32), pixel_rays(size), (0, 0)
-    )  # (3, size, size) in room coordinates
-    far, ahead = np.array([*room.sides, CEILING]), rays > 0
-    with np.errstate(divide="ignore"):  # the room from inside: along each axis the plane ahead
-        walls = (
-            np.where(ahead, (far - origin)[:, None, None], -origin[:, None, None]).astype(
-                np.float32
-            )
-            / rays
-        )
-    axis = walls.argmin(0)
-    image = room.tints.reshape(6, 3)[2 * axis + np.take_along_axis(ahead, axis[None], 0)[0]]
-    depth, ids, alone, inside = (
-        np.full((size, size), np.inf, np.float32),
-        np.zeros((size, size), np.uint8),
-        [],
-        [],
-    )
+    c, s = math.cos(camera.yaw), math.sin(camera.yaw)
+    cp, sp = math.cos(PITCH), math.sin(PITCH)
+    basis = np.array([[s, -c, 0], [-c * sp, -s * sp, -cp], [c * cp, s * cp, -sp]])
+    origin = np.array([camera.x, camera.y, EYE_HEIGHT])
+    # From right, down, forward (the rows of basis) to room coordinates: (3, size, size).
+    rays = np.tensordot(basis.astype(np.float32), pixel_rays(size), (0, 0))
+    image = draw_walls(room, origin, rays)
+    depth = np.full((size, size), np.inf, np.float32)
+    ids = np.zeros((size, size), np.uint8)
+    extents = []
     for number, solids in enumerate(room.solids, 1):
-        mask, low, high = np.zeros((size, size), bool), np.full(2, np.inf), np.full(2, -np.inf)
+        alone = np.zeros((size, size), bool)  # what it would show alone in the room
+        rectangles = []
         for solid in solids:
-            right, down, forward = basis @ (solid.vertices - origin).T  # (V,) each
-            if forward.max() < 0.1:
+            rectangle = project(solid, basis, origin, size)
+            if rectangle is None:
                 continue
-            if forward.min() < 0.1:  # reaches behind the camera: may show anywhere
-                x0, y0, x1, y1 = -size, -size, 2 * size, 2 * size
-            else:
-                u, v = size / 2 + focal * right / forward, size / 2 + focal * down / forward
-                x0, y0, x1, y1 = (
-                    math.floor(u.min()),
-                    math.floor(v.min()),
-                    math.ceil(u.max()),
-                    math.ceil(v.max()),
-                )
-            low, high = np.minimum(low, (x0, y0)), np.maximum(high, (x1, y1))
-            window = slice(max(y0, 0), max(y1, 0)), slice(max(x0, 0), max(x1, 0))
-            if (here := rays[:, *window]).size:
-                t, face = (
-                    a.reshape(here.shape[1:]) for a in cast_rays(solid, origin, here.reshape(3, -1))
-                )
-                mask[window] |= t < np.inf
-                nearer = t < depth[window]
-                depth[window][nearer], ids[window][nearer] = t[nearer], number
-                image[window][nearer] = solid.colours[face[nearer]]
-        alone.append(int(mask.sum()))
-        inside.append(
-            np.prod(np.clip(high, 0, size) - np.clip(low, 0, size)) / np.prod(high - low)
-            if alone[-1]
-            else 0
-        )
+            rectangles.append(rectangle)
+            x0, y0, x1, y1 = np.clip(rectangle, 0, size).astype(int)
+            window = np.s_[y0:y1, x0:x1]  # no ray outside can meet the solid
+            length, face = cast_rays(solid, origin, rays[:, *window])
+            alone[window] |= length < np.inf
+            nearer = length < depth[window]
+            depth[window][nearer] = length[nearer]
+            ids[window][nearer] = number
+            image[window][nearer] = solid.colours[face[nearer]]
+        extents.append((int(alone.sum()), rectangles))
     image = np.clip(image + lens_cast(size, cast), 0, 255).astype(np.uint8)
-    return image, ids, [look(ids == k + 1, alone[k], inside[k]) for k in range(len(alone))]
+    sights = [look(ids == number, *extent) for number, extent in enumerate(extents, 1)]
+    return image, ids, sights
 
 
-def look(mask, alone, inside):
-    """Sight of the thing with visible pixels mask (size, size).
-    >>> look(np.pad(np.ones((2, 3), bool), 4), 12, 1.0)
+def look(mask, alone, rectangles):
+    """The Sight of a thing.
+
+    Args: mask: (size, size), its visible pixels.
+          alone: how many pixels it would show alone.
+          rectangles: around its solids, see `project`.
+
+    >>> look(np.pad(np.ones((2, 3), bool), 4), 12, [(4, 4, 7, 6)])
     Sight(box=(4, 4, 7, 6), ratio=0.5, clear=True)
     """
-    columns, rows = np.flatnonzero(mask.any(0)).tolist(), np.flatnonzero(mask.any(1)).tolist()
-    if not rows:
+    rows, columns = np.nonzero(mask)
+    pixels = len(rows)
+    if pixels == 0:
         return Sight(None, 0.0, False)
-    box, pixels = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1), int(mask.sum())
-    side = min(box[2] - box[0], box[3] - box[1])
-    return Sight(
-        box,
-        pixels / alone,
+    corner = (int(columns.min()), int(rows.min()))
+    beyond = (int(columns.max()) + 1, int(rows.max()) + 1)
+    size = len(mask)
+    low = np.min(rectangles, 0)[:2]
+    high = np.max(rectangles, 0)[2:]
+    inside = np.prod(np.clip(high, 0, size) - np.clip(low, 0, size)) / np.prod(high - low)
+    clear = (
         pixels >= MIN_PIXELS * mask.size
-        and side >= MIN_SIDE * len(mask)
+        and np.subtract(beyond, corner).min() >= MIN_SIDE * size
         and pixels >= MIN_RATIO * alone
-        and bool(inside >= MIN_INSIDE),
+        and inside >= MIN_INSIDE
     )
+    return Sight(corner + beyond, pixels / alone, bool(clear))
 
 
 def jpeg(image):
+    """A picture (h, w, 3) as the bytes of a .jpg file."""
     out = io.BytesIO()
     Image.fromarray(image).save(out, "JPEG", quality=95, subsampling=0)
     return out.getvalue()
 
 
+def chunk(name, *parts):
+    """A chunk of a RIFF file: its name, its length, its content, filled up to an even length."""
+    content = b"".join(parts)
+    return name + struct.pack("<I", len(content)) + content + b"\0" * (len(content) % 2)
+
+
 def mjpeg_avi(frames, size, fps):
-    """An .avi file (RIFF, one MJPEG stream) of jpeg pictures, all bytes."""
+    """An .avi file (RIFF, one stream of Motion JPEG) of pictures that are .jpg files, all bytes.
 
-    def chunk(name, *data):
-        data = b"".join(data)
-        return name + struct.pack("<I", len(data)) + data + b"\0" * (len(data) % 2)
-
-    count, largest = len(frames), max(map(len, frames))
-    main = struct.pack(
-        "<14I",
-        1_000_000 // fps,
-        largest * fps,
-        0,
-        0x10,
-        count,
-        0,
-        1,
-        largest,
-        size,
-        size,
-        0,
-        0,
-        0,
-        0,
+    An x in the formats below is a zero byte: a field that players do not need.
+    """
+    count = len(frames)
+    largest = max(map(len, frames))
+    film = struct.pack(
+        "<2I4x2I4x4I16x", 1_000_000 // fps, largest * fps, 16, count, 1, largest, size, size
     )
     stream = struct.pack(
-        "<4s4sI2H8I4H",
-        b"vids",
-        b"MJPG",
-        0,
-        0,
-        0,
-        0,
-        1,
-        fps,
-        0,
-        count,
-        largest,
-        2**32 - 1,
-        0,
-        0,
-        0,
-        size,
-        size,
+        "<8s12x2I4x3I8x2H", b"vidsMJPG", 1, fps, count, largest, 2**32 - 1, size, size
     )
-    picture = struct.pack(
-        "<IiiHH4sIiiII", 40, size, size, 1, 24, b"MJPG", size * size * 3, 0, 0, 0, 0
-    )
+    picture = struct.pack("<3I2H4sI16x", 40, size, size, 1, 24, b"MJPG", size * size * 3)
     data = [chunk(b"00dc", frame) for frame in frames]
-    starts = itertools.accumulate(map(len, data), initial=4)
-    index = [
-        struct.pack("<4s3I", b"00dc", 0x10, start, len(frame))
-        for start, frame in zip(starts, frames)
-    ]
+    index = []
+    start = 4  # where each frame's chunk begins, counted from the name "movi"
+    for frame, content in zip(frames, data):
+        index.append(struct.pack("<4s3I", b"00dc", 16, start, len(frame)))
+        start += len(content)
     headers = chunk(b"LIST", b"strl", chunk(b"strh", stream), chunk(b"strf", picture))
     return chunk(
         b"RIFF",
         b"AVI ",
-        chunk(b"LIST", b"hdrl", chunk(b"avih", main), headers),
+        chunk(b"LIST", b"hdrl", chunk(b"avih", film), headers),
         chunk(b"LIST", b"movi", *data),
         chunk(b"idx1", *index),
     )

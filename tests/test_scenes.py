@@ -1,4 +1,4 @@
-"""rooms.py and scenes.py: the answers, boxes and files of the rooms, recomputed from the stored 3D scene by other routes."""
+"""The answers, boxes and files of the rooms, recomputed from the stored 3D scene by other routes."""
 
 import io
 import itertools
@@ -27,7 +27,6 @@ from rooms.render import (
     polygon_distance,
     render,
 )
-from rooms.scenes import TYPES
 from runtime import main_guard
 
 ROOMS = range(24)
@@ -243,7 +242,7 @@ def test_answers_from_the_scene(made):
                 t.name for _, t in sorted(zip(first, things), key=lambda pair: pair[0])
             )
             assert len(row["options"]) == len(set(row["options"])) == 4
-    assert {t for t, _ in seen} == {t for family in TYPES.values() for t in family}
+    assert {t for t, _ in seen} == set(scenes.WEIGHTS)
 
 
 def test_named_things_are_visible(made):
@@ -459,7 +458,7 @@ def test_difficulty_is_what_is_asked_for():
             and 6 <= len({t.name for t in room.things}) <= 8
         )
         for thing in room.things:
-            factors = thing.dims / FURNITURE[thing.name][1]
+            factors = thing.dims / FURNITURE[thing.name]["dims"]
             assert (factors > 0.2 * 0.85).all() and (factors < 0.4 * 1.18).all()
 
 
@@ -472,12 +471,12 @@ def test_difficulty_is_what_is_asked_for():
     ),
 )
 def test_rooms_that_cannot_be_are_given_up(tmp_path, name, pair, expected):
-    """After many tries one line, and no folder."""
+    """After many tries one line, and a folder that is empty."""
     with pytest.raises(UserError, match=expected):
         scenes.write_rooms(
             tmp_path / "new", 4, 0, test_scenes=0, size=28, processes=1, **{name: pair}
         )
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.rglob("*")] == ["new"]
 
 
 def test_folder_mistakes(tmp_path, capsys, monkeypatch):
@@ -486,26 +485,50 @@ def test_folder_mistakes(tmp_path, capsys, monkeypatch):
     scenes.write_rooms(out, 1, 0, test_scenes=0, size=28, processes=1)
     before = (out / "meta.json").stat().st_mtime_ns
     scenes.write_rooms(out, 1, 0, test_scenes=0, size=28, processes=1)
-    assert "already" in capsys.readouterr().out and (out / "meta.json").stat().st_mtime_ns == before
-    with pytest.raises(UserError, match="found others"):
+    assert "already" in capsys.readouterr().out
+    assert (out / "meta.json").stat().st_mtime_ns == before
+    with pytest.raises(UserError, match="begun with other settings: seed 0, now 1"):
         scenes.write_rooms(out, 1, 1, test_scenes=0, size=28, processes=1)
-    with pytest.raises(UserError, match="multiple of 28"):
-        scenes.write_rooms(tmp_path / "new", 1, 0, size=30)
-    for name, pair, expected in (
-        ("scale", (2, 1), "--scale 2 1: expected the least and the most, above 0"),
-        ("view_categories", (3, 9), "above 0, at most 8"),
-    ):
-        with pytest.raises(UserError, match=expected):
-            scenes.write_rooms(
-                tmp_path / "new", 4, 0, test_scenes=0, size=28, processes=1, **{name: pair}
-            )
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "theirs.txt").write_text("")
+    with pytest.raises(UserError, match="full: not empty"):
+        scenes.write_rooms(tmp_path / "full", 1, 0)
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["theirs.txt"]
     (tmp_path / "file").write_text("")
     for bad in (tmp_path / "file", tmp_path / "file" / "rooms"):
-        with pytest.raises(UserError, match="cannot write"):
+        with pytest.raises(UserError, match="cannot write there"):
             scenes.write_rooms(bad, 1, 0)
     capsys.readouterr()  # the progress bars so far
     monkeypatch.setattr("sys.argv", ["scenes.py", "--out", str(tmp_path / "file"), "--scenes", "1"])
     with pytest.raises(SystemExit) as stopped:
         main_guard(scenes.main)
     assert stopped.value.code == 2 and capsys.readouterr().err.count("\n") == 1
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "rooms"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "full", "rooms"]
+
+
+@pytest.mark.parametrize(
+    "flags, expected",
+    (
+        (["--scenes", "-1"], "--scenes is -1, expected 0 or more"),
+        (["--seed", "-1"], "--seed is -1, expected 0 or more"),
+        (["--scale", "-0.5", "1"], "--scale is -0.5, expected a positive number"),
+        (["--view-categories", "0", "2"], "--view-categories is 0, expected a positive number"),
+    ),
+)
+def test_numbers_that_cannot_be(call, tmp_path, capsys, flags, expected):
+    """One line names the flag; nothing is written."""
+    with pytest.raises(SystemExit) as stopped:
+        call(scenes, "--out", tmp_path / "new", *flags)
+    assert stopped.value.code == 2 and expected in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_order_of_a_pair_does_not_matter(tmp_path):
+    """The least and the most may be given either way round."""
+    for name, scale in (("one", (0.4, 1.2)), ("two", (1.2, 0.4))):
+        scenes.write_rooms(tmp_path / name, 1, 0, test_scenes=0, size=28, processes=1, scale=scale)
+    one, two = (
+        (tmp_path / name / "train" / "images" / "room00000" / "view0.jpg").read_bytes()
+        for name in ("one", "two")
+    )
+    assert one == two
