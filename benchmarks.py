@@ -471,9 +471,10 @@ def given_answers(path, samples, benchmark):
             if not isinstance(row.get(key), (str, int)):
                 raise UserError(f"{where}: {key} is {row.get(key)!r}, expected a text")
         name = str(row["id"]), row["question_type"]
-        if name not in truths or name in given:
-            problem = "stands twice" if name in given else "is not in the benchmark"
-            raise UserError(f"{where}: id {name[0]} of {name[1]!r} {problem}")
+        if name not in truths:
+            raise UserError(f"{where}: id {name[0]} of {name[1]!r} is not in the benchmark")
+        if name in given:
+            raise UserError(f"{where}: id {name[0]} of {name[1]!r} stands twice")
         answer = row.get("answer", truths[name])
         if name[1] == "localization":
             boxes = parse_boxes(json.dumps(answer))

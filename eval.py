@@ -66,6 +66,7 @@ def read_rows(bench, data, images):
     """
     if bench in BENCHES:
         return read_bench(bench, data)
+    # Rows of our own: all of one folder, or any file.
     files = our_files(data if bench == "rooms" else bench)
     for file in files:
         if not file.is_file():
@@ -73,8 +74,10 @@ def read_rows(bench, data, images):
             raise UserError(f"{file}: no such file; --bench takes {names}, rooms, or a jsonl file")
     samples = read_all(files, images)
     for sample in samples:
+        # The type says how an answer is compared: as boxes, a letter or a number. A chat needs
+        # none: its last turn is compared as text.
         known = sample.question_type in ("localization", *CHOICE_TYPES, *NUMBER_TYPES)
-        if not known and not sample.messages:  # the last turn of a chat is compared as text
+        if not known and not sample.messages:
             raise UserError(f"{sample.where}: no question_type in it: there is nothing to score by")
     return samples, [{}] * len(samples)
 
@@ -86,9 +89,11 @@ def subset(samples, extras, limit, seed):
     by_type = defaultdict(list)
     for row, sample in enumerate(samples):
         by_type[sample.question_type].append(row)
+    # Rows are numbers into samples, here and below.
     chosen = []
     for rows in by_type.values():
-        # A generator of its own for each type: another type more changes nothing here.
+        # Each type has a generator of its own: what is drawn of one type does not depend on
+        # the others.
         chosen += random.Random(seed).sample(rows, min(limit, len(rows)))
     chosen.sort()
     return [samples[row] for row in chosen], [extras[row] for row in chosen]
@@ -105,12 +110,13 @@ def answer_rows(model, processor, samples, rows, args, device):
              args: holds prompt_style and max_completion_length.
     Returns: a row of predictions.jsonl for each, without its score.
     """
-    asked = [samples[row] for row in rows]
-    # A prompt ends where the assistant begins: `answer=False` leaves the true answer out.
+    chosen = [samples[row] for row in rows]
+    # The way of training (data.py), but a prompt ends where the assistant begins.
     examples = [
         processor.example(sample, style_of(sample, args.prompt_style), answer=False)
-        for sample in asked
+        for sample in chosen
     ]
+    # No noise is given: each token is the most likely one. Banned are the tokens that GRPO bans.
     rollout = generate(
         model,
         collate(examples, processor.config).to(device),
@@ -119,7 +125,8 @@ def answer_rows(model, processor, samples, rows, args, device):
         banned=processor.banned(device),
     )
     answers = []
-    for i, (sample, example) in enumerate(zip(asked, examples)):
+    for i, (sample, example) in enumerate(zip(chosen, examples)):
+        # the prompt as text, with one pad token for each picture, and how often it is repeated
         prompt, vision_tokens = processor.shown(example)
         answer = {
             "index": rows[i],
@@ -129,14 +136,16 @@ def answer_rows(model, processor, samples, rows, args, device):
             "images": picture_paths(sample),
             "prompt": prompt,
             "vision_tokens": vision_tokens,
-            # ids: (B, C), of which the first `length` are this row's
+            # ids (B, C): the first `length` of a row are its completion, zeros follow
             "completion": processor.decode(rollout.ids[i, : rollout.lengths[i]].tolist()),
             "truncated": not rollout.finished[i].item(),
-            # True boxes are compared in the pixels in which the model answers: those it saw.
+            # The model answers in pixels of the picture as it sees it: true boxes are scaled
+            # to them before they are compared.
             "answer": example.boxes or sample.answer,
         }
         if sample.question_type == "localization":
-            _, h, w = example.grids[0]  # in patches
+            # the picture's size as the model saw it: a patch is 14 x 14 pixels
+            _, h, w = example.grids[0]
             answer["size"] = [14 * w, 14 * h]
         answers.append(answer)
     return answers
@@ -174,12 +183,15 @@ def answer_once(samples, size, ranks, out, answer):
     ranks.once(cut_torn_lines, out)
     saved = saved_answers(out)
     # Samples of like length stand together, so that little is padded. The longest come first:
-    # what does not fit into memory shows at once, and no rank gets the longest last.
+    # what does not fit into memory shows at once, and no rank gets the longest last. Batches are
+    # the same in every try: their rows are all saved, or all left.
     order = sorted(range(len(samples)), key=lambda row: (cost(samples[row]), row), reverse=True)
     batches = [order[first : first + size] for first in range(0, len(order), size)]
     mine = [batch for batch in batches[ranks.rank :: ranks.world] if not saved.keys() >= set(batch)]
     progress = {"disable": ranks.rank != 0, "mininterval": 2, "dynamic_ncols": True}
     for batch in tqdm(mine, desc="answers", **progress):
+        # Every rank writes a file of its own: nobody waits for the others, and a kill loses no
+        # more than the batches that are being answered.
         append_jsonl(out / f"answers-rank{ranks.rank}.jsonl", answer(batch))
     ranks.gather(None)  # wait until all ranks have written
     saved = saved_answers(out)
@@ -192,7 +204,7 @@ def model_hash(directory):
     digest = hashlib.sha256()
     for path in sorted({path for path, _ in checkpoint_tensors(directory).values()}):
         with open(path, "rb") as file:
-            while chunk := file.read(1 << 24):
+            while chunk := file.read(1 << 24):  # 16 MB
                 digest.update(chunk)
     return digest.hexdigest()[:16]
 
@@ -229,23 +241,27 @@ def main():
     args, began = settings(), time.time()
     ranks, bench, out = Ranks(args.device), BENCHES.get(args.bench, OURS), Path(args.out)
 
-    # 1. What is asked. All of it is read before the model, so that mistakes show at once.
+    # 1. The questions. All are read before the model is, so that mistakes show at once; pictures
+    #    are opened when their question is answered.
     benchmark, extras = read_rows(args.bench, args.data, args.images)
     samples, extras = subset(benchmark, extras, args.limit, args.seed)
     train = read_all(our_files(args.blind_from), None) if args.blind_from else []
 
-    # 2. What answers it: a model here, or another engine, which has done so already.
-    recipe = {name: value for name, value in vars(args).items() if name not in ("device", "out")}
+    # 2. Who answers them: a model here, or another engine, which has done so already. The recipe
+    #    is all that the answers and their scores depend on.
+    names = vars(args).keys() - {"device", "out", "batch_size"}
+    recipe = values(args, sorted(names))
     if args.predictions:
         answers = given_answers(args.predictions, samples, benchmark)
     else:
         model = load_model(args.model, compute_dtype(args.dtype, ranks.device), ranks.device)
         processor = Processor(args.model, model.config, **values(args, PICTURES))
         recipe |= values(processor, ("min_pixels", "max_pixels")) | {"decoding": "greedy"}
-        # Another model under the same name is another evaluation.
+        # A folder's weights may change under its name, as when a rung is trained anew.
         recipe["model_hash"] = ranks.once(model_hash, args.model)
 
-    # 3. Answers, each rank its share. A folder holds one evaluation, which may be interrupted.
+    # 3. The answers, each rank its share. An output folder holds one evaluation: with the same
+    #    recipe it goes on where it was interrupted, another recipe is refused.
     ranks.once(claim, out, recipe)
     ranks.once(write_json, out / CONFIG, recipe)
     if not args.predictions:
@@ -255,7 +271,7 @@ def main():
 
         answers = answer_once(samples, args.batch_size, ranks, out, answer)
 
-    # 4. Scores.
+    # 4. The scores. rows: what predictions.jsonl holds, a row for each sample.
     if ranks.rank == 0:
         rows = [row | extra for row, extra in zip(answers, extras)]
         rows = score_rows(rows, bench, args.scorer, args.prompt_style == "thinking")
@@ -263,7 +279,8 @@ def main():
         write_jsonl(out / "predictions.jsonl", rows)
         scores = summarize(rows, bench, args.scorer, args.seed)
         scores |= {"recipe": recipe, "seconds": time.time() - began}
-        if (out / "scores.json").is_file():  # all was answered before, and that took its time
+        if (out / "scores.json").is_file():
+            # A second call finds all answers there: the time is that of the first.
             before = read_json(out / "scores.json")["seconds"]
             scores["seconds"] = max(scores["seconds"], before)
         write_json(out / "scores.json", scores)

@@ -1,4 +1,4 @@
-"""ask.py: what the model is shown, what is printed, and where boxes land on the original picture."""
+"""ask.py: what the model sees, what is printed, and where boxes land on the original picture."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,15 +20,12 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture
 def processor(tiny_model):
-    args = SimpleNamespace(
-        min_pixels=None, max_pixels=None, num_frames=4, fps=None, video_seconds="real", prompts=None
-    )
-    return Processor(tiny_model, load_config(tiny_model), args)
+    return Processor(tiny_model, load_config(tiny_model), num_frames=4, video_seconds="real")
 
 
 @pytest.fixture
 def grey(tmp_path, monkeypatch):
-    """A picture of 640 x 480, which the tiny model sees at 112 x 84, in the folder that ask.py is called from."""
+    """A picture of 640 x 480, which the tiny model sees at 112 x 84, in the current folder."""
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (640, 480), (90, 90, 90)).save("room.jpg", quality=100)
     return "room.jpg"
@@ -39,16 +36,13 @@ def answers(processor, monkeypatch):
     """Make the model say a text; returns the batches that it was given."""
 
     def say(text):
-        seen, ids = (
-            [],
-            processor.tokenizer.encode(text, add_special_tokens=False).ids
-            + [processor.stop_ids[0]],
-        )
+        tokens = processor.tokenizer.encode(text, add_special_tokens=False).ids
+        seen, ids = [], [*tokens, processor.stop_ids[0]]
 
         def said(model, batch, *_, **__):
             seen.append(batch)
             return SimpleNamespace(
-                ids=torch.tensor([ids + [5, 5, 5]]), lengths=torch.tensor([len(ids)])
+                ids=torch.tensor([[*ids, 5, 5, 5]]), lengths=torch.tensor([len(ids)])
             )
 
         monkeypatch.setattr(ask, "generate", said)
@@ -64,11 +58,14 @@ def red(path):
 
 
 def test_the_model_answers_itself(call, tiny_model, grey, processor, capsys, monkeypatch):
-    """Untrained, but read, rendered, decoded and printed; no boxes, no file. Greedy: twice the same."""
+    """Untrained, but run from pictures to text; no boxes, no file. Greedy: twice the same."""
     rollouts = []
-    monkeypatch.setattr(
-        ask, "generate", lambda *args, **kw: rollouts.append(generate(*args, **kw)) or rollouts[-1]
-    )
+
+    def observed(*args, **options):
+        rollouts.append(generate(*args, **options))
+        return rollouts[-1]
+
+    monkeypatch.setattr(ask, "generate", observed)
     for _ in range(2):
         call(
             ask, tiny_model, "What is this?", grey, "--max-completion-length", 12, "--device", "cpu"
@@ -80,7 +77,7 @@ def test_the_model_answers_itself(call, tiny_model, grey, processor, capsys, mon
 
 
 def test_the_question_is_shown_as_typed(call, tiny_model, processor, answers, grey, capsys):
-    """The chat around the pictures in their order and the question's own text; special tokens in it are text."""
+    """The chat around the pictures and the question as typed; special tokens in it are text."""
     seen = answers("a chair")
     call(
         ask,
@@ -124,9 +121,9 @@ def test_boxes_outside_or_turned_around_are_drawn_as_far_as_they_go(
     call, tiny_model, answers, grey
 ):
     """An untrained model's numbers are anything."""
-    answers(
-        '[{"bbox_2d": [100, 80, 20, 10], "label": "chair"}, {"bbox_2d": [-5, -1e300, 9e99, 500], "label": "door"}]'
-    )
+    chair = '{"bbox_2d": [100, 80, 20, 10], "label": "chair"}'
+    door = '{"bbox_2d": [-5, -1e300, 9e99, 500], "label": "door"}'
+    answers(f"[{chair}, {door}]")
     call(ask, tiny_model, "Where?", grey, "--device", "cpu")
     found = red("room_boxes.png")
     assert (
