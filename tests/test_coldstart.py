@@ -1,7 +1,7 @@
-"""coldstart.py: what is kept is well formed, right, distinct and capped; sampling repeats, goes on, and is shared out.
+"""coldstart.py: chosen chains are well formed, right, distinct and capped; sampling repeats.
 
-An untrained model writes no chains, so the runs here judge by rewards of their own: every text is well formed, and
-right by its length. Sampling, files and flags are the real ones.
+An untrained model writes no chains, so the runs here judge by rewards of their own: every text is
+well formed, and right by its length. Sampling, files and flags are the real ones.
 """
 
 import doctest
@@ -22,30 +22,23 @@ from files import UserError
 
 REPOSITORY = Path(coldstart.__file__).parent
 FEW = (
-    "--sample-cold-start",
-    "--limit",
-    2,
-    "--num-generations",
-    4,
-    "--max-completion-length",
-    8,
-    "--batch-size",
-    5,
+    *("--limit", 2, "--num-generations", 4),
+    *("--max-completion-length", 8, "--batch-size", 5),
 )
 
 
 def test_doctests():
     results = doctest.testmod(coldstart)
-    assert results.attempted >= 2 and results.failed == 0
+    assert results.attempted >= 3 and results.failed == 0
 
 
-# ---------------------------------------------------------------------------------------------- choosing
+# ----------------------------------------------------------------------------------------- choosing
 
 
-def question(texts, right, kind="room size", asked=0, formed=None):
+def question(texts, right, kind="room size", key=0, formed=None):
     return {
         "type": kind,
-        "asked": asked,
+        "key": key,
         "completions": texts,
         "format": formed or [1.0] * len(texts),
         "accuracy": right,
@@ -53,13 +46,13 @@ def question(texts, right, kind="room size", asked=0, formed=None):
 
 
 def test_every_rule_leaves_out_what_it_says():
-    """Not well formed, not right enough, outside the band, said twice (here or under the same question), too many."""
+    """Not well formed, not right enough, outside the band, twice the same, above the caps."""
     questions = [
         question(["a", "b", " a\n", "c"], [0.9, 0.8, 1.0, 0.7]),
         question(["a", "x"], [1.0, 1.0]),
-        question(["p", "q"], [1.0, 0.0], asked=1),
-        question(["p", "q"], [1.0, 1.0], asked=2),
-        question(["r", "s"], [1.0, 1.0], asked=3, formed=[0.0, 1.0]),
+        question(["p", "q"], [1.0, 0.0], key=1),
+        question(["p", "q"], [1.0, 1.0], key=2),
+        question(["r", "s"], [1.0, 1.0], key=3, formed=[0.0, 1.0]),
     ]
 
     def kept(*rules):
@@ -115,7 +108,7 @@ def test_what_is_kept_is_right_distinct_and_within_the_caps(chains, per_question
             [c[0] for c in q],
             [c[2] for c in q],
             kind=f"type {i % 2}",
-            asked=i,
+            key=i,
             formed=[float(c[1]) for c in q],
         )
         for i, q in enumerate(chains)
@@ -135,7 +128,7 @@ def test_what_is_kept_is_right_distinct_and_within_the_caps(chains, per_question
     assert all(c["kept"] <= (per_type or 99) for c in counts.values())
 
 
-# ---------------------------------------------------------------------------------------------- runs
+# --------------------------------------------------------------------------------------------- runs
 
 
 @pytest.fixture
@@ -158,7 +151,7 @@ def sample(call, rooms, tiny_model, tmp_path, monkeypatch):
 
 
 def test_rows_are_those_of_the_source_with_prompt_and_chain(sample, rooms):
-    """The paper's fields, pictures as the source names them, and the trainer reads them as a cold start."""
+    """The paper's fields, the source's picture paths, and the trainer reads a cold start."""
     out, source = sample(), rooms / "train" / "spld_spatial_data.jsonl"
     rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
     sources = [json.loads(line) for line in source.read_text().splitlines()]
@@ -208,7 +201,7 @@ def test_choosing_anew_samples_nothing(sample, monkeypatch):
 
 
 def test_an_interrupted_run_goes_on(sample, tmp_path):
-    """Cut in the middle of a line: only what is missing is sampled, and the result is the undisturbed one."""
+    """Cut in the middle of a line: only what is missing is sampled, and the result is the same."""
     out = sample()
     whole, answers = out.read_bytes(), out.with_suffix(".samples") / "answers-rank0.jsonl"
     out.unlink()
@@ -223,7 +216,8 @@ def test_two_processes_sample_as_one(sample, rooms, tiny_model, tmp_path):
     driver = tmp_path / "driver.py"
     driver.write_text(
         f"import sys\nsys.path[:0] = [{str(REPOSITORY)!r}, {str(Path(__file__).parent)!r}]\n"
-        "import coldstart, conftest, runtime\ncoldstart.format_reward = lambda texts: [1.0] * len(texts)\n"
+        "import coldstart, conftest, runtime\n"
+        "coldstart.format_reward = lambda texts: [1.0] * len(texts)\n"
         "coldstart.accuracy_reward = conftest.varied_reward\nruntime.main_guard(coldstart.main)\n"
     )
     done = launch(
@@ -242,22 +236,17 @@ def test_two_processes_sample_as_one(sample, rooms, tiny_model, tmp_path):
     assert len(list((tmp_path / "two.samples").glob("answers-rank*.jsonl"))) == 2
 
 
-def test_it_is_a_flag_of_grpo():
-    done = launch(REPOSITORY / "grpo.py", "--sample_cold_start", "--help")
-    assert done.returncode == 0 and "--min-accuracy" in done.stdout
-
-
-# ---------------------------------------------------------------------------------------------- bad input
+# ---------------------------------------------------------------------------------------- bad input
 
 
 def test_a_teacher_of_another_vocabulary_is_refused(sample, tiny_model, tmp_path):
-    """More words in the tokenizer than the model has, as when the files of two models were mixed."""
+    """More tokens in the tokenizer than in the model, as when files of two models were mixed."""
     teacher = shutil.copytree(tiny_model, tmp_path / "teacher")
     tokenizer = Tokenizer.from_file(str(teacher / "tokenizer.json"))
     tokenizer.add_tokens(["onemoreword"])
     tokenizer.save(str(teacher / "tokenizer.json"))
     with pytest.raises(
-        UserError, match=r"teacher: tokenizer and model have other vocabularies: \d+ words"
+        UserError, match=r"teacher: tokenizer and model have other vocabularies: \d+ tokens"
     ):
         sample(model=teacher)
 
@@ -265,23 +254,22 @@ def test_a_teacher_of_another_vocabulary_is_refused(sample, tiny_model, tmp_path
 def test_a_file_of_someone_else_is_kept(sample, tmp_path):
     taken = tmp_path / "taken.jsonl"
     taken.write_text("thesis")
-    with pytest.raises(UserError, match="taken.jsonl: exists already; give another --out"):
+    with pytest.raises(UserError, match=r"taken.jsonl: exists already; give another --out"):
         sample(out=taken)
     assert taken.read_text() == "thesis" and not taken.with_suffix(".samples").exists()
 
 
 def test_other_sampling_settings_do_not_mix(sample):
     sample()
-    with pytest.raises(
-        UserError, match="was begun with another num_generations, temperature; give another --out"
-    ):
+    changed = "num_generations 4, now 3, temperature 1.0, now 0.5; give another --out"
+    with pytest.raises(UserError, match=f"was begun with other settings: {changed}"):
         sample("--num-generations", 3, "--temperature", 0.5)
 
 
 def test_nothing_kept_is_an_error(sample, tmp_path, monkeypatch, capsys):
-    """After the table that shows why, and without an empty file that training would stumble over."""
+    """After the table that shows why, and without an empty file for the trainer."""
     monkeypatch.setattr(coldstart, "format_reward", lambda texts: [0.0] * len(texts))
-    with pytest.raises(UserError, match="none of its chains was kept; the table above says where"):
+    with pytest.raises(UserError, match="no chain was kept; the table above says why"):
         sample()
     assert (
         "well formed" in capsys.readouterr().out and not (tmp_path / "one" / "cold.jsonl").exists()
@@ -298,17 +286,17 @@ def test_rows_without_a_checkable_answer_are_named(sample, rooms):
 @pytest.mark.parametrize(
     "flags, expected",
     (
-        (["--num-generations", 0], "--num-generations is 0, expected above 0"),
-        (["--temperature", 0], "--temperature is 0.0, expected above 0"),
-        (["--min-accuracy", 1.5], "--min-accuracy is 1.5, expected above 0 to 1"),
+        (["--num-generations", 0], "--num-generations is 0, expected a positive number"),
+        (["--temperature", 0], "--temperature is 0.0, expected a positive number"),
+        (["--min-accuracy", 1.5], "--min-accuracy is 1.5, expected 0 to 1"),
         (
             ["--difficulty", 0.9, 0.1],
-            "--difficulty is 0.9 0.1, expected two shares, the lower first",
+            "--difficulty is 0.9 0.1, expected the lower share first",
         ),
         (["--per-typ", 3], "unknown argument --per-typ, did you mean --per-type?"),
         (
             ["--data", "a/x.jsonl", "b/y.jsonl"],
-            "--data: the files lie in several folders; give --images, which pictures of all are relative to",
+            "--data: files of several folders; give --images, where all pictures lie",
         ),
     ),
     ids=str,
