@@ -3,70 +3,61 @@
 import json
 
 import pytest
-from conftest import launch
 
-from look import signs
+from look.signs import signs
+
+SIZE = [112, 84]
 
 
-def write(path, *rows):
+def write(path, value):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text(json.dumps(value))
+
+
+def config(run, name, model, *data, replay=None, replay_ratio=0.0):
+    files = [f"rooms/train/{file}" for file in data]
+    values = {"model": model, "data": files, "replay": replay, "replay_ratio": replay_ratio}
+    write(run / name / "config_run.json", values)
 
 
 def located(prediction):
-    return {"question_type": "localization", "prediction": prediction, "size": [112, 84]}
+    return {"question_type": "localization", "prediction": prediction, "size": SIZE}
 
 
-def reward_log(first, last, held_out):
-    rows = [
-        {"reward": first + 0.01 * (i % 2) + (last - first) * (i >= 10)} for i in range(20)
-    ]  # noise: 0.02 * (2 / 3)**.5
-    for row, value in zip((rows[0], rows[-1]), held_out):
-        row["eval_rewards/accuracy/mean"] = value
-    return rows
+def found(run, answers, logs=None):
+    """(rung, trouble) of all signs, and their sentences."""
+    all_signs = list(signs(run, answers, dict.fromkeys(answers, ()) | (logs or {})))
+    return [(name, bad) for name, (bad, _) in all_signs], [said for _, (_, said) in all_signs]
 
 
 @pytest.mark.parametrize(
     "prediction, trouble, said",
     (
-        (
-            [{"bbox_2d": [0, 0, 112, 84], "label": "bed"}],
-            False,
-            "100.0% of its localization answers are valid JSON, 0.0%",
-        ),
-        ([{"bbox_2d": [0, 0, 84, 112], "label": "bed"}], True, "100.0% of their boxes"),
+        ([[0, 0, 112, 84]], False, "100.0% of its localization answers are valid JSON, 0.0%"),
+        ([[0, 0, 84, 112]], True, "100.0% of their boxes"),
+        ([[0, 0, 84, 112], [0, 0, 9, 9]], True, "50.0% of their boxes"),
+        ([], False, "0.0% of their boxes"),
         (None, True, "0.0% of its localization answers are valid JSON"),
     ),
 )
 def test_boxes(tmp_path, prediction, trouble, said):
-    """Also of a rung above the one that learned boxes, and where boxes are only replayed; not of one that was never taught them."""
-    for name, files in (
-        ("stage1", {"data": ["rooms/spld_grounding_data.jsonl"]}),
-        ("grpo-no2", {"data": ["rooms/x.jsonl"]}),
-        (
-            "cold-no2",
-            {"data": ["x.jsonl"], "replay": ["spld_grounding_data.jsonl"], "replay_ratio": 0.0},
-        ),
-        (
-            "stage2-no1",
-            {"data": ["x.jsonl"], "replay": ["spld_grounding_data.jsonl"], "replay_ratio": 0.0},
-        ),
-        (
-            "stage2-long",
-            {"data": ["x.jsonl"], "replay": ["spld_grounding_data.jsonl"], "replay_ratio": 0.2},
-        ),
-    ):
-        write(
-            tmp_path / "eval" / name / "predictions.jsonl",
-            located(prediction),
-            {"question_type": "room size"},
-        )
-        write(tmp_path / name / "config_run.json", files)
-    found = list(signs.signs(tmp_path))
-    assert [(name, verdict) for name, verdict, _ in found] == [
-        (name, trouble) for name in ("stage1", "stage2-long", "cold-no2", "grpo-no2")
-    ]
-    assert all(said in sentence for _, _, sentence in found)
+    """Also of a rung above the one that learned boxes, and where boxes are only replayed.
+
+    Not of one that was never taught them.
+    """
+    boxes = "spld_grounding_data.jsonl"
+    config(tmp_path, "stage1", "base", boxes)
+    config(tmp_path, "above", str(tmp_path / "between"), "x.jsonl")
+    config(tmp_path, "between", "runs/tiny/stage1", "x.jsonl", replay=[boxes])
+    config(tmp_path, "never", "base", "x.jsonl", replay=[boxes])
+    config(tmp_path, "replayed", "base", "x.jsonl", replay=[boxes], replay_ratio=0.2)
+    if prediction is not None:
+        prediction = [{"bbox_2d": box, "label": "bed"} for box in prediction]
+    rows = [located(prediction), {"question_type": "room size"}]
+    names = ("base", "stage1", "above", "never", "replayed")
+    verdicts, sentences = found(tmp_path, dict.fromkeys(names, rows))
+    assert verdicts == [(name, trouble) for name in ("stage1", "above", "replayed")]
+    assert all(said in sentence for sentence in sentences)
 
 
 @pytest.mark.parametrize(
@@ -75,13 +66,18 @@ def test_boxes(tmp_path, prediction, trouble, said):
 )
 def test_memory(tmp_path, train, held_out, low, trouble):
     """Knowing the training questions is trouble only where nothing is known of others."""
-    for folder, score in (
-        ("eval-train", {"overall": train}),
-        ("eval", {"overall": held_out, "low": low, "blind": 0.4}),
-    ):
-        write(tmp_path / folder / "stage2" / "scores.json", score)
-    ((name, found, _),) = signs.signs(tmp_path)
-    assert (name, found) == ("stage2", trouble)
+    write(tmp_path / "eval-train" / "stage2" / "scores.json", {"overall": train})
+    scores = {"overall": held_out, "low": low, "blind": 0.4}
+    write(tmp_path / "eval" / "stage2" / "scores.json", scores)
+    assert found(tmp_path, {"stage1": [], "stage2": []})[0] == [("stage2", trouble)]
+
+
+def reward_log(first, last, held_out):
+    """20 steps with a noise of 0.02 * (2 / 3)**.5 in their fifths."""
+    rows = [{"reward": first + 0.01 * (i % 2) + (last - first) * (i >= 10)} for i in range(20)]
+    for row, value in zip((rows[0], rows[-1]), held_out):
+        row["eval_rewards/accuracy/mean"] = value
+    return rows
 
 
 @pytest.mark.parametrize(
@@ -90,43 +86,34 @@ def test_memory(tmp_path, train, held_out, low, trouble):
 )
 def test_reward(tmp_path, first, last, held_out, trouble):
     """A rise within the noise is none."""
-    write(tmp_path / "grpo" / "log.jsonl", *reward_log(first, last, held_out))
-    ((name, found, said),) = signs.signs(tmp_path)
-    assert (name, found) == ("grpo", trouble) and "reward 1.005 -> " in said
+    verdicts, (said,) = found(tmp_path, {"grpo": []}, {"grpo": reward_log(first, last, held_out)})
+    assert verdicts == [("grpo", trouble)] and "reward 1.005 -> " in said
 
 
 def test_of_too_little_nothing_is_said(tmp_path):
     """Without held-out questions, or with a step or two, the reward may rise as it likes."""
     for rows in (reward_log(1.0, 1.5, ()), reward_log(1.0, 1.5, (0.4, 0.4))[::10]):
-        write(tmp_path / "grpo" / "log.jsonl", *rows)
-        ((name, found, said),) = signs.signs(tmp_path)
-        assert (name, found) == ("grpo", None) and "too few to judge" in said
+        verdicts, (said,) = found(tmp_path, {"grpo": []}, {"grpo": rows})
+        assert verdicts == [("grpo", None)] and "too few to judge" in said
 
 
 def test_attention(tmp_path):
-    """Entropies of neighbouring rungs whose intervals do not meet."""
-    rows = [
-        {"name": name, "entropy": {"value": value, "low": value - 0.01, "high": value + 0.01}}
-        for name, value in (("base", 0.8), ("stage1", 0.9), ("stage2", 0.895), ("cold", 0.7))
-    ]
+    """Entropies of neighbouring rungs whose intervals do not meet; other models are passed over."""
+    rows = []
+    for name, value in (
+        ("base", 0.8),
+        ("x", 0.1),
+        ("stage1", 0.9),
+        ("stage2", 0.895),
+        ("cold", 0.7),
+    ):
+        entropy = {"value": value, "low": value - 0.01, "high": value + 0.01}
+        rows.append({"name": name, "entropy": entropy})
     write(tmp_path / "probes" / "attention.json", {"rows": rows})
-    assert [(name, found) for name, found, _ in signs.signs(tmp_path)] == [
-        ("stage1", True),
-        ("stage2", False),
-        ("cold", False),
-    ]
+    names = ("base", "stage1", "stage2", "cold", "grpo")
+    verdicts, _ = found(tmp_path, dict.fromkeys(names, ()))
+    assert verdicts == [("stage1", True), ("stage2", False), ("cold", False)]
 
 
-def test_a_run_is_asked_for():
-    done = launch(signs.__file__, "nowhere")
-    assert done.returncode == 2 and done.stderr.splitlines() == [
-        "signs.py: nowhere: no ladder there; climb one with: python ladder.py --out nowhere"
-    ]
-
-
-def test_every_line_begins_with_a_verdict(tmp_path):
-    write(tmp_path / "eval" / "stage1" / "predictions.jsonl", located(None))
-    write(tmp_path / "stage1" / "config_run.json", {"data": ["spld_grounding_data.jsonl"]})
-    write(tmp_path / "grpo" / "log.jsonl", *reward_log(1.0, 1.0, (0.4, 0.4)))
-    write(tmp_path / "grpo-no1" / "log.jsonl", *reward_log(1.0, 1.0, ()))
-    assert [line[:8] for line in signs.verdicts(tmp_path)] == ["TROUBLE ", "ok      ", "unknown "]
+def test_a_run_without_anything_has_no_sign(tmp_path):
+    assert found(tmp_path, {"base": [], "grpo": []}) == ([], [])
