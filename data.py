@@ -1,4 +1,4 @@
-"""From a jsonl line to what the model takes: rows, pictures, prompts, token ids, positions, batches.
+"""From a jsonl line to what the model takes: rows, pictures, prompts, positions, tokens, batches.
 
     jsonl line -> Sample -> messages -> Example (ids, labels, positions, patches, grids) -> Batch
 
@@ -7,9 +7,9 @@
     examples = [processor.example(sample, style_of(sample)) for sample in samples]
     batch = collate(examples, config)
 
-Training, rollouts, the reference and evaluation all take this one way, for pictures, views and video
-alike. Only the prompt style differs: "localize" asks for boxes as JSON, "direct" for the bare answer,
-"thinking" for a chain of thought in <think></think> and the answer in <answer></answer>.
+Training, rollouts, the reference and evaluation all take this one way, for pictures, views and
+video alike. Only the prompt style differs: "localize" asks for boxes as JSON, "direct" for the bare
+answer, "thinking" for a chain of thought in <think></think> and the answer in <answer></answer>.
 
 Look through a whole file before training on it: python -m look.check FILE.jsonl --images DIR
 """
@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import NoneType
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from files import UserError, parse_line, read_json, read_lines
 from model import Batch
-from rewards import CHOICE_TYPES, NUMBER_TYPES, parse_choice, parse_number
+from rewards import CHOICE_TYPES, NUMBER_TYPES, is_box, parse_choice, parse_number
 
 IGNORE = -100  # label of a token that is not trained
 PATCH = 14  # pixels on each side of a patch
@@ -49,8 +50,8 @@ PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 # {question} and {options} are slots. --prompts FILE replaces any of these texts.
 PROMPTS = {
     "system": "You are a helpful assistant.",
-    "localize": "{question}\nLocate every object that the question names: give its bounding box and "
-    "label as JSON.",
+    "localize": "{question}\n"
+    "Locate every object that the question names: give its bounding box and label as JSON.",
     "direct choice": "{question}\nOptions:\n{options}\n"
     "Reply with the letter of the correct option only.",
     "direct number": "{question}\nReply with a single number only.",
@@ -85,7 +86,7 @@ def located(where):
         raise UserError(f"{where}: {error}") from None
 
 
-# ---------------------------------------------------------------------------------- rows: jsonl line -> Sample
+# ------------------------------------------------------------ rows: jsonl line -> Sample
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,7 @@ def are_texts(value):
 
 
 def parse_row(row, where, images):
-    """One row as a Sample: a chat if it has messages, a question in every other case."""
+    """One row as a Sample: a chat if it has messages, else a question with an answer."""
     with located(where):
         name = str(need(row, "question_id", int, str, default=row.get("id", where)))
         if "messages" in row:
@@ -172,44 +173,32 @@ def parse_row(row, where, images):
 def parse_question(row, where, name, images):
     """A localization if the answer is a list of boxes, a cold start if there is a solution."""
     media = parse_media(row, images)
-    prompt = row.get("prompt")
-    if prompt is not None:
-        need(row, "prompt", str)
-    solution = row.get("solution")
-    if solution is not None or "question" not in row:
-        need(row, "solution", str)
-
+    prompt = need(row, "prompt", str, NoneType)
+    solution = need(row, "solution", str, NoneType)
     question = need(row, "question", str, default="" if prompt else None)
-    question = question.replace("<image>", "").strip()
     options = row.get("options") or []
     if not are_texts(options):
         raise UserError(f"options is {json.dumps(options)[:80]}, expected a list of texts")
+
     if isinstance(row.get("answer"), list):
-        question_type = "localization"
-        options = []
+        kind, options = "localization", []
         answer = parse_boxes(row)
     else:
-        question_type = parse_type(row, cold=solution is not None)
+        # A cold start may leave out its type and its answer: the solution is what is trained.
+        kind = need(row, "question_type", str, default=None if solution is None else "")
         answer = str(need(row, "answer", str, int, float, default=""))
-        check_answer(answer, question_type, options)
-    return Sample(
-        where,
-        name,
-        question,
-        question_type,
-        answer,
-        tuple(options),
-        media,
-        row["data_type"],
-        prompt,
-        solution,
-    )
+        if kind or solution is None:
+            check_answer(kind, answer, options)
+    question = question.replace("<image>", "").strip()
+    options = tuple(options)
+    data_type = row["data_type"]
+    return Sample(where, name, question, kind, answer, options, media, data_type, prompt, solution)
 
 
 def parse_media(row, images):
     """The pictures of a question, or its one video: a list of frames, or one file."""
     paths = need(row, "image", list)
-    data_type = need(row, "data_type", str)
+    data_type = row.get("data_type")
     if data_type not in DATA_TYPES:
         raise UserError(f"data_type is {data_type!r}, expected single_image, multi_view or video")
     if not paths or not are_texts(paths):
@@ -218,66 +207,48 @@ def parse_media(row, images):
     if data_type != "video":
         return tuple(Media("image", source) for source in sources)
 
-    seconds = row.get("seconds_per_frame")
+    seconds = None
     if "seconds_per_frame" in row:
         seconds = need(row, "seconds_per_frame", int, float)
         if not 0 < seconds < math.inf:
             raise UserError(f"seconds_per_frame is {seconds}, expected a positive number")
     if len(sources) == 1 and Path(paths[0]).suffix.lower() not in PICTURE_SUFFIXES:
-        return (Media("video", sources[0], seconds),)
+        sources = sources[0]
     return (Media("video", sources, seconds),)
 
 
 def parse_boxes(row):
-    """The boxes of a localization, all of them in one picture."""
-    boxes, pictures = row["answer"], len(row["image"])
-    if not boxes or pictures != 1 or row["data_type"] != "single_image":
+    """The boxes of a localization, all in one picture, in pixels of the original file."""
+    boxes, pictures, data_type = row["answer"], len(row["image"]), row["data_type"]
+    if not boxes or pictures != 1 or data_type != "single_image":
         raise UserError(
-            f"{len(boxes)} boxes in {pictures} pictures ({row['data_type']}), "
+            f"{len(boxes)} boxes in {pictures} pictures ({data_type}), "
             "expected one or more boxes in one single_image"
         )
-    return tuple(parse_box(box) for box in boxes)
+    for box in boxes:
+        if not is_box(box):
+            found = json.dumps(box)[:80]
+            raise UserError(f"box is {found}, expected bbox_2d with 4 numbers and a label")
+        x1, y1, x2, y2 = box["bbox_2d"]
+        if not (0 <= x1 < x2 and 0 <= y1 < y2):
+            found = box["bbox_2d"]
+            raise UserError(f"bbox_2d is {found}, expected 0 <= x1 < x2 and 0 <= y1 < y2")
+    return tuple({"bbox_2d": box["bbox_2d"], "label": box["label"]} for box in boxes)
 
 
-def parse_box(box):
-    """{"bbox_2d": [x1, y1, x2, y2], "label": text}, in pixels of the original file."""
-    corners = box.get("bbox_2d") if isinstance(box, dict) else None
-    if not is_corners(corners) or not isinstance(box.get("label"), str):
-        raise UserError(
-            f"box is {json.dumps(box)[:80]}, expected bbox_2d with 4 numbers and a label"
-        )
-    x1, y1, x2, y2 = corners
-    if not (0 <= x1 < x2 and 0 <= y1 < y2):
-        raise UserError(f"bbox_2d is {corners}, expected 0 <= x1 < x2 and 0 <= y1 < y2")
-    return {"bbox_2d": corners, "label": box["label"]}
-
-
-def is_corners(value):
-    """Four finite numbers; JSON's true is none, though Python counts it as 1."""
-    if not isinstance(value, list) or len(value) != 4:
-        return False
-    return all(type(c) in (int, float) and -math.inf < c < math.inf for c in value)
-
-
-def parse_type(row, cold):
-    """The question_type of a row. A cold start may leave it out: its solution holds the answer."""
-    question_type = need(row, "question_type", str, default="" if cold else None)
-    known = CHOICE_TYPES + NUMBER_TYPES
-    if question_type not in known and not (cold and question_type == ""):
-        raise UserError(f"question_type is {question_type!r}, expected one of {', '.join(known)}")
-    return question_type
-
-
-def check_answer(answer, question_type, options):
-    """An answer that no completion could match would train on noise in silence."""
-    if question_type in CHOICE_TYPES:
-        letters = [option[:1] for option in options]
-        if parse_choice(answer) not in letters:
+def check_answer(kind, answer, options):
+    """Refuse an answer that no completion can match: it would train on noise in silence."""
+    if kind in CHOICE_TYPES:
+        if parse_choice(answer) not in [option[:1] for option in options]:
             raise UserError(
                 f"answer is {answer!r}, expected the letter of one of the options {options}"
             )
-    elif question_type in NUMBER_TYPES and parse_number(answer) is None:
-        raise UserError(f"answer is {answer!r}, expected a number for {question_type}")
+    elif kind in NUMBER_TYPES:
+        if parse_number(answer) is None:
+            raise UserError(f"answer is {answer!r}, expected a number for {kind}")
+    else:
+        known = ", ".join(CHOICE_TYPES + NUMBER_TYPES)
+        raise UserError(f"question_type is {kind!r}, expected one of {known}")
 
 
 def parse_chat(row, where, name, images):
@@ -286,25 +257,21 @@ def parse_chat(row, where, name, images):
     [{"role": "user", "content": [{"type": "image", "image": "a.jpg"}, {"type": "text", ...}]},
      {"role": "assistant", "content": "85"}]
     """
-    turns = []
-    media = []
+    turns, media = [], []
     for message in need(row, "messages", list):
         role = message.get("role") if isinstance(message, dict) else None
         if role not in ("system", "user", "assistant"):
             raise UserError(f"role is {role!r}, expected system, user or assistant")
         content = message.get("content")
         if isinstance(content, str):
-            content = [{"type": "text", "text": content}]
-        if not isinstance(content, list):
-            content = [content]  # which parse_part refuses
-        parts = tuple(parse_part(part, role, images) for part in content)
+            parts = (content,)
+        else:
+            parts = tuple(parse_part(part, role, images) for part in need(message, "content", list))
         turns.append((role, parts))
         media += [part for part in parts if isinstance(part, Media)]
     if not turns or turns[-1][0] != "assistant":
         raise UserError("messages must end with the assistant's turn")
-    kind = "chat"
-    if "question_type" in row:
-        kind = "chat: " + need(row, "question_type", str)
+    kind = "chat: " + need(row, "question_type", str) if "question_type" in row else "chat"
     answer = "".join(turns[-1][1])
     return Sample(where, name, "", kind, answer, media=tuple(media), messages=tuple(turns))
 
@@ -314,16 +281,14 @@ def parse_part(part, role, images):
     match part:
         case {"type": "text", "text": str(text)}:
             return text
-        case {"type": "image", "image": str(path)} if role == "user":
-            return Media("image", str(images / path))
-        case {"type": "video", "video": str(path)} if role == "user":
-            return Media("video", str(images / path))
-        case {"type": "video", "video": [_, *_] as paths} if role == "user" and are_texts(paths):
-            return Media("video", tuple(str(images / path) for path in paths))
-    raise UserError(
-        f"content part {json.dumps(part)[:80]}, expected text, or in a user's turn "
-        "an image or a video"
-    )
+        case {"type": "image" | "video" as kind, **rest} if role == "user":
+            source = rest.get(kind)
+            if isinstance(source, str):
+                return Media(kind, str(images / source))
+            if kind == "video" and source and are_texts(source):
+                return Media(kind, tuple(str(images / path) for path in source))
+    found = json.dumps(part)[:80]
+    raise UserError(f"content part {found}, expected text, or in a user's turn an image or a video")
 
 
 def style_of(sample, style=None):
@@ -337,15 +302,15 @@ def style_of(sample, style=None):
 
 
 def cost(sample):
-    """About how long a row is, a picture as long as 100 words. Rows of like cost are padded together."""
+    """About how long a row is, for padding rows of like length together. A picture is 100 words."""
     texts = [sample.question, sample.solution or ""]
     for _, parts in sample.messages or ():
         texts += [part for part in parts if isinstance(part, str)]
-    pictures = sum(len(media.sources) for media in sample.media)
-    return 100 * pictures + sum(len(text.split()) for text in texts)
+    words = sum(len(text.split()) for text in texts)
+    return words + 100 * sum(len(media.sources) for media in sample.media)
 
 
-# ---------------------------------------------------------------------------------- pictures: Media -> patches
+# ------------------------------------------------------------ pictures: Media -> patches
 
 
 def smart_resize(height, width, min_pixels, max_pixels):
@@ -358,35 +323,34 @@ def smart_resize(height, width, min_pixels, max_pixels):
     """
     if max(height, width) > 200 * min(height, width):
         raise UserError(f"aspect ratio of {width}x{height} is above 200")
-    h = round(height / FACTOR) * FACTOR
-    w = round(width / FACTOR) * FACTOR
+    h, w = multiple(height, round), multiple(width, round)
     if h * w > max_pixels:
         shrink = math.sqrt(height * width / max_pixels)
-        h = max(FACTOR, math.floor(height / shrink / FACTOR) * FACTOR)
-        w = max(FACTOR, math.floor(width / shrink / FACTOR) * FACTOR)
+        h = max(FACTOR, multiple(height / shrink, math.floor))
+        w = max(FACTOR, multiple(width / shrink, math.floor))
     elif h * w < min_pixels:
         grow = math.sqrt(min_pixels / (height * width))
-        h = math.ceil(height * grow / FACTOR) * FACTOR
-        w = math.ceil(width * grow / FACTOR) * FACTOR
+        h = multiple(height * grow, math.ceil)
+        w = multiple(width * grow, math.ceil)
     return h, w
+
+
+def multiple(side, to_whole):
+    """A multiple of 28 near `side`. to_whole: round, math.floor or math.ceil."""
+    return to_whole(side / FACTOR) * FACTOR
 
 
 @contextmanager
 def opened(source):
     """PIL's image of a path, or of the bytes of a file; whatever PIL raises becomes one line."""
     is_bytes = isinstance(source, bytes)
-    name = "picture given as bytes" if is_bytes else source
     try:
         with Image.open(io.BytesIO(source) if is_bytes else source) as image:
-            if min(image.size) < FACTOR:
-                size = "{}x{}".format(*image.size)
-                raise UserError(f"{name}: {size} pixels, expected at least 28 on each side")
             yield image
-    except UserError:
-        raise
     # PIL raises each of these for a damaged file: SyntaxError for PNG, RuntimeError for AVIF.
     except (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError) as error:
-        # A reason such as "cannot identify image file <_io.BytesIO object at 0x...>" ends at " <".
+        name = "picture given as bytes" if is_bytes else source
+        # "cannot identify image file <_io.BytesIO object at 0x...>" ends at " <"
         reason = str(error).split(" <")[0]
         raise UserError(f"{name}: not a readable picture ({reason})") from None
 
@@ -412,7 +376,7 @@ def open_header(source):
 
 
 def read_video(path, num_frames, fps):
-    """Frames of a video file, spread evenly: num_frames (fewer if it is shorter), or `fps` a second.
+    """Frames of a video file, spread evenly: num_frames (fewer if it is short), or `fps` a second.
 
     Returns: list of RGB pictures, seconds between two of them.
     """
@@ -420,8 +384,8 @@ def read_video(path, num_frames, fps):
         import decord
     except ImportError:
         raise UserError(
-            f"{path}: reading video files needs decord (pip install decord; it has no build for ARM), "
-            "or give the frames as a list of pictures"
+            f"{path}: reading video files needs decord (pip install decord; "
+            "it has no build for ARM), or give the frames as a list of pictures"
         ) from None
     try:
         reader = decord.VideoReader(str(path), num_threads=1)
@@ -431,57 +395,54 @@ def read_video(path, num_frames, fps):
         index = np.linspace(0, total - 1, min(count, total)).astype(int)
         frames = reader.get_batch(index).asnumpy()
         del reader  # decord keeps its decoder's memory as long as the reader lives
+        interval = total / rate / len(index)
     except (decord.DECORDError, OSError, RuntimeError, ValueError, ZeroDivisionError) as error:
         reason = str(error).strip().splitlines()[0][:100]
         raise UserError(f"{path}: not a readable video ({reason})") from None
-    if len(index) == 0:
-        raise UserError(f"{path}: the video has no frames")
-    return [Image.fromarray(frame) for frame in frames], total / rate / len(index)
+    return [Image.fromarray(frame) for frame in frames], interval
 
 
-def open_media(media, num_frames, fps):
-    """-> the picture or the frames as a list, seconds between two frames (None: not known)."""
+def open_frames(media, num_frames, fps):
+    """The picture, or the frames of a video, as a list of RGB pictures."""
     if media.is_video_file:
-        return read_video(media.source, num_frames, fps)
-    pictures = [open_picture(source) for source in media.sources]
-    common_size(media, [picture.size for picture in pictures])
-    return pictures, media.seconds_per_frame
+        return read_video(media.source, num_frames, fps)[0]
+    return [open_picture(source) for source in media.sources]
 
 
 @cache
-def measure_media(media, num_frames, fps):
-    """As open_media, but instead of the frames their number and (width, height), from headers."""
-    if media.is_video_file:  # has to be decoded for this
+def measure(media, num_frames, fps):
+    """What is known without decoding pictures (a video file has to be decoded for it).
+
+    Returns: number of frames, (width, height) of each, seconds between two (None: not known).
+    """
+    interval = media.seconds_per_frame
+    if media.is_video_file:
         frames, interval = read_video(media.source, num_frames, fps)
-        return len(frames), frames[0].size, interval
-    sizes = [open_header(source) for source in media.sources]
-    return len(sizes), common_size(media, sizes), media.seconds_per_frame
-
-
-def common_size(media, sizes):
-    if any(size != sizes[0] for size in sizes):
-        raise UserError(f"{media.sources[0]}: the frames of one video differ in size")
-    return sizes[0]
+        sizes = [frame.size for frame in frames]
+    else:
+        sizes = [open_header(source) for source in media.sources]
+    name = media.sources[0]
+    width, height = sizes[0]
+    if len(set(sizes)) > 1:
+        raise UserError(f"{name}: the frames of one video differ in size")
+    if min(width, height) < FACTOR:
+        raise UserError(f"{name}: {width}x{height} pixels, expected at least 28 on each side")
+    return len(sizes), (width, height), interval
 
 
 def check_media(sample):
-    """The sample, if its pictures are there, of a usable size, and its boxes lie inside; by headers."""
+    """The sample, if its pictures are there and usable, and its boxes lie inside: by headers."""
     with located(sample.where):
         for media in sample.media:
-            _, (width, height), _ = measure_media(media, 1, None)
+            _, (width, height), _ = measure(media, 1, None)
             smart_resize(height, width, 0, math.inf)  # refuses what is too thin
-            if sample.question_type == "localization":
-                check_boxes(sample.answer, width, height)
+            for box in sample.answer if sample.question_type == "localization" else ():
+                corners = box["bbox_2d"]
+                if corners[2] > width or corners[3] > height:
+                    raise UserError(
+                        f"bbox_2d is {corners}, outside the picture of {width}x{height} pixels"
+                    )
     return sample
-
-
-def check_boxes(boxes, width, height):
-    for box in boxes:
-        _, _, x2, y2 = box["bbox_2d"]
-        if x2 > width or y2 > height:
-            raise UserError(
-                f"bbox_2d is {box['bbox_2d']}, outside the picture of {width}x{height} pixels"
-            )
 
 
 def to_patches(pictures, size):
@@ -502,7 +463,7 @@ def to_patches(pictures, size):
     """
     height, width = size
     resized = [np.asarray(p.resize((width, height), Image.BICUBIC)) for p in pictures]
-    pixels = np.stack(resized)  # (T, H, W, 3) uint8
+    pixels = np.stack(resized)  # (T, height, width, 3) uint8
     if len(pixels) % 2:
         pixels = np.concatenate((pixels, pixels[-1:]))
 
@@ -511,19 +472,19 @@ def to_patches(pictures, size):
     table = (np.arange(256) * (1 / 255)).astype(np.float32)[:, None]
     table = (table - np.array(MEAN, np.float32)) / np.array(STD, np.float32)  # (256, 3)
     channels = [table[pixels[..., c], c] for c in range(3)]
-    values = np.stack(channels, axis=1)  # (T, 3, H, W)
+    values = np.stack(channels, axis=1)  # (T, 3, height, width)
 
-    # Name the axes by splitting them, then put them in order: first which patch, then what is in it.
+    # Split the axes, then put them in order: first which patch, then what is in it.
     t, h, w = len(values) // 2, height // PATCH, width // PATCH
     axes = values.reshape(t, 2, 3, h // 2, 2, PATCH, w // 2, 2, PATCH)
     #                     0  1  2  3       4  5      6       7  8
-    # 0: pair of frames   3, 6: row and column of the 2 x 2 block   4, 7: row and column in the block
-    # 2: channel          1: frame of the pair                      5, 8: row and column in the patch
+    # 0: pair of frames   3, 6: row, column of the 2 x 2 block   4, 7: row, column in the block
+    # 2: channel          1: frame of the pair                   5, 8: row, column in the patch
     ordered = axes.transpose(0, 3, 6, 4, 7, 2, 1, 5, 8)
     return torch.from_numpy(ordered.reshape(t * h * w, PATCH_VALUES)), (t, h, w)
 
 
-# ---------------------------------------------------------------------------------- prompts: Sample -> texts
+# ------------------------------------------------------------ prompts: Sample -> texts
 
 
 def prompt_text(sample, style, prompts=PROMPTS):
@@ -555,8 +516,9 @@ def read_prompts(path):
         raise UserError(f"{path}: expected an object from prompt names to texts")
     for name, text in given.items():
         if name not in PROMPTS:
-            names = ", ".join(PROMPTS)
-            raise UserError(f"{path}: unknown prompt {name!r}, expected one of {names}")
+            raise UserError(
+                f"{path}: unknown prompt {name!r}, expected one of {', '.join(PROMPTS)}"
+            )
         for slot in ("{question}", "{options}"):
             if slot in PROMPTS[name] and slot not in text:
                 raise UserError(f"{path}: prompt {name!r} lacks the slot {slot}")
@@ -588,16 +550,15 @@ def answer_text(sample, style, scale):
 
 def scale_boxes(boxes, scale):
     """Boxes with corners multiplied by (x, y) factors and rounded to whole pixels."""
-    x, y = scale
     scaled = []
     for box in boxes:
-        x1, y1, x2, y2 = box["bbox_2d"]
-        corners = [round(x1 * x), round(y1 * y), round(x2 * x), round(y2 * y)]
+        corners = zip(box["bbox_2d"], (*scale, *scale))  # x1, y1, x2, y2 by x, y, x, y
+        corners = [round(corner * factor) for corner, factor in corners]
         scaled.append({"bbox_2d": corners, "label": box["label"]})
     return tuple(scaled)
 
 
-# ---------------------------------------------------------------------------------- positions
+# ------------------------------------------------------------ positions
 
 
 def vision_positions(t, h, w, step):
@@ -638,9 +599,10 @@ def mrope_positions(ids, grids, seconds_per_grid, config):
     merge = config.vision.spatial_merge_size
     is_vision = (ids == config.image_token_id) | (ids == config.video_token_id)
     needed = sum(t * h * w // merge**2 for t, h, w in grids)
-    if int(is_vision.sum()) != needed:
+    count = int(is_vision.sum())
+    if count != needed:
         raise UserError(
-            f"{int(is_vision.sum())} vision placeholders in the text, {needed} vision tokens in the "
+            f"{count} vision placeholders in the text, {needed} vision tokens in the "
             f"{len(grids)} pictures"
         )
     pieces = []  # (3, n) each: text, vision, text, vision, ..., text
@@ -658,17 +620,17 @@ def mrope_positions(ids, grids, seconds_per_grid, config):
     return torch.cat(pieces, dim=1)
 
 
-# ---------------------------------------------------------------------------------- token ids: Sample -> Example
+# ------------------------------------------------------------ token ids: Sample -> Example
 
 
 @dataclass
 class Loaded:
     """A picture or a video as the model sees it."""
 
+    patches: torch.Tensor  # (t * h * w, 1176), (0, 1176) if it was only measured
     grid: tuple  # (t, h, w) in patches
     seconds: float | None  # between two of the t slices; None for a picture
     scale: tuple  # (x, y) factors from the original size to the size that the model sees
-    patches: torch.Tensor = NO_PATCHES  # (t * h * w, 1176)
 
 
 @dataclass
@@ -724,7 +686,14 @@ class Processor:
         self.tokenizer = load_tokenizer(directory)
         self.tokenizer.encode_special_tokens = True  # "<|image_pad|>" in a question is text
         self.special = {name: self.tokenizer.token_to_id(name) for name in SPECIAL_TOKENS}
-        self.check_vocabulary(directory)
+        # Another model's tokenizer would give ids that mean something else.
+        size, rows = self.tokenizer.get_vocab_size(), config.text.vocab_size
+        pad = self.special["<|image_pad|>"]
+        if None in self.special.values() or size > rows or pad != config.image_token_id:
+            raise UserError(
+                f"{directory}: tokenizer and model have other vocabularies: {size} words with "
+                f"<|image_pad|> at {pad}, the model {rows} and {config.image_token_id}"
+            )
 
         limits = read_json(directory / "preprocessor_config.json")
         size = limits.get("size") or {}  # where transformers 5 writes them
@@ -739,21 +708,6 @@ class Processor:
         generation = read_json(directory / "generation_config.json")
         stops = generation.get("eos_token_id", self.special["<|im_end|>"])
         self.stop_ids = tuple(stops) if isinstance(stops, list) else (stops,)
-
-    def check_vocabulary(self, directory):
-        """A tokenizer of another model would give ids that mean something else."""
-        for name, token in self.special.items():
-            if token is None:
-                path = directory / "tokenizer.json"
-                raise UserError(f"{path}: no token {name} in it; not Qwen2.5-VL's tokenizer?")
-        size = self.tokenizer.get_vocab_size()
-        pad = self.special["<|image_pad|>"]
-        rows = self.config.text.vocab_size
-        if size > rows or pad != self.config.image_token_id:
-            raise UserError(
-                f"{directory}: tokenizer and model have other vocabularies: {size} tokens with "
-                f"<|image_pad|> at {pad}, the model {rows} and {self.config.image_token_id}"
-            )
 
     def banned(self, device):
         """(V,) bool: tokens that sampler, policy and reference never use.
@@ -775,16 +729,9 @@ class Processor:
 
     def shown(self, example):
         """The text with one pad token per picture or video, and how often each pad is repeated."""
-        pads = (self.special["<|image_pad|>"], self.special["<|video_pad|>"])
-        ids, counts = [], []
-        for token in example.ids.tolist():
-            if token in pads and ids[-1] == token:
-                counts[-1] += 1
-                continue
-            ids.append(token)
-            if token in pads:
-                counts.append(1)
-        return self.tokenizer.decode(ids, skip_special_tokens=False), counts
+        text = self.tokenizer.decode(example.ids.tolist(), skip_special_tokens=False)
+        counts = [t * h * w // 4 for t, h, w in example.grids]
+        return re.sub(r"(<\|(?:image|video)_pad\|>)\1+", r"\1", text), counts
 
     def example(self, sample, style, answer=True, pixels=True):
         """Render one sample in the chat format.
@@ -796,14 +743,13 @@ class Processor:
         """
         if sample.question_type == "localization":
             check_media(sample)  # boxes outside would be trained on
-        load = self.load if pixels else self.measure
         with located(sample.where):
-            loaded = [load(media) for media in sample.media]
+            loaded = [self.load(media, pixels) for media in sample.media]
             grids = [item.grid for item in loaded]
             seconds = [item.seconds for item in loaded]
             scale = loaded[0].scale if loaded else (1, 1)  # boxes have one picture
             turns = self.turns(sample, style, scale, answer)
-            ids, labels = self.render(turns, grids, answer)
+            ids, labels = self.render(turns, dict(zip(sample.media, grids)), answer)
             positions = mrope_positions(ids, grids, seconds, self.config)
         patches = torch.cat([NO_PATCHES, *(item.patches for item in loaded)])
         boxes = ()
@@ -811,21 +757,9 @@ class Processor:
             boxes = scale_boxes(sample.answer, scale)
         return Example(ids, labels, positions, patches, grids, boxes)
 
-    def load(self, media):
-        """Open, resize and cut one picture or video."""
-        frames, interval = open_media(media, self.num_frames, self.fps)
-        loaded = self.fit(media, len(frames), frames[0].size, interval)
-        _, h, w = loaded.grid
-        loaded.patches, _ = to_patches(frames, (h * PATCH, w * PATCH))
-        return loaded
-
-    def measure(self, media):
-        """As `load`, without patches: from headers alone."""
-        return self.fit(media, *measure_media(media, self.num_frames, self.fps))
-
-    def fit(self, media, frames, size, interval):
-        """Which size the model sees, and when. interval: seconds between two frames, or None."""
-        width, height = size
+    def load(self, media, pixels=True):
+        """Resize one picture or video and cut it into patches; without pixels, only measure it."""
+        frames, (width, height), interval = measure(media, self.num_frames, self.fps)
         h, w = smart_resize(height, width, self.min_pixels, self.max_pixels)
         if media.kind == "image":
             seconds = None
@@ -833,8 +767,11 @@ class Processor:
             seconds = 2 * interval  # a slice is two frames
         else:
             seconds = 1.0  # as in the authors' runs
+        patches = NO_PATCHES
+        if pixels:
+            patches, _ = to_patches(open_frames(media, self.num_frames, self.fps), (h, w))
         grid = (math.ceil(frames / 2), h // PATCH, w // PATCH)
-        return Loaded(grid, seconds, (w / width, h / height))
+        return Loaded(patches, grid, seconds, (w / width, h / height))
 
     def turns(self, sample, style, scale, answer):
         """The conversation as ((role, (text or Media, ...)), ...)."""
@@ -857,46 +794,47 @@ class Processor:
             <|im_start|>assistant
             4<|im_end|>
 
-        Text runs on until the next special token and is tokenized in one piece, as if the whole
-        conversation were. Only an assistant's text and its <|im_end|> are trained.
+        Only an assistant's text and its <|im_end|> are trained.
+
+        Args:    grids: {Media: (t, h, w)}. answer: False adds the head of the assistant's turn.
         """
         start, end = [self.special["<|im_start|>"]], [self.special["<|im_end|>"]]
-        segments = []  # (ids, trained or not)
-        pictures = 0  # that have been rendered
-        for role, parts in turns:
-            segments.append((start, False))
-            if role == "assistant":
-                segments.append((self.encode("assistant\n"), False))
-                segments.append((self.encode("".join(parts)) + end, True))
-            else:
-                text = role + "\n"
-                for part in parts:
-                    if isinstance(part, Media):
-                        segments.append((self.encode(text), False))
-                        segments.append((self.placeholders(part.kind, grids[pictures]), False))
-                        pictures += 1
-                        text = ""
-                    else:
-                        text += part
-                segments.append((self.encode(text) + end, False))
-            segments.append((self.encode("\n"), False))
-        if not answer:
-            segments.append((start + self.encode("assistant\n"), False))
-
+        head, newline = start + self.encode("assistant\n"), self.encode("\n")
         ids, labels = [], []
-        for tokens, trained in segments:
-            ids += tokens
-            labels += tokens if trained else [IGNORE] * len(tokens)
+        for role, parts in turns:
+            if role == "assistant":
+                given = head
+                trained = self.encode("".join(parts)) + end
+            else:
+                given = start + self.encode_parts(role + "\n", parts, grids) + end
+                trained = []
+            ids += given + trained + newline
+            labels += [IGNORE] * len(given) + trained + [IGNORE] * len(newline)
+        if not answer:
+            ids += head
+            labels += [IGNORE] * len(head)
         return torch.tensor(ids), torch.tensor(labels)
 
-    def placeholders(self, kind, grid):
-        """Ids that the vision tokens of one picture or video replace: one for 2 x 2 patches."""
-        t, h, w = grid
-        pads = [self.special[f"<|{kind}_pad|>"]] * (t * h * w // 4)
-        return [self.special["<|vision_start|>"], *pads, self.special["<|vision_end|>"]]
+    def encode_parts(self, text, parts, grids):
+        """Ids of a user's turn. A picture becomes as many pads as it has vision tokens.
+
+        Text runs on up to the next special token and is tokenized in one piece, as if the whole
+        conversation were.
+        """
+        ids = []
+        for part in parts:
+            if isinstance(part, Media):
+                t, h, w = grids[part]
+                pads = [self.special[f"<|{part.kind}_pad|>"]] * (t * h * w // 4)
+                ids += self.encode(text)
+                ids += [self.special["<|vision_start|>"], *pads, self.special["<|vision_end|>"]]
+                text = ""
+            else:
+                text += part
+        return ids + self.encode(text)
 
 
-# ---------------------------------------------------------------------------------- Examples -> Batch
+# ------------------------------------------------------------ Examples -> Batch
 
 
 def collate(examples, config):
@@ -908,10 +846,8 @@ def collate(examples, config):
     labels = pad_sequence([e.labels for e in examples], True, IGNORE)  # (B, T)
     positions = pad_sequence([e.positions.T for e in examples], batch_first=True)  # (B, T, 3)
 
-    # The hidden state at token i predicts token i + 1: shift the labels one to the left.
-    nothing = torch.full_like(labels[:, :1], IGNORE)
-    following = torch.cat((labels[:, 1:], nothing), dim=1).flatten()  # (B*T,)
-    predict_at = (following != IGNORE).nonzero()[:, 0]  # (R,)
+    # The hidden state at token i predicts token i + 1, so that the labels are shifted by one.
+    row, before = (labels[:, 1:] != IGNORE).nonzero(as_tuple=True)  # (R,) each
     is_vision = (ids == config.image_token_id) | (ids == config.video_token_id)
 
     grids = []
@@ -928,6 +864,6 @@ def collate(examples, config):
         patches=patches,
         grids=grids,
         vision_at=is_vision.flatten().nonzero()[:, 0],
-        predict_at=predict_at,
-        targets=following[predict_at],
+        predict_at=row * ids.shape[1] + before,
+        targets=labels[row, before + 1],
     )

@@ -78,15 +78,18 @@ def parse_boxes(text):
         boxes = json.loads(body, parse_int=float)
     except (ValueError, RecursionError):
         return None
-    valid = isinstance(boxes, list) and all(
-        isinstance(box, dict)
-        and isinstance(box.get("label"), str)
-        and isinstance(box.get("bbox_2d"), list)
-        and [*map(type, box["bbox_2d"])] == 4 * [float]
-        and all(map(math.isfinite, box["bbox_2d"]))
-        for box in boxes
-    )
+    valid = isinstance(boxes, list) and all(is_box(box) for box in boxes)
     return boxes if valid else None
+
+
+def is_box(box):
+    """Whether this is {"bbox_2d": four finite numbers, "label": text}. true and false are no numbers."""
+    if not isinstance(box, dict) or not isinstance(box.get("label"), str):
+        return False
+    corners = box.get("bbox_2d")
+    if not isinstance(corners, list) or len(corners) != 4:
+        return False
+    return all(type(corner) in (int, float) and abs(corner) < math.inf for corner in corners)
 
 
 def mean_relative_accuracy(prediction, truth):

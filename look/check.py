@@ -1,12 +1,11 @@
-"""`python data.py check`: look through a whole data set before a GPU hour is spent on it.
+"""Look through a whole data set before a GPU hour is spent on it.
 
-    python data.py check FILE.jsonl --images DIR [--model DIR] [--max-pixels N] [--max-tokens N]
+    python -m look.check FILE.jsonl --images DIR [--model DIR] [--max-pixels N] [--max-tokens N]
 
-An error is a row that training would stop at; a warning is a row worth a look. Every picture is decoded once, by all
-cores. Exit code 2 if there are errors.
+An error is a row that training would stop at; a warning is a row worth a look. Every picture is
+decoded once, by all cores. With --model, tokens are counted. Exit code 2 if there are errors.
 """
 
-import argparse
 import sys
 from collections import Counter
 from multiprocessing import Pool
@@ -15,130 +14,127 @@ from pathlib import Path
 from tqdm import tqdm
 
 from checkpoint import load_config
-from data import Processor, open_header, open_picture, read_samples, style_of
-from files import UserError
+from data import Processor, Sample, check_media, open_header, open_picture, parse_row, style_of
+from files import UserError, parse_line, read_lines
 from rewards import NUMBER_TYPES, parse_number
-from settings import Parser, add_flags
+from runtime import main_guard
+from settings import PICTURES, Parser, add_flags, values
 
 
-def warnings(sample, places):
-    """What is odd about a valid row. places: id -> file:line of the row that had it first, filled here."""
-    first = places.setdefault(sample.id, sample.where)
-    if first != sample.where:
-        yield f"id {sample.id} stands at {first} too"
-    if sample.question_type in NUMBER_TYPES and parse_number(sample.answer) == 0:
-        yield f"answer is {sample.answer}: nothing but 0 earns a reward"
-    if sample.question_type == "localization":
-        width, height = open_header(sample.media[0].source).size
-        for box in sample.answer:
-            x1, y1, x2, y2 = box["bbox_2d"]
-            if min(x1, y1) == 0 or x2 >= width - 1 or y2 >= height - 1:
-                yield f"{box['label']} at {box['bbox_2d']} touches the edge of the picture of {width}x{height} pixels"
+def read_rows(path, images):
+    """-> {file:line: Sample or error}. Pictures are opened, not decoded."""
+    rows = {}
+    for where, line in read_lines(path):
+        try:
+            rows[where] = check_media(parse_row(parse_line(line, where), where, images))
+        except UserError as error:
+            rows[where] = str(error)
+    return rows
 
 
 def pictures_of(sample):
-    """Paths of a sample's pictures and of the frames of its videos, but for video files."""
-    return [
-        path
-        for media in sample.media
-        if media.kind == "image" or isinstance(media.source, tuple)
-        for path in media.sources
-    ]
+    """Paths of a sample's pictures and frames, without video files."""
+    paths = []
+    for media in sample.media:
+        if not media.is_video_file:
+            paths += media.sources
+    return paths
 
 
 def decode_error(path):
-    """What is wrong with a picture beyond its header, such as an end that is missing; None if nothing is."""
+    """What is wrong with a picture beyond its header, such as an end that is missing."""
     try:
         open_picture(path)
     except UserError as error:
         return str(error)
+    return None
+
+
+def decode_all(samples):
+    """-> {path: error or None} of all pictures."""
+    paths = {}  # a dict keeps the order and holds each path once
+    for sample in samples:
+        paths |= dict.fromkeys(pictures_of(sample))
+    with Pool() as pool:
+        results = pool.imap(decode_error, paths, 16)
+        # disable=None: no bar in a log file
+        return dict(zip(paths, tqdm(results, "pictures", len(paths), disable=None)))
+
+
+def oddities(sample):
+    """Yield what is odd about one valid row."""
+    if sample.question_type in NUMBER_TYPES and parse_number(sample.answer) == 0:
+        yield f"answer is {sample.answer}: only 0 earns a reward"
+    if sample.question_type == "localization":
+        width, height = open_header(sample.media[0].source)
+        for box in sample.answer:
+            corners = box["bbox_2d"]
+            x1, y1, x2, y2 = corners
+            if min(x1, y1) == 0 or x2 >= width - 1 or y2 >= height - 1:
+                edge = f"the edge of the picture of {width}x{height} pixels"
+                yield f"{box['label']} at {corners} touches {edge}"
 
 
 def check(path, images, processor=None, max_tokens=None):
-    """Print what is wrong with the rows of a file, what is odd about them, and what they are.
+    """Print the errors and the oddities of a file, its kinds of rows, and a summary.
 
-    Args:    processor: counts the tokens of rows as they are trained on; None does not count.
+    Args:    processor: counts the tokens of rows as they are trained on.
              max_tokens: a longer row is odd.
-    Returns: number of rows that are wrong.
+    Returns: number of errors.
     """
-    wrong, odd, places, kinds, lengths = [], [], {}, Counter(), []
-    samples = read_samples(path, images, wrong)
-    pictures = list(dict.fromkeys(picture for sample in samples for picture in pictures_of(sample)))
-    with Pool() as pool:
-        errors = dict(
-            zip(
-                pictures,
-                tqdm(
-                    pool.imap(decode_error, pictures, 16),
-                    desc="pictures",
-                    total=len(pictures),
-                    mininterval=2,
-                    disable=None,
-                ),
-            )
-        )
-    for sample in samples:
-        broken = next(filter(None, map(errors.get, pictures_of(sample))), None)
-        if broken:
-            wrong.append(f"{sample.where}: {broken}")
-            continue
-        kinds[sample.question_type or "cold start", sample.data_type] += 1
-        odd += [f"{sample.where}: {text}" for text in warnings(sample, places)]
-        if processor:
-            lengths.append(len(processor.example(sample, style_of(sample), pixels=False).ids))
-            if lengths[-1] > (max_tokens or lengths[-1]):
-                odd.append(f"{sample.where}: {lengths[-1]} tokens, more than {max_tokens}")
-    if not wrong and not kinds:
+    rows = read_rows(path, images)
+    if not rows:
         raise UserError(f"{path}: no rows in it")
-    wrong.sort(key=lambda text: int(text[len(str(path)) + 1 :].partition(":")[0]))  # by line
-    for label, texts in (("error", wrong), ("warning", odd)):
-        for text in texts:
-            print(f"{label}: {text}")
+    broken = decode_all([row for row in rows.values() if isinstance(row, Sample)])
+    errors, warnings, kinds = [], [], Counter()
+    longest = 0
+    first = {}  # id -> the row that had it first
+    for where, sample in rows.items():
+        if isinstance(sample, str):
+            errors.append(sample)
+            continue
+        reasons = [broken[name] for name in pictures_of(sample) if broken[name]]
+        if reasons:
+            errors.append(f"{where}: {reasons[0]}")
+            continue
+        odd = list(oddities(sample))
+        earlier = first.setdefault(sample.id, where)
+        if earlier != where:
+            odd.append(f"id {sample.id} stands at {earlier} too")
+        if processor:
+            tokens = len(processor.example(sample, style_of(sample), pixels=False).ids)
+            longest = max(longest, tokens)
+            if max_tokens and tokens > max_tokens:
+                odd.append(f"{tokens} tokens, more than {max_tokens}")
+        warnings += [f"{where}: {text}" for text in odd]
+        kinds[f"{sample.question_type or 'cold start'} {sample.data_type}".strip()] += 1
+
+    for error in errors:
+        print(f"error: {error}")
+    for text in warnings:
+        print(f"warning: {text}")
     for kind, count in sorted(kinds.items()):
-        print(f"{count:>8}  {' '.join(kind).strip()}")
-    for bits, count in sorted(Counter(map(int.bit_length, lengths)).items()):
-        print(
-            f"{count:>8}  of {2**bits // 2} to {2**bits - 1} tokens {'#' * round(50 * count / len(lengths))}"
-        )
-    print(
-        f"{path}: {len(wrong) + kinds.total()} rows, {len(wrong)} errors, {len(odd)} warnings"
-        + (f", at most {max(lengths)} tokens" if lengths else "")
-    )
-    return len(wrong)
+        print(f"{count:>8}  {kind}")
+    tokens = f", at most {longest} tokens" if processor else ""
+    print(f"{path}: {len(rows)} rows, {len(errors)} errors, {len(warnings)} warnings{tokens}")
+    return len(errors)
 
 
 def main():
-    parser = Parser(
-        prog="data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("command", choices=["check"])
+    parser = Parser(__doc__)
     parser.add_argument("file", help="jsonl file")
-    parser.add_argument(
-        "--max-tokens", type=int, help="warn of rows longer than this; needs --model"
-    )
-    add_flags(
-        parser,
-        (
-            "images",
-            "model",
-            "min_pixels",
-            "max_pixels",
-            "num_frames",
-            "fps",
-            "video_seconds",
-            "prompts",
-        ),
-    )
-    parser.set_defaults(num_frames=16, video_seconds="grid")
+    parser.add_argument("--max-tokens", type=int, help="longer rows are odd; needs --model")
+    add_flags(parser, ("images", "model", *PICTURES))
     args = parser.parse_args()
-    refuse_bad_values(parser, args)
-    if args.max_tokens and not args.model:
-        parser.error("--max-tokens needs --model, whose tokenizer counts")
-    processor = Processor(args.model, load_config(args.model), args) if args.model else None
-    sys.exit(
-        2
-        if check(
-            args.file, args.images or Path(args.file).parent / "images", processor, args.max_tokens
-        )
-        else 0
-    )
+    if args.max_tokens:
+        parser.need(args, "model")
+    processor = None
+    if args.model:
+        processor = Processor(args.model, load_config(args.model), **values(args, PICTURES))
+    images = Path(args.images or Path(args.file).parent / "images")
+    if check(args.file, images, processor, args.max_tokens):
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main_guard(main)

@@ -1,12 +1,9 @@
-"""data.py: every malformed row is one line that names its place, and a good row becomes exactly the tokens it should."""
+"""data.py: a malformed row is one line with its place; a good row becomes exactly its tokens."""
 
 import json
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,8 +19,9 @@ from data import (
     Processor,
     check_media,
     collate,
+    mrope_positions,
+    open_header,
     open_picture,
-    parse_row,
     prompt_text,
     read_all,
     read_prompts,
@@ -31,7 +29,7 @@ from data import (
     style_of,
 )
 from files import UserError
-from look import report
+from look import show
 
 REPO = Path(__file__).resolve().parents[1]
 BOX = {"bbox_2d": [30, 20, 150, 100], "label": "door"}
@@ -91,16 +89,24 @@ CHAT = {
 }
 
 
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    """The pictures of the rows above: 300 x 200 pixels, each of another colour."""
-    folder = tmp_path_factory.mktemp("images")
+def write_images(folder):
+    """The pictures of the rows above, 300 x 200 pixels, each of another colour, and odd files."""
     (folder / "scene0022_00").mkdir()
     for n, name in enumerate(["1760.jpg"] + VIEWS["image"] + VIDEO["image"]):
-        Image.new("RGB", (300, 200), (15 * n, 200 - 10 * n, 90)).save(
-            folder / "scene0022_00" / name.split("/")[-1]
-        )
+        picture = Image.new("RGB", (300, 200), (15 * n, 200 - 10 * n, 90))
+        picture.save(folder / "scene0022_00" / name.split("/")[-1])
+    (folder / "text.jpg").write_text("no picture")
+    Image.effect_noise((300, 200), 50).convert("RGB").save(folder / "whole.jpg")
+    (folder / "cut.jpg").write_bytes((folder / "whole.jpg").read_bytes()[:-2000])
+    Image.new("RGB", (27, 50)).save(folder / "small.png")
+    Image.new("RGB", (6000, 28)).save(folder / "thin.png")
+    Image.new("RGB", (100, 100)).save(folder / "other.png")
     return folder
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture(scope="module")
@@ -108,21 +114,9 @@ def model(tiny_model):
     return load_model(tiny_model, torch.float32)
 
 
-def processor_for(directory, model, **changed):
-    settings = dict(
-        min_pixels=None,
-        max_pixels=None,
-        num_frames=16,
-        fps=None,
-        video_seconds="grid",
-        prompts=None,
-    )
-    return Processor(directory, model.config, SimpleNamespace(**settings | changed))
-
-
 @pytest.fixture(scope="module")
 def processor(tiny_model, model):
-    return processor_for(tiny_model, model)
+    return Processor(tiny_model, model.config)
 
 
 def write_rows(path, *rows):
@@ -133,7 +127,7 @@ def write_rows(path, *rows):
     return path
 
 
-# ---------------------------------------------------------------------------------------------- rows
+# ------------------------------------------------------------ rows
 
 
 def without(row, key):
@@ -160,15 +154,14 @@ MALFORMED = [  # a row, what the message says after file:line
     (CHOICE | {"image": "a.jpg"}, 'image is "a.jpg", expected list'),
     (CHOICE | {"image": []}, "image is [], expected a list of paths"),
     (CHOICE | {"image": [1]}, "image is [1], expected a list of paths"),
-    (without(CHOICE, "data_type"), "data_type is missing, expected str"),
+    (without(CHOICE, "data_type"), "data_type is None, expected single_image, multi_view or video"),
     (
         CHOICE | {"data_type": "audio"},
         "data_type is 'audio', expected single_image, multi_view or video",
     ),
-    (
-        without(CHOICE, "question"),
-        "solution is missing, expected str",
-    ),  # neither question nor cold start
+    (without(CHOICE, "question"), "question is missing, expected str"),
+    (without(COLD, "prompt"), "question is missing, expected str"),
+    (without(COLD, "solution"), "question_type is missing, expected str"),
     (CHOICE | {"question": 5}, "question is 5, expected str"),
     (without(CHOICE, "question_type"), "question_type is missing, expected str"),
     (
@@ -197,14 +190,20 @@ MALFORMED = [  # a row, what the message says after file:line
         VIDEO | {"seconds_per_frame": float("inf")},
         "seconds_per_frame is inf, expected a positive number",
     ),
-    (COLD | {"solution": 5}, "solution is 5, expected str"),
-    (COLD | {"prompt": ["a"]}, 'prompt is ["a"], expected str'),
-    (LOCALIZE | {"answer": []}, "0 boxes in 1 pictures (single_image), expected some in one"),
+    (COLD | {"solution": 5}, "solution is 5, expected str or NoneType"),
+    (COLD | {"prompt": ["a"]}, 'prompt is ["a"], expected str or NoneType'),
+    (
+        LOCALIZE | {"answer": []},
+        "0 boxes in 1 pictures (single_image), expected one or more boxes in one",
+    ),
     (
         LOCALIZE | {"image": ["a.jpg", "b.jpg"]},
-        "1 boxes in 2 pictures (single_image), expected some in one",
+        "1 boxes in 2 pictures (single_image), expected one or more boxes in one",
     ),
-    (LOCALIZE | {"data_type": "video"}, "1 boxes in 1 pictures (video), expected some in one"),
+    (
+        LOCALIZE | {"data_type": "video"},
+        "1 boxes in 1 pictures (video), expected one or more boxes in one",
+    ),
     (LOCALIZE | {"answer": [5]}, "box is 5, expected bbox_2d with 4 numbers and a label"),
     (
         LOCALIZE | {"answer": [without(BOX, "label")]},
@@ -241,11 +240,19 @@ MALFORMED = [  # a row, what the message says after file:line
     (chat("Hi"), "role is None, expected system, user or assistant"),
     (
         chat({"role": "user", "content": 5}),
-        "content part 5, expected text, or in a user's turn an image or a video",
+        "content is 5, expected list",
     ),
     (
         chat({"role": "user", "content": [{"type": "image", "image": 5}]}),
         'content part {"type": "image", "image": 5}, exp',
+    ),
+    (
+        chat({"role": "user", "content": ["Hi"]}),
+        'content part "Hi", expected text, or in a user\'s turn an image or a video',
+    ),
+    (
+        chat({"role": "system", "content": [{"type": "video", "video": ["a.jpg"]}]}),
+        'content part {"type": "video", "video": ["a.jpg"]}, expected text',
     ),
     (
         chat({"role": "assistant", "content": [{"type": "image", "image": "a.jpg"}]}),
@@ -284,19 +291,6 @@ MALFORMED_MEDIA = [  # rows that are well-formed, whose files are not as they sa
         "bbox_2d is [1, 2, 3, 200.5], outside the picture of 300x200 pixels",
     ),
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def odd_files(images):
-    (images / "text.jpg").write_text("no picture")
-    Image.effect_noise((300, 200), 50).convert("RGB").save(images / "whole.jpg")
-    (images / "cut.jpg").write_bytes((images / "whole.jpg").read_bytes()[:-2000])
-    for name, size in (
-        ("small.png", (27, 50)),
-        ("thin.png", (6000, 28)),
-        ("other.png", (100, 100)),
-    ):
-        Image.new("RGB", size).save(images / name)
 
 
 @pytest.mark.parametrize("row, message", MALFORMED, ids=range(len(MALFORMED)))
@@ -348,15 +342,15 @@ def test_not_utf8_names_its_line_and_a_missing_file_its_path(tmp_path):
     path.write_bytes(json.dumps(CHOICE).encode() + b"\n\xff\xfe{}\n")
     with pytest.raises(UserError, match=r"rows.jsonl:2: not JSON \('utf-8' codec can't decode"):
         read_samples(path, tmp_path)
-    with pytest.raises(UserError, match="gone.jsonl: not readable"):
+    with pytest.raises(UserError, match=r"gone\.jsonl: not readable"):
         read_samples(tmp_path / "gone.jsonl", tmp_path)
     path.write_text("\n\n")
-    with pytest.raises(UserError, match="rows.jsonl: no rows in it"):
+    with pytest.raises(UserError, match=r"rows\.jsonl: no rows in it"):
         read_all([path], None)
 
 
 def test_the_three_released_files_and_chat_are_read_as_they_are(tmp_path, images):
-    """Localization by its boxes, cold start by its solution, chat by its messages; <image> is no text."""
+    """Localization by its boxes, cold start by solution, chat by messages; <image> is no text."""
     path = write_rows(tmp_path / "rows.jsonl", LOCALIZE, CHOICE, NUMBER, VIEWS, VIDEO, COLD, CHAT)
     found, choice, number, views, video, cold, talk = read_samples(path, images)
     picture = Media("image", str(images / "scene0022_00/1760.jpg"))
@@ -390,24 +384,44 @@ def test_the_three_released_files_and_chat_are_read_as_they_are(tmp_path, images
     )
 
 
-def test_invalid_rows_are_dropped_only_when_asked_and_counted(tmp_path, images):
-    rows = [CHOICE, "{", boxes(bbox_2d=[1, 2, 301, 4]), CHOICE | {"image": ["gone.jpg"]}, LOCALIZE]
-    path, told = write_rows(tmp_path / "rows.jsonl", *rows), []
-    samples = read_all([path], images, told.append)
-    assert [sample.where.rpartition(":")[2] for sample in samples] == ["1", "5"]
-    assert len(told) == 1 and told[0].startswith(
-        f"dropped 3 of 5 rows, the first: {path}:2: not JSON"
-    )
-    assert read_all([write_rows(path, LOCALIZE)], images, told.append) and len(told) == 1
-    with pytest.raises(UserError, match="no rows in it"):
-        read_all([write_rows(path, "{")], images, told.append)
+# ------------------------------------------------------------ positions
 
 
-# ---------------------------------------------------------------------------------------------- token ids
+def test_positions_of_the_worked_example(model):
+    """The table in mrope_positions' docstring, and the same with a video of two slices."""
+    config = model.config
+    picture = torch.tensor([0, 1, *[config.image_token_id] * 6, 2, 3])
+    positions = mrope_positions(picture, [(1, 4, 6)], [None], config)
+    assert positions.tolist() == [
+        [0, 1, 2, 2, 2, 2, 2, 2, 5, 6],
+        [0, 1, 2, 2, 2, 3, 3, 3, 5, 6],
+        [0, 1, 2, 3, 4, 2, 3, 4, 5, 6],
+    ]
+    table = re.findall(r"(?:time|height|width) +((?:\d+ *){10})", mrope_positions.__doc__)
+    assert [[int(cell) for cell in row.split()] for row in table] == positions.tolist()
+
+    # 2.25 seconds at this model's tokens_per_second: what follows continues after the largest.
+    video = torch.tensor([0, *[config.video_token_id] * 4, 2])
+    step = int(config.vision.tokens_per_second * 2.25)
+    positions = mrope_positions(video, [(2, 2, 4)], [2.25], config)
+    assert positions.tolist() == [
+        [0, 1, 1, 1 + step, 1 + step, 2 + max(step, 1)],
+        [0, 1, 1, 1, 1, 2 + max(step, 1)],
+        [0, 1, 2, 1, 2, 2 + max(step, 1)],
+    ]
+
+
+def test_placeholders_and_pictures_must_agree(model):
+    ids = torch.tensor([0, *[model.config.image_token_id] * 5])
+    with pytest.raises(UserError, match="5 vision placeholders in the text, 6 vision tokens"):
+        mrope_positions(ids, [(1, 4, 6)], [None], model.config)
+
+
+# ------------------------------------------------------------ token ids
 
 
 def theirs(directory, turns, grids, generate):
-    """transformers: render the conversation by the directory's chat template, tokenize it, repeat the pads."""
+    """transformers: render by the directory's chat template, tokenize, repeat the pads."""
     template = json.loads((directory / "tokenizer_config.json").read_text())["chat_template"]
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_file=str(directory / "tokenizer.json"), chat_template=template
@@ -491,7 +505,7 @@ def trained_text(example, processor):
 
 
 def test_boxes_are_scaled_from_the_true_size(tmp_path, images, processor, tiny_model, model):
-    """300 x 200 is shown as 112 x 84: x times 112 / 300, y times 84 / 200. The authors scale by 1296 x 968 always."""
+    """300 x 200 becomes 112 x 84: x times 112 / 300, y times 84 / 200."""
     [sample] = read_samples(write_rows(tmp_path / "rows.jsonl", LOCALIZE), images)
     example = processor.example(sample, "localize")
     assert example.grids == [(1, 6, 8)]
@@ -499,7 +513,7 @@ def test_boxes_are_scaled_from_the_true_size(tmp_path, images, processor, tiny_m
     assert trained_text(example, processor) == (
         '```json\n[{"bbox_2d": [11, 8, 56, 42], "label": "door"}]\n```<|im_end|>'
     )
-    large = processor_for(tiny_model, model, max_pixels=308 * 196).example(sample, "localize")
+    large = Processor(tiny_model, model.config, max_pixels=308 * 196).example(sample, "localize")
     assert large.grids == [(1, 14, 22)] and large.boxes[0]["bbox_2d"] == [31, 20, 154, 98]
 
 
@@ -542,20 +556,17 @@ def test_headers_give_the_same_tokens_as_pixels(tmp_path, images, processor):
 @pytest.mark.parametrize("kind", ("jpg", "png", "webp"))
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_headers_give_the_upright_size(kind, orientation, tmp_path):
-    """Boxes are drawn on the upright picture: with the stored size those of phone pictures would fail."""
+    """Boxes are drawn on the upright picture: with the stored size those of phones would fail."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     Image.new("RGB", (80, 40)).save(tmp_path / f"a.{kind}", exif=exif)
-    size = open_picture(tmp_path / f"a.{kind}", pixels=False).size
-    assert (
-        size
-        == open_picture(tmp_path / f"a.{kind}").size
-        == ((80, 40) if orientation < 5 else (40, 80))
-    )
+    size = open_header(tmp_path / f"a.{kind}")
+    assert size == ((80, 40) if orientation < 5 else (40, 80))
+    assert size == open_picture(tmp_path / f"a.{kind}").size
 
 
 def test_a_mixed_batch_equals_its_rows_one_by_one(tmp_path, images, processor, model):
-    """A picture, eight views, a video, a chat without a picture: padding and pictures of others change nothing."""
+    """A picture, eight views, a video, a bare chat: padding and others' pictures change nothing."""
     bare = chat({"role": "user", "content": "How many?"}, {"role": "assistant", "content": "3"})
     samples = read_samples(
         write_rows(tmp_path / "rows.jsonl", LOCALIZE, VIEWS, VIDEO, bare), images
@@ -568,7 +579,7 @@ def test_a_mixed_batch_equals_its_rows_one_by_one(tmp_path, images, processor, m
     torch.testing.assert_close(together, alone, rtol=0, atol=2e-5)
 
 
-# ---------------------------------------------------------------------------------------------- prompts
+# ------------------------------------------------------------ prompts
 
 
 @pytest.mark.parametrize(
@@ -600,7 +611,7 @@ def test_prompts_of_a_file_replace_ours_one_by_one(tmp_path, images, tiny_model,
         '{"system": "Be brief", "direct choice": "Q: {question}\\n{options}\\nLetter?"}'
     )
     [choice, number] = read_samples(write_rows(tmp_path / "rows.jsonl", CHOICE, NUMBER), images)
-    processor = processor_for(tiny_model, model, prompts=tmp_path / "prompts.json")
+    processor = Processor(tiny_model, model.config, prompts=tmp_path / "prompts.json")
     assert (
         prompt_text(choice, "direct", processor.prompts)
         == "Q: Is the door left or right?\nA. left\nB. right\nLetter?"
@@ -614,288 +625,67 @@ def test_prompts_of_a_file_replace_ours_one_by_one(tmp_path, images, tiny_model,
     assert "system\nBe brief<|im_end|>" in processor.shown(processor.example(choice, "direct"))[0]
 
 
-# ---------------------------------------------------------------------------------------------- check, show, training
+# ------------------------------------------------------------ training, show
 
 
-def test_check_finds_everything_in_one_go(tmp_path, images, tiny_model, processor):
-    """Every malformed row above stands in one file; each is one line, and what is odd is a warning beside it."""
-    malformed = MALFORMED_PIXELS[:1] + MALFORMED + MALFORMED_PIXELS[1:] + MALFORMED_MEDIA
-    rows = [row for row, _ in malformed]
-    odd = [
-        LOCALIZE
-        | {
-            "question_id": 1,
-            "answer": [BOX | {"bbox_2d": [0, 2, 30, 40]}, BOX | {"bbox_2d": [1, 2, 299, 40]}],
-        },
-        NUMBER | {"question_id": 1, "answer": "0"},
-        VIEWS,
-        VIDEO,
-        COLD,
-        without(CHAT, "question_id"),
-    ]
-    path = write_rows(tmp_path / "rows.jsonl", *rows, *odd)
-    done = launch(
-        REPO / "data.py",
-        "check",
-        path,
-        "--images",
-        images,
-        "--model",
-        tiny_model,
-        "--max-tokens",
-        100,
-    )
-    lines, first = done.stdout.splitlines(), len(rows) + 1
-    assert done.returncode == 2 and done.stderr == ""
-    errors = [line for line in lines if line.startswith("error: ")]
-    assert [re.match(rf"error: {path}:(\d+): ", line)[1] for line in errors] == [
-        str(n) for n in range(1, first)
-    ]
-    for line, (_, message) in zip(errors, malformed):
-        assert message.split(": ")[-1] in line
-    warnings = [
-        line.removeprefix(f"warning: {path}:") for line in lines if line.startswith("warning: ")
-    ]
-    length = len(processor.example(parse_row(VIEWS, "", images), "direct").ids)
-    edge = "touches the edge of the picture of 300x200 pixels"
-    assert warnings == [
-        f"{first}: door at [0, 2, 30, 40] {edge}",
-        f"{first}: door at [1, 2, 299, 40] {edge}",
-        f"{first + 1}: id 1 stands at {path}:{first} too",
-        f"{first + 1}: answer is 0: nothing but 0 earns a reward",
-        f"{first + 2}: {length} tokens, more than 100",
-    ]
-    counts = dict(
-        line.split(maxsplit=1)[::-1] for line in lines if re.match(r" +\d+  (?!of)", line)
-    )
-    assert counts == dict.fromkeys(
-        (
-            "chat",
-            "cold start single_image",
-            "localization single_image",
-            "object size single_image",
-            "object size multi_view",
-            "object size video",
-        ),
-        "1",
-    )
-    histogram = [
-        line.split() for line in lines if re.match(r" +\d+  of \d+ to \d+ tokens #+$", line)
-    ]
-    assert sum(int(words[0]) for words in histogram) == len(odd)
-    assert lines[-1].startswith(
-        f"{path}: {len(rows) + len(odd)} rows, {len(rows)} errors, 5 warnings, at most "
-    )
-
-
-def test_check_of_a_clean_file_exits_with_0(tmp_path, images):
-    path = write_rows(tmp_path / "rows.jsonl", LOCALIZE, VIEWS)
-    done = launch(REPO / "data.py", "check", path, "--images", images)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == (
-        f"       1  localization single_image\n       1  object size multi_view\n"
-        f"{path}: 2 rows, 0 errors, 0 warnings\n"
-    )
-
-
-def test_training_stops_at_an_invalid_row_or_drops_it(tmp_path, images, tiny_model):
-    """One line and exit code 2; with --drop-invalid the run says how many rows it leaves out, and goes on."""
-    path = write_rows(
-        tmp_path / "rows.jsonl",
-        LOCALIZE,
-        CHOICE | {"answer": "C"},
-        boxes(bbox_2d=[1, 2, 301, 4]),
-        CHOICE,
-    )
-    flags = [
-        "--stage",
-        "1",
-        "--model",
-        tiny_model,
-        "--data",
-        path,
-        "--images",
-        images,
-        "--max-steps",
-        1,
-        "--batch-size",
-        2,
-    ]
-    stopped = launch(REPO / "train_sft.py", *flags, "--out", tmp_path / "a")
+def test_training_stops_at_an_invalid_row(tmp_path, images, tiny_model):
+    """One line and exit code 2."""
+    path = write_rows(tmp_path / "rows.jsonl", LOCALIZE, CHOICE | {"answer": "C"}, CHOICE)
+    flags = ["--stage", "1", "--model", tiny_model, "--data", path, "--images", images]
+    stopped = launch(REPO / "train_sft.py", *flags, "--max-steps", 1, "--out", tmp_path / "a")
     assert stopped.returncode == 2 and stopped.stderr.startswith(
         f"train_sft.py: {path}:2: answer is 'C', expected "
     )
     assert stopped.stderr.count("\n") == 1
-    done = launch(REPO / "train_sft.py", *flags, "--out", tmp_path / "b", "--drop-invalid")
-    assert (
-        done.returncode == 0
-        and f"dropped 2 of 4 rows, the first: {path}:2: answer is 'C'" in done.stdout
-    )
-    assert "2 rows, 1 steps of 2" in done.stdout
 
 
 def test_a_box_outside_stops_training_where_the_row_is_read(tmp_path, images, tiny_model):
-    """The true size is known only when the picture is opened, in a worker process too: the line is the same."""
+    """The true size is known when the picture is opened, in a worker too: the line is the same."""
     path = write_rows(tmp_path / "rows.jsonl", boxes(bbox_2d=[1, 2, 301, 4]))
-    stopped = launch(
-        REPO / "train_sft.py",
-        "--stage",
-        "1",
-        "--model",
-        tiny_model,
-        "--data",
-        path,
-        "--images",
-        images,
-        "--max-steps",
-        1,
-        "--batch-size",
-        1,
-        "--workers",
-        1,
-        "--out",
-        tmp_path / "a",
-    )
+    flags = ["--stage", "1", "--model", tiny_model, "--data", path, "--images", images]
+    flags += ["--max-steps", 1, "--batch-size", 1, "--workers", 1, "--out", tmp_path / "a"]
+    stopped = launch(REPO / "train_sft.py", *flags)
     assert stopped.returncode == 2
-    assert stopped.stderr.splitlines()[-1] == (
-        f"train_sft.py: step 1: {path}:1: bbox_2d is [1, 2, 301, 4], outside the picture "
-        "of 300x200 pixels"
-    )
+    last = stopped.stderr.splitlines()[-1]
+    outside = "bbox_2d is [1, 2, 301, 4], outside the picture of 300x200 pixels"
+    assert last.startswith("train_sft.py: ") and last.endswith(f"{path}:1: {outside}")
 
 
-def test_show_holds_the_exact_input(tmp_path, images, tiny_model, processor, monkeypatch):
-    """Pictures come out of the patches, and every token, label and position of the row stands on the page."""
-    path = write_rows(
-        tmp_path / "rows.jsonl", "{", LOCALIZE | {"question": "Where is the <b>dôor</b>?"}, VIDEO
-    )
+def test_show_holds_the_exact_input(tmp_path, images, tiny_model, processor, call):
+    """Pictures come out of the patches, and every token, label and position stands on the page."""
+    rows = ["{", LOCALIZE | {"question": "Where is the <b>dôor</b>?"}, VIDEO]
+    path = write_rows(tmp_path / "rows.jsonl", *rows)
     pages = []
     for row in (2, 3):
         out = tmp_path / f"{row}.html"
-        monkeypatch.setattr(
-            "sys.argv",
-            [
-                "report.py",
-                "show",
-                str(path),
-                "--row",
-                str(row),
-                "--images",
-                str(images),
-                "--model",
-                str(tiny_model),
-                "--out",
-                str(out),
-            ],
-        )
-        report.main()
+        flags = ["--images", images, "--model", tiny_model, "--out", out]
+        call(show, path, "--row", row, *flags)
         pages.append(out.read_text("utf-8"))
-    assert "<b>d" not in pages[0]
-    assert pages[0].count("<svg") == 1 and 'viewBox="0 0 112 84"' in pages[0]
-    assert 'd="M11.0 8.0H56.0V42.0H11.0Z"' in pages[0]
-    assert (
-        "&lt;|image_pad|&gt;</span> × 12" in pages[0]
-        and "time 9, height 9 to 11, width 9 to 12" in pages[0]
-    )
-    assert (
-        "<small>1760.jpg, 112 × 84</small>" in pages[0]
-        and "with the boxes of the answer" in pages[0]
-    )
-    assert "<small>frame4.jpg, 112 × 84</small>" in pages[1] and "with the boxes" not in pages[1]
-    assert pages[1].count("<svg") == 6 and "time 9 to 11, height 9 to 11, width 9 to 12" in pages[1]
+    localize, video = pages
+    assert "<b>d" not in localize
+    assert localize.count("<svg") == 1 and 'viewBox="0 0 112 84"' in localize
+    assert 'd="M11.0 8.0H56.0V42.0H11.0Z"' in localize
+    assert "&lt;|image_pad|&gt; × 12" in localize
+    assert "time 9 to 9, height 9 to 11, width 9 to 12" in localize
+    assert "112 × 84" in localize
+    assert video.count("<svg") == 6
+    assert "time 9 to 11, height 9 to 11, width 9 to 12" in video
 
-    sample = read_samples(write_rows(path, LOCALIZE | {"question": "Where is the dôor?"}), images)[
-        0
-    ]
+    path = write_rows(path, LOCALIZE | {"question": "Where is the dôor?"})
+    [sample] = read_samples(path, images)
     example = processor.example(sample, "localize")
-    runs = list(report.token_runs(example, processor))
+    runs = list(show.token_runs(example, processor))
     assert [kind for kind, *_ in runs] == ["prompt", "vision", "prompt", "trained", "prompt"]
     assert torch.equal(torch.cat([positions for *_, positions in runs], dim=1), example.positions)
-    text = "".join("".join(pieces) for kind, pieces, _ in runs)
-    assert text == processor.shown(example)[0] and "dôor" in text
-    [[first, second]] = report.seen(example)
+    text = "".join("".join(pieces) for kind, pieces, _ in runs if kind != "vision")
+    assert text == processor.shown(example)[0].replace("<|image_pad|>", "") and "dôor" in text
+    [[first, second]] = show.seen(example)
     small = open_picture(images / "scene0022_00/1760.jpg").resize((112, 84), Image.BICUBIC)
     assert first.tobytes() == second.tobytes() == small.tobytes()
 
 
-def test_show_of_no_such_row_is_one_line(tmp_path, images, tiny_model, monkeypatch, capsys):
+def test_show_of_no_such_row_is_one_line(tmp_path, images, tiny_model, call):
     path = write_rows(tmp_path / "rows.jsonl", LOCALIZE)
-    monkeypatch.setattr(
-        "sys.argv", ["report.py", "show", str(path), "--row", "2", "--model", str(tiny_model)]
-    )
-    with pytest.raises(SystemExit) as stop:
-        report.main()
-    assert stop.value.code == 2 and capsys.readouterr().err == f"{path}:2: there is no such row\n"
-
-
-# ---------------------------------------------------------------------------------------------- what the README says
-
-
-def readme_block(word):
-    """The code block of the README's data section in which a word stands."""
-    section = (
-        (REPO / "README.md").read_text(encoding="utf-8").split("## Your data, six benchmarks")[1]
-    )
-    [block] = [block for block in re.findall(r"```\n(.*?)```", section, re.DOTALL) if word in block]
-    return block
-
-
-def test_the_readme_turns_conversations_into_messages(tmp_path, images):
-    """LLaVA's single picture, ShareGPT's list of pictures, a video of frames and a system turn, by the printed command."""
-
-    def row(*values, **media):
-        return media | {
-            "conversations": [{"from": speaker, "value": value} for speaker, value in values]
-        }
-
-    one, two = CHOICE["image"][0], VIEWS["image"][:2]
-    (tmp_path / "llava.json").write_text(
-        json.dumps(
-            [
-                row(
-                    ("human", "<image>\nHow wide?"),
-                    ("gpt", "85"),
-                    ("human", "And high?"),
-                    ("gpt", "200"),
-                    image=one,
-                ),
-                row(
-                    ("system", "Be brief."),
-                    ("human", "<image><image>Same room?"),
-                    ("gpt", "Yes"),
-                    images=two,
-                ),
-                row(("human", "<video>What is it?"), ("gpt", "A door"), video=VIDEO["image"]),
-            ]
-        )
-    )
-    done = subprocess.run(
-        readme_block("conversations").replace("python", sys.executable, 1), shell=True, cwd=tmp_path
-    )
-    assert done.returncode == 0
-    first, second, third = (
-        sample.messages for sample in read_samples(tmp_path / "chat.jsonl", images)
-    )
-    picture, *views = (Media("image", str(images / name)) for name in (one, *two))
-    assert first == (
-        ("user", (picture, "How wide?")),
-        ("assistant", ("85",)),
-        ("user", ("And high?",)),
-        ("assistant", ("200",)),
-    )
-    assert second == (
-        ("system", ("Be brief.",)),
-        ("user", (*views, "Same room?")),
-        ("assistant", ("Yes",)),
-    )
-    assert third[0] == (
-        "user",
-        (Media("video", tuple(str(images / name) for name in VIDEO["image"])), "What is it?"),
-    )
-
-
-def test_the_readmes_prompts_and_chat_row_are_read(tmp_path, images):
-    (tmp_path / "prompts.json").write_text(readme_block("You look at pictures"))
-    assert read_prompts(tmp_path / "prompts.json")["system"] == "You look at pictures of rooms."
-    row = json.loads(readme_block('"messages": [{"role": "user"'))
-    [sample] = read_samples(write_rows(tmp_path / "rows.jsonl", row), images)
-    assert sample.messages[1] == ("assistant", ("85",)) and sample.media[0].kind == "image"
+    with pytest.raises(UserError) as error:
+        call(show, path, "--row", 2, "--model", tiny_model, "--out", tmp_path / "row.html")
+    assert str(error.value) == f"{path}:2: there is no such row"

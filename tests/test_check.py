@@ -1,0 +1,127 @@
+"""look/check.py: everything that is wrong or odd with a file, in one go."""
+
+import re
+
+import pytest
+from conftest import launch
+from test_data import (
+    BOX,
+    CHAT,
+    COLD,
+    LOCALIZE,
+    MALFORMED,
+    MALFORMED_MEDIA,
+    MALFORMED_PIXELS,
+    NUMBER,
+    VIDEO,
+    VIEWS,
+    without,
+    write_images,
+    write_rows,
+)
+
+from checkpoint import load_config
+from data import Processor, parse_row
+from files import UserError
+from look import check
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="module")
+def processor(tiny_model):
+    return Processor(tiny_model, load_config(tiny_model))
+
+
+def test_check_finds_everything_in_one_go(tmp_path, images, tiny_model, processor):
+    """Every malformed row of test_data.py is one line, and what is odd is a warning."""
+    malformed = MALFORMED_PIXELS[:1] + MALFORMED + MALFORMED_PIXELS[1:] + MALFORMED_MEDIA
+    rows = [row for row, _ in malformed]
+    odd = [
+        LOCALIZE
+        | {
+            "question_id": 1,
+            "answer": [BOX | {"bbox_2d": [0, 2, 30, 40]}, BOX | {"bbox_2d": [1, 2, 299, 40]}],
+        },
+        NUMBER | {"question_id": 1, "answer": "0"},
+        VIEWS,
+        VIDEO,
+        COLD,
+        without(CHAT, "question_id"),
+    ]
+    path = write_rows(tmp_path / "rows.jsonl", *rows, *odd)
+    flags = ["--images", images, "--model", tiny_model, "--max-tokens", 100]
+    done = launch("look.check", path, *flags)
+    lines, first = done.stdout.splitlines(), len(rows) + 1
+    assert done.returncode == 2 and done.stderr == ""
+    errors = [line for line in lines if line.startswith("error: ")]
+    assert [re.match(rf"error: {path}:(\d+): ", line)[1] for line in errors] == [
+        str(n) for n in range(1, first)
+    ]
+    for line, (_, message) in zip(errors, malformed):
+        assert message.split(": ")[-1] in line
+    warnings = [
+        line.removeprefix(f"warning: {path}:") for line in lines if line.startswith("warning: ")
+    ]
+    length = len(processor.example(parse_row(VIEWS, "", images), "direct").ids)
+    edge = "touches the edge of the picture of 300x200 pixels"
+    assert warnings == [
+        f"{first}: door at [0, 2, 30, 40] {edge}",
+        f"{first}: door at [1, 2, 299, 40] {edge}",
+        f"{first + 1}: answer is 0: only 0 earns a reward",
+        f"{first + 1}: id 1 stands at {path}:{first} too",
+        f"{first + 2}: {length} tokens, more than 100",
+    ]
+    counts = dict(line.split(maxsplit=1)[::-1] for line in lines if re.match(r" +\d+  ", line))
+    assert counts == dict.fromkeys(
+        (
+            "chat",
+            "cold start single_image",
+            "localization single_image",
+            "object size single_image",
+            "object size multi_view",
+            "object size video",
+        ),
+        "1",
+    )
+    assert lines[-1].startswith(
+        f"{path}: {len(rows) + len(odd)} rows, {len(rows)} errors, 5 warnings, at most "
+    )
+
+
+def test_check_of_a_clean_file_exits_with_0(tmp_path, images):
+    path = write_rows(tmp_path / "rows.jsonl", LOCALIZE, VIEWS)
+    done = launch("look.check", path, "--images", images)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == (
+        f"       1  localization single_image\n       1  object size multi_view\n"
+        f"{path}: 2 rows, 0 errors, 0 warnings\n"
+    )
+
+
+def test_a_picture_is_decoded_once_and_breaks_all_its_rows(tmp_path, images, call, capsys):
+    """Two rows of one broken picture are two errors, in the order of the file."""
+    broken = [NUMBER | {"question_id": n, "image": ["cut.jpg"]} for n in range(2)]
+    path = write_rows(tmp_path / "rows.jsonl", broken[0], VIEWS, "{", broken[1])
+    with pytest.raises(SystemExit) as stop:
+        call(check, path, "--images", images)
+    assert stop.value.code == 2
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in lines[:3]] == ["error"] * 3
+    assert [re.search(r"jsonl:(\d+)", line)[1] for line in lines[:3]] == ["1", "3", "4"]
+    assert lines[-1] == f"{path}: 4 rows, 3 errors, 0 warnings"
+    assert set(check.decode_all([parse_row(row, "", images) for row in broken])) == {
+        str(images / "cut.jpg")
+    }
+
+
+def test_check_of_an_empty_file_and_of_tokens_without_a_model(tmp_path, images, call, capsys):
+    path = write_rows(tmp_path / "rows.jsonl", "")
+    with pytest.raises(UserError, match=r"rows\.jsonl: no rows in it"):
+        call(check, path, "--images", images)
+    with pytest.raises(SystemExit):
+        call(check, path, "--max-tokens", 9)
+    assert capsys.readouterr().err == "check.py: --model is missing\n"
