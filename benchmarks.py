@@ -562,14 +562,15 @@ def add_baselines(rows, samples, match, train=()):
     for sample in train:
         if sample.question_type == "localization":
             boxes += [box["bbox_2d"] for box in sample.answer]
+    mean_box = np.mean(boxes, axis=0) if boxes else None
     questions = [s for s in train if s.question_type != "localization" and not s.messages]
     guesses = blind_baseline(questions, samples, match)
     for row, sample, guess in zip(rows, samples, guesses, strict=True):
         blind = chance = None
         if sample.question_type == "localization":
             if boxes:
-                mean = np.mean(boxes, axis=0)
-                blind = float(np.mean([box_iou(mean, box["bbox_2d"]) for box in sample.answer]))
+                overlaps = [box_iou(mean_box, box["bbox_2d"]) for box in sample.answer]
+                blind = float(np.mean(overlaps))
         elif questions:
             blind = match(guess, row)
         if sample.options:

@@ -26,8 +26,15 @@ from settings import PICTURES, Parser, add_flags, positive, share, values
 
 # What the chains depend on; the other flags choose among them.
 SAMPLING = (
-    *("model", "data", "images", "dtype", "seed", *PICTURES),
-    *("num_generations", "max_completion_length", "temperature"),
+    "model",
+    "data",
+    "images",
+    "dtype",
+    "seed",
+    "num_generations",
+    "max_completion_length",
+    "temperature",
+    *PICTURES,
 )
 SHARES = ("well formed", "correct", "accepted")  # counted in chains
 QUESTIONS = ("solved", "in the band", "kept")
@@ -39,16 +46,20 @@ def sample_chains(model, processor, samples, rows, args, device):
     Args:    rows: numbers into samples.
     Returns: {"index": row, "completions": texts, "format": rewards, "accuracy": rewards} for each.
     """
-    size, length = args.num_generations, args.max_completion_length
-    uniforms = torch.cat([noise(args.seed, 0, row, size, length) for row in rows]).to(device)
-    groups = sample_completions(model, processor, samples, rows, size, uniforms, args, device)
+    G, length = args.num_generations, args.max_completion_length
+    # As in GRPO, each chain's noise depends on seed and row only: (B * G, length).
+    uniforms = torch.cat([noise(args.seed, 0, row, G, length) for row in rows]).to(device)
+    groups = sample_completions(model, processor, samples, rows, G, uniforms, args, device)
     chains = []
     for row, group in zip(rows, groups):
-        rewards = {
-            "format": format_reward(group.texts),
-            "accuracy": accuracy_reward(group.texts, group.sample),
-        }
-        chains.append({"index": row, "completions": group.texts} | rewards)
+        chains.append(
+            {
+                "index": row,
+                "completions": group.texts,
+                "format": format_reward(group.texts),
+                "accuracy": accuracy_reward(group.texts, group.sample),
+            }
+        )
     return chains
 
 
@@ -144,7 +155,14 @@ def settings():
     add("--limit", type=int, help="at most this many questions of each type, drawn by --seed")
     add("--batch-size", type=int, default=8, help="questions that one device samples at once")
     add("--min-accuracy", type=float, default=0.8, help="what a number must earn (MRA)")
-    add("--difficulty", nargs=2, type=float, default=(0.0, 1.0), metavar=("LOW", "HIGH"))
+    add(
+        "--difficulty",
+        nargs=2,
+        type=float,
+        default=(0.0, 1.0),
+        metavar=("LOW", "HIGH"),
+        help="only questions of whose chains a share between these two is right",
+    )
     add("--per-question", type=int, default=1, help="chains that are kept of a question")
     add("--per-type", type=int, help="chains that are kept of a question type")
     parser.checks |= dict.fromkeys(("limit", "batch_size", "per_question", "per_type"), positive)
