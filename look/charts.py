@@ -73,6 +73,7 @@ img { border-radius: 4px; display: block }
 .boxes path.seen { stroke: #ff7ec0; stroke-dasharray: 5 3 }
 .boxes text.true { fill: #ffd43b }
 .boxes text.seen { fill: #ff9ed0 }
+.views { gap: 8px }
 .views img { width: 112px }
 .tokens { max-width: none }
 .tokens span { border-radius: 3px; margin-right: 1px; background: var(--line) }
@@ -220,7 +221,7 @@ def dots(title, rows, marks=None):
             parts.append(circle("ring", across(mark), y))
         said = mark if value is None else value
         parts.append(text("–" if said is None else f"{said:.3g}", right + 10, y + 4))
-    return drawing(max(right + 150, 16 + width_of(title)), bottom + 24, parts)
+    return drawing(max(right + 200, 16 + width_of(title)), bottom + 24, parts)
 
 
 def join(svgs, columns):

@@ -6,11 +6,11 @@ Pictures are shown as the patches hold them, text as its tokens: which ones are 
 they stand on the three position axes.
 """
 
+import math
 from html import escape
 from itertools import groupby
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
 from checkpoint import load_config
@@ -24,13 +24,14 @@ from settings import PICTURES, Parser, add_flags, values
 def seen(example):
     """An example's pictures and frames as the patches hold them, in one list for each grid."""
     pictures = []
-    sizes = [t * h * w for t, h, w in example.grids]
-    for (t, h, w), patches in zip(example.grids, example.patches.split(sizes)):
+    counts = [math.prod(grid) for grid in example.grids]
+    for (t, h, w), patches in zip(example.grids, example.patches.split(counts)):
         # data.to_patches backwards, axis by axis.
         axes = patches.numpy().reshape(t, h // 2, w // 2, 2, 2, 3, 2, 14, 14)
         frames = axes.transpose(0, 6, 1, 3, 7, 2, 4, 8, 5).reshape(2 * t, 14 * h, 14 * w, 3)
-        pixels = (255 * (frames * np.array(STD) + np.array(MEAN))).round().clip(0, 255)
-        pictures.append([Image.fromarray(frame) for frame in pixels.astype(np.uint8)])
+        pixels = 255 * (frames * STD + MEAN)
+        pixels = pixels.round().clip(0, 255).astype("uint8")
+        pictures.append([Image.fromarray(frame) for frame in pixels])
     return pictures
 
 
@@ -40,15 +41,15 @@ def token_runs(example, processor):
     A kind is "vision", "trained" or "prompt". There is a text for each token, or for several that
     are one character together.
     """
+    vision = processor.config.image_token_id, processor.config.video_token_id
     kinds = []
     for token, label in zip(example.ids, example.labels):
-        if token in (processor.config.image_token_id, processor.config.video_token_id):
-            kinds.append("vision")
-        else:
-            kinds.append("trained" if label >= 0 else "prompt")
+        kind = "trained" if label >= 0 else "prompt"
+        kinds.append("vision" if token in vision else kind)
     for kind, places in groupby(range(len(kinds)), kinds.__getitem__):
         places = list(places)
-        texts, pending = [], []
+        texts = []
+        pending = []
         for token in example.ids[places].tolist():
             pending.append(token)
             text = processor.tokenizer.decode(pending, skip_special_tokens=False)
