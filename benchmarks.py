@@ -629,7 +629,9 @@ def measure(rows, seed, stratum="question_type", aggregate=group_means):
         overall = groups.pop("overall")
         part[column] = None if np.isnan(overall) else overall
     part["low"], part["high"] = bootstrap_interval(values, seed, aggregate)
-    return part | ({"groups": groups} if groups else {})
+    if groups:
+        part["groups"] = groups
+    return part
 
 
 def measure_boxes(rows, seed):

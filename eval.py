@@ -226,6 +226,7 @@ def settings():
     add("--limit", type=int, help="at most this many rows of each question type, drawn by --seed")
     add("--predictions", help="another engine's answers (id, question_type, completion); no model")
     add("--blind-from", help="training rows: what do their answers say without a picture?")
+    # The other numbers are rows of SETTINGS, which has their checks.
     parser.checks |= {"batch_size": positive, "limit": positive}
     args = parser.parse_args()
     parser.need(args, "out", "predictions" if args.predictions else "model")
@@ -265,7 +266,7 @@ def main():
     ranks.once(claim, out, recipe)
     ranks.once(write_json, out / CONFIG, recipe)
     if not args.predictions:
-
+        # answer_once knows nothing of models: coldstart.py samples chains with it.
         def answer(rows):
             return answer_rows(model, processor, samples, rows, args, ranks.device)
 
