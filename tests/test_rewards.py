@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rewards
+from files import UserError
 
 
 @dataclass
@@ -419,7 +420,7 @@ def test_box_rewards_pay_the_mean_iou_with_and_without_tags():
 @pytest.mark.parametrize("kind, answer", [("colour", "B"), (CHOICE, "left"), (NUMBER, "four")])
 def test_a_truth_that_cannot_be_scored_is_named(kind, answer):
     """Paying 0, as the authors do, would train on noise in silence."""
-    with pytest.raises(rewards.UserError) as error:
+    with pytest.raises(UserError) as error:
         rewards.accuracy_reward(["B"], Row(kind, answer))
     message = str(error.value)
     assert (
