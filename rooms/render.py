@@ -60,6 +60,14 @@ MIN_INSIDE = 0.6  # share of its projected rectangle that is inside the picture
 # Category: its colour, its dims (width, depth, height in meters), and solids that fill a unit box,
 # see `build`.
 FURNITURE = read_json(Path(__file__).parent / "furniture.json")
+SQUARE = np.array(
+    [
+        [-0.5, -0.5],
+        [0.5, -0.5],
+        [0.5, 0.5],
+        [-0.5, 0.5],
+    ]
+)
 LIGHT = np.array([0.45, 0.2, 0.87])  # unit vector towards the light
 # sides of a solid: radius of the polygon in a unit square, and by how many sides it is turned
 CORNERS = {4: (math.sqrt(0.5), 0.5), 8: (0.5, 0)}
@@ -91,7 +99,8 @@ def shuffled(rng, items):
 
 def turn(points, yaw):
     """Points (N, 2) turned counter-clockwise around the origin."""
-    c, s = math.cos(yaw), math.sin(yaw)
+    c = math.cos(yaw)
+    s = math.sin(yaw)
     return points @ [[c, s], [-s, c]]
 
 
@@ -101,9 +110,10 @@ def make_thing(name, center, yaw, dims):
     >>> make_thing("bin", (2, 1), 0, (1, 0.5, 0.7)).footprint.tolist()
     [[1.5, 0.75], [2.5, 0.75], [2.5, 1.25], [1.5, 1.25]]
     """
-    square = np.array([[-0.5, -0.5], [0.5, -0.5], [0.5, 0.5], [-0.5, 0.5]])
-    corners = turn(square * dims[:2], yaw) + center
-    return Thing(name, np.asarray(center), yaw, np.asarray(dims), corners)
+    center = np.asarray(center)
+    dims = np.asarray(dims)
+    corners = SQUARE * dims[:2]
+    return Thing(name, center, yaw, dims, turn(corners, yaw) + center)
 
 
 def build(thing, sides, x, y, z, taper=1, tint=1):
@@ -115,14 +125,19 @@ def build(thing, sides, x, y, z, taper=1, tint=1):
     """
     radius, start = CORNERS[sides]
     angles = (np.arange(sides) + start) * 2 * math.pi / sides
-    outline = np.stack([np.cos(angles), np.sin(angles)], 1) * radius * (2 * x, y[1] - y[0])
+    outline = np.stack([np.cos(angles), np.sin(angles)], 1) * radius
+    outline *= (2 * x, y[1] - y[0])
+    middle = (0, sum(y) / 2)
     ends = []
     for scale, height in zip((1, taper), z):
-        flat = ((0, sum(y) / 2) + outline * scale) * thing.dims[:2]
+        flat = (middle + outline * scale) * thing.dims[:2]
         flat = turn(flat, thing.yaw) + thing.center
         ends.append(np.c_[flat, np.full(sides, height * thing.dims[2])])
     bottom, top = ends  # (sides, 3) each
-    around = np.cross(np.roll(bottom, -1, 0) - bottom, top - bottom)
+
+    # The faces: their normals point outwards, and their light depends on where they face.
+    edges = np.roll(bottom, -1, 0) - bottom
+    around = np.cross(edges, top - bottom)
     around /= np.linalg.norm(around, axis=1, keepdims=True)
     normals = np.r_[around, [[0, 0, 1], [0, 0, -1]]]  # (K, 3): sides, top, bottom
     offsets = np.r_[(around * bottom).sum(1), top[0, 2], -bottom[0, 2]]
@@ -144,9 +159,11 @@ def polygon_distance(a, b):
     separated = False
     for p, q in ((a, b), (b, a)):
         edges = np.roll(p, -1, 0) - p  # (P, 2)
+        lengths = np.maximum((edges * edges).sum(1), 1e-12)  # squared
         offsets = q[:, None] - p  # (Q, P, 2): each corner of q from the start of each edge of p
-        along = (offsets * edges).sum(2) / np.maximum((edges * edges).sum(1), 1e-12)
-        apart = offsets - np.clip(along, 0, 1)[..., None] * edges  # from the edge's nearest point
+        along = (offsets * edges).sum(2) / lengths  # (Q, P): 0 at the edge's start, 1 at its end
+        along = np.clip(along, 0, 1)[..., None]
+        apart = offsets - along * edges  # from the edge's nearest point
         nearest = min(nearest, (apart * apart).sum(2).min())
         outside = offsets[..., 0] * edges[:, 1] - offsets[..., 1] * edges[:, 0]
         if (outside.min(0) > 0).any():  # all of q lies beyond one edge of p
@@ -165,19 +182,24 @@ def ground(camera, point):
     """
     dx = point[0] - camera.x
     dy = point[1] - camera.y
-    c, s = math.cos(camera.yaw), math.sin(camera.yaw)
+    c = math.cos(camera.yaw)
+    s = math.sin(camera.yaw)
     return float(dx * s - dy * c), float(dx * c + dy * s)
 
 
 def video_cameras(rng, sides):
     """Eight cameras on a straight walk of at most 2 m, which pan by 110 to 210 degrees."""
     a, b = rng.uniform(0.15, 0.85, (2, 2)) * sides
-    walk = (b - a) * min(1, rng.uniform(0, 2) / np.linalg.norm(b - a))
-    b = a + walk
-    inwards = sides - a - b  # the middle of the walk looks to the middle of the room
-    yaw = math.atan2(inwards[1], inwards[0])
+    share = rng.uniform(0, 2) / np.linalg.norm(b - a)
+    b = a + (b - a) * min(1, share)
+    x, y = sides - a - b  # the middle of the walk looks to the middle of the room
+    yaw = math.atan2(y, x)
     sweep = rng.choice([1, -1]) * math.radians(rng.uniform(110, 210))
-    return [Camera(*(a + (b - a) * t), yaw + sweep * (t - 0.5)) for t in np.linspace(0, 1, FRAMES)]
+    cameras = []
+    for t in np.linspace(0, 1, FRAMES):
+        place = a + (b - a) * t
+        cameras.append(Camera(*place, yaw + sweep * (t - 0.5)))
+    return cameras
 
 
 def view_cameras(rng, sides):
@@ -187,21 +209,25 @@ def view_cameras(rng, sides):
     step = int(rng.choice([1, -1]))
     for wall in range(start, start + step * VIEWS, step):
         yaw = wall * math.pi / 2
-        forward = np.array([np.cos(yaw), np.sin(yaw)])
-        back = abs(sides @ forward) / 2 - 0.2
-        aside = rng.uniform(-0.3, 0.3) * np.array([-forward[1], forward[0]])
-        place = sides / 2 - back * forward + aside
+        c = np.cos(yaw)
+        s = np.sin(yaw)
+        back = abs(sides @ [c, s]) / 2 - 0.2  # from the middle of the room almost to the wall
+        aside = rng.uniform(-0.3, 0.3)
+        place = sides / 2 - back * np.array([c, s]) + aside * np.array([-s, c])
         cameras.append(Camera(*place, yaw + rng.uniform(-0.1, 0.1)))
     return cameras
 
 
 def fits(thing, things, cameras, sides):
     """Whether a thing is inside the walls, apart from all others and not close to a camera."""
-    if thing.footprint.min() < WALL or (sides - thing.footprint.max(0)).min() < WALL:
+    beyond_walls = sides - thing.footprint.max(0)
+    if thing.footprint.min() < WALL or beyond_walls.min() < WALL:
         return False
+    width, depth, _ = thing.dims
     for camera in cameras:
         # The camera's distance from the footprint, in the thing's own coordinates.
-        beyond = np.abs(ground(Camera(*thing.center, thing.yaw), camera)) - thing.dims[1::-1] / 2
+        right, ahead = ground(Camera(*thing.center, thing.yaw), camera)
+        beyond = (abs(right) - depth / 2, abs(ahead) - width / 2)
         if math.hypot(*np.maximum(beyond, 0)) < CLEARANCE:
             return False
     return all(polygon_distance(other.footprint, thing.footprint) >= GAP for other in things)
@@ -214,9 +240,12 @@ def furnish(rng, names, scale, cameras, sides):
     for name in names:
         # Both ends of the range are likelier than its middle.
         factor = small * (large / small) ** rng.beta(0.5, 0.5)
-        dims = factor * np.exp(rng.uniform(*np.log(STRETCH), 3)) * FURNITURE[name]["dims"]
+        stretch = np.exp(rng.uniform(*np.log(STRETCH), 3))
+        dims = factor * stretch * FURNITURE[name]["dims"]
         for _ in range(PLACE_TRIES):
-            thing = make_thing(name, rng.uniform(0, sides), rng.uniform(0, 2 * math.pi), dims)
+            center = rng.uniform(0, sides)
+            yaw = rng.uniform(0, 2 * math.pi)
+            thing = make_thing(name, center, yaw, dims)
             if fits(thing, things, cameras, sides):
                 things.append(thing)
                 break
@@ -233,18 +262,17 @@ def make_room(rng, video, easy=False, difficulty=DIFFICULTY):
     walls = difficulty[f"{kind}_sides"]
     least, most = (1, 1) if easy else difficulty[f"{kind}_categories"]
     for _ in range(ROOM_TRIES):
-        sides = np.round(np.exp(rng.uniform(*np.log(walls), 2)), 1)
+        sides = np.exp(rng.uniform(*np.log(walls), 2)).round(1)
         cameras = video_cameras(rng, sides) if video else view_cameras(rng, sides)
-        names = shuffled(rng, [*FURNITURE])[: rng.integers(least, most + 1)]
+        names = shuffled(rng, [*FURNITURE])
+        names = names[: rng.integers(least, most + 1)]
         if rng.random() < REPEATS and not easy:
             names[:1] *= min(4, rng.integers(2, 7))  # most are 4: not all will fit
         things = furnish(rng, names, difficulty["scale"], cameras, sides)
         if len({thing.name for thing in things}) >= least:
             return finish(rng, sides, things, cameras)
-    scale = difficulty["scale"]
-    raise UserError(
-        f"{least} categories of scale {scale} do not fit between walls of {walls} meters"
-    )
+    what = f"{least} categories of scale {difficulty['scale']}"
+    raise UserError(f"{what} do not fit between walls of {walls} meters")
 
 
 def finish(rng, sides, things, cameras):
@@ -255,8 +283,16 @@ def finish(rng, sides, things, cameras):
         solids.append([build(thing, **part) for part in parts])
     gaps = np.zeros((len(things), len(things)))
     for a, b in itertools.combinations(range(len(things)), 2):
-        gaps[a, b] = gaps[b, a] = polygon_distance(things[a].footprint, things[b].footprint)
-    shades = np.array([[0.85, 0.95], [1, 0.9], [rng.uniform(0.65, 0.9), 1.2]])
+        distance = polygon_distance(things[a].footprint, things[b].footprint)
+        gaps[a, b] = distance
+        gaps[b, a] = distance
+    shades = np.array(
+        [
+            [0.85, 0.95],  # two walls
+            [1, 0.9],  # the other two
+            [rng.uniform(0.65, 0.9), 1.2],  # floor and ceiling
+        ]
+    )
     shades *= rng.uniform(150, 205)
     tints = shades[..., None] + rng.uniform(-14, 14, (3, 1, 3))
     return Room(sides, things, solids, gaps, cameras, tints.astype(np.float32))
@@ -268,6 +304,21 @@ def finish(rng, sides, things, cameras):
 def focal_length(size):
     """In pixels."""
     return size / 2 / math.tan(FIELD_OF_VIEW / 2)
+
+
+def camera_axes(yaw):
+    """(3, 3): right, down and forward of a camera, as rows in room coordinates."""
+    c = math.cos(yaw)
+    s = math.sin(yaw)
+    level = math.cos(PITCH)
+    fall = math.sin(PITCH)
+    return np.array(
+        [
+            [s, -c, 0],
+            [-c * fall, -s * fall, -level],
+            [c * level, s * level, -fall],
+        ]
+    )
 
 
 @lru_cache
@@ -328,11 +379,9 @@ def render(room, camera, size=SIZE, cast=CAST):
     Returns: picture (size, size, 3) uint8; ids (size, size), the number + 1 of the thing that each
              pixel shows, 0 for none; a Sight of each thing.
     """
-    c, s = math.cos(camera.yaw), math.sin(camera.yaw)
-    cp, sp = math.cos(PITCH), math.sin(PITCH)
-    basis = np.array([[s, -c, 0], [-c * sp, -s * sp, -cp], [c * cp, s * cp, -sp]])
+    basis = camera_axes(camera.yaw)
     origin = np.array([camera.x, camera.y, EYE_HEIGHT])
-    # From right, down, forward (the rows of basis) to room coordinates: (3, size, size).
+    # From right, down, forward to room coordinates: (3, size, size).
     rays = np.tensordot(basis.astype(np.float32), pixel_rays(size), (0, 0))
     image = draw_walls(room, origin, rays)
     depth = np.full((size, size), np.inf, np.float32)
@@ -402,31 +451,55 @@ def chunk(name, *parts):
     return name + struct.pack("<I", len(content)) + content + b"\0" * (len(content) % 2)
 
 
-def mjpeg_avi(frames, size, fps):
-    """An .avi file (RIFF, one stream of Motion JPEG) of pictures that are .jpg files, all bytes.
+def avi_headers(count, largest, size, fps):
+    """What an .avi file of `count` frames says of itself; `largest` is the longest frame in bytes.
 
     An x in the formats below is a zero byte: a field that players do not need.
     """
-    count = len(frames)
-    largest = max(map(len, frames))
     film = struct.pack(
-        "<2I4x2I4x4I16x", 1_000_000 // fps, largest * fps, 16, count, 1, largest, size, size
+        "<2I4x2I4x4I16x",
+        1_000_000 // fps,  # microseconds of a frame
+        largest * fps,  # bytes in a second, at most
+        16,  # there is an index
+        count,
+        1,  # stream
+        largest,
+        size,
+        size,
     )
     stream = struct.pack(
-        "<8s12x2I4x3I8x2H", b"vidsMJPG", 1, fps, count, largest, 2**32 - 1, size, size
+        "<8s12x2I4x3I8x2H",
+        b"vidsMJPG",
+        1,  # fps / 1 frames in a second
+        fps,
+        count,
+        largest,
+        2**32 - 1,  # the default quality
+        size,
+        size,
     )
-    picture = struct.pack("<3I2H4sI16x", 40, size, size, 1, 24, b"MJPG", size * size * 3)
+    picture = struct.pack(
+        "<3I2H4sI16x",
+        40,  # bytes of this header
+        size,
+        size,
+        1,  # plane
+        24,  # bits of a pixel
+        b"MJPG",
+        size * size * 3,
+    )
+    about = chunk(b"LIST", b"strl", chunk(b"strh", stream), chunk(b"strf", picture))
+    return chunk(b"LIST", b"hdrl", chunk(b"avih", film), about)
+
+
+def mjpeg_avi(frames, size, fps):
+    """An .avi file (RIFF, one stream of Motion JPEG) of pictures that are .jpg files, all bytes."""
+    headers = avi_headers(len(frames), max(map(len, frames)), size, fps)
     data = [chunk(b"00dc", frame) for frame in frames]
     index = []
     start = 4  # where each frame's chunk begins, counted from the name "movi"
     for frame, content in zip(frames, data):
         index.append(struct.pack("<4s3I", b"00dc", 16, start, len(frame)))
         start += len(content)
-    headers = chunk(b"LIST", b"strl", chunk(b"strh", stream), chunk(b"strf", picture))
-    return chunk(
-        b"RIFF",
-        b"AVI ",
-        chunk(b"LIST", b"hdrl", chunk(b"avih", film), headers),
-        chunk(b"LIST", b"movi", *data),
-        chunk(b"idx1", *index),
-    )
+    movie = chunk(b"LIST", b"movi", *data)
+    return chunk(b"RIFF", b"AVI ", headers, movie, chunk(b"idx1", *index))

@@ -14,6 +14,7 @@ import math
 import multiprocessing
 import os
 import tempfile
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -41,15 +42,15 @@ from rooms.talk import (
     clear_groups,
     clear_kinds,
     differ,
+    gap_between,
     make_world,
+    most_seen,
     names,
-    places,
-    seen,
-    sides_of,
+    past,
     stated,
     turn_angle,
     turned,
-    where,
+    whole,
 )
 from runtime import main_guard
 from settings import Parser, flag, not_negative, positive
@@ -94,59 +95,52 @@ WEIGHTS = {
 
 def object_size(world, a):
     """The longest side in centimeters."""
-    sides = sides_of(world.room.things[a].dims, 100)
-    return str(max(sides)), "{} by {} by {}: {}".format(*sides, max(sides)), ()
+    w, d, h = whole(a.dims, 100)
+    longest = max(w, d, h)
+    return str(longest), f"{w} by {d} by {h}: {longest}", ()
 
 
 def absolute_distance(world, a, b):
     """Meters of free floor."""
-    if world.room.gaps[a, b] < MIN_DISTANCE:
-        return None
-    answer = f"{world.room.gaps[a, b]:.1f}"
-    return answer, f"{round(math.dist(*places(world, [a, b])))} apart: {answer}", ()
+    gap = gap_between(world, a, b)
+    if gap >= MIN_DISTANCE:
+        apart = round(math.dist(a.place, b.place))
+        return f"{gap:.1f}", f"{apart} apart: {gap:.1f}", ()
 
 
 def relative_distance(world, *things):
     """The nearest to the last of the things."""
     *others, target = things
-    gaps = world.room.gaps[target, others].tolist()
-    order = sorted(zip(gaps, names(world, others)))
+    order, steps = past(world, target, others)
     (least, answer), (second, _), *_ = order
-    if least < MIN_DISTANCE or second - least < NEAREST_MARGIN:
-        return None
-    past = ", ".join(f"{name} {round(10 * gap)}" for gap, name in order)
-    return answer, f"Past {past}: {answer}", names(world, others)
+    if least >= MIN_DISTANCE and second - least >= NEAREST_MARGIN:
+        return answer, f"{steps}: {answer}", names(others)
 
 
 def camera_direction(world, a, b):
     """Front is nearer to the camera; left and right agree on the floor and in the picture."""
-    (xa, ya), (xb, yb) = (ground(world.camera, world.room.things[k].center) for k in (a, b))
+    xa, ya = ground(world.camera, a.center)
+    xb, yb = ground(world.camera, b.center)
     columns = (xa / ya - xb / yb) / (2 * math.tan(FIELD_OF_VIEW / 2))
-    if min(abs(xa - xb), abs(ya - yb)) < SIDE_MARGIN:
-        return None
-    if columns * math.copysign(1, xa - xb) < COLUMN_MARGIN:
-        return None
-    side = "left" if xa < xb else "right"
-    order = "front" if ya < yb else "back"
-    answer = f"{side}-{order}"
-    return answer, f"it is {differ(*places(world, [a, b]))}: {answer}", SIDES[4:]
+    on_the_floor = min(abs(xa - xb), abs(ya - yb)) >= SIDE_MARGIN
+    if on_the_floor and columns * math.copysign(1, xa - xb) >= COLUMN_MARGIN:
+        side = "left" if xa < xb else "right"
+        order = "front" if ya < yb else "back"
+        answer = f"{side}-{order}"
+        return answer, f"it is {differ(a.place, b.place)}: {answer}", SIDES[4:]
 
 
-def relative_direction(world, *things):
-    """Standing at the first and facing the second; the back is beyond 135 degrees to either side.
-
-    The sectors are those of VSI-Bench.
-    """
-    stand, *others = (world.room.things[k].center for k in things)
-    angle = turn_angle(stand, *others)
-    if min(math.dist(stand, other) for other in others) < 2 * SIDE_MARGIN:
-        return None
-    if min(abs(angle), abs(abs(angle) - 135)) < ANGLE_MARGIN:
-        return None
-    answer = "left" if angle > 0 else "right"
-    if abs(angle) > 135:
-        answer = "back"
-    return answer, f"turn {turned(stand, *others)}: {answer}", ("left", "right", "back")
+def relative_direction(world, a, b, c):
+    """Standing at a and facing b; c is at the back beyond 135 degrees, as in VSI-Bench."""
+    centers = [item.center for item in (a, b, c)]
+    angle = turn_angle(*centers)
+    near = min(math.dist(a.center, other) for other in centers[1:])
+    edge = min(abs(angle), abs(abs(angle) - 135))
+    if near >= 2 * SIDE_MARGIN and edge >= ANGLE_MARGIN:
+        answer = "left" if angle > 0 else "right"
+        if abs(angle) > 135:
+            answer = "back"
+        return answer, f"turn {turned(*centers)}: {answer}", ("left", "right", "back")
 
 
 def object_count(world, *things):
@@ -156,24 +150,18 @@ def object_count(world, *things):
 
 def room_size(world):
     """Square meters."""
-    w, d = sides_of(world.room.sides, 10)
+    w, d = whole(world.room.sides, 10)
     return area(w, d), f"{w} by {d}: {area(w, d)}", ()
 
 
 def appearance_order(world, *things):
     """By first pictures: with any pixel of a thing as by those that show it clearly."""
-    order = sorted(things, key=world.first.get)
-    anywhere = {}
-    for number, picture in enumerate(world.sights, 1):
-        for k in things:
-            if picture[k].box:
-                anywhere.setdefault(k, number)
-    for first in (world.first, anywhere):
-        numbers = [first[k] for k in order]
+    order = sorted(things, key=attrgetter("first"))
+    for numbers in ([item.first for item in order], [item.seen for item in order]):
         if numbers != sorted(set(numbers)):
             return None
-    options = [", ".join(names(world, some)) for some in itertools.permutations(order)]
-    firsts = ". ".join(f"{world.names[k]}{where(world, k)}" for k in order)
+    options = [", ".join(some) for some in itertools.permutations(names(order))]
+    firsts = ". ".join(f"{item.name}{item.where}" for item in order)
     return options[0], f"{firsts}: {options[0]}", options
 
 
@@ -240,9 +228,8 @@ def ask(rng, world, function, texts):
                 questions.setdefault(key, (things, *question))
         if questions:
             things, answer, steps, choices = questions[rng.choice(sorted(questions))]
-            chain = f"{stated(world, things)} {steps}".strip()
-            return things, text.format(*names(world, things)), answer, chain, choices
-    return None
+            chain = f"{stated(things)} {steps}".strip()
+            return things, text.format(*names(things)), answer, chain, choices
 
 
 # ---------------------------------------------------------------------------------- rows
@@ -283,8 +270,8 @@ def ladder_rows(rng, world, images, ids, easy):
         }
 
     def located(row, things):
-        boxes = [{"bbox_2d": [*world.sights[0][k].box], "label": world.names[k]} for k in things]
-        return "grounding", row | {"answer": boxes, "level": seen(world)}
+        boxes = [{"bbox_2d": [*item.box], "label": item.name} for item in things]
+        return "grounding", row | {"answer": boxes, "level": most_seen(world)}
 
     wanted = {"": 2, "view": 1 if easy else 2, "frame": 4}[world.word]
     for question_type in sorted(types, key=lambda t: rng.exponential(1 / WEIGHTS[t])):
@@ -316,13 +303,14 @@ def ladder_rows(rng, world, images, ids, easy):
 
 
 def pictures_of(rng, easy, video, size, cast, difficulty):
-    """A room, its pictures as make_files wants them; a video has an order of appearance."""
+    """(World, .jpg files) of a room; in a video's there is an order of appearance to ask for."""
     for _ in range(ROOM_TRIES):
         room = make_room(rng, video, easy, difficulty)
         pictures, ids, sights = zip(*(render(room, camera, size, cast) for camera in room.cameras))
-        world = make_world(room, sights, "frame" if video else "view", room.cameras[0])
+        word = "frame" if video else "view"
+        world = make_world(room, sights, ids, word, room.cameras[0])
         if not video or ask(rng, world, *VIDEO["appearance order"]):
-            return world, [jpeg(picture) for picture in pictures], ids
+            return world, [jpeg(picture) for picture in pictures]
     raise UserError(f"no video with an order of appearance in {ROOM_TRIES} rooms of {difficulty}")
 
 
@@ -335,23 +323,23 @@ def make_files(seed, split, index, size=SIZE, cast=CAST, difficulty=DIFFICULTY, 
     rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(stream, index)))
     video = index % 4 == 3
     easy = split == "train" and not video and rng.random() < EASY
-    world, pictures, ids = pictures_of(rng, easy, video, size, cast, difficulty)
+    world, pictures = pictures_of(rng, easy, video, size, cast, difficulty)
     folder = f"room{index:05d}"
+    files = {f"{folder}/{world.word}{i}.jpg": picture for i, picture in enumerate(pictures)}
     if video and rng.random() < AVI_SHARE:
         files = {f"{folder}/video.avi": mjpeg_avi(pictures, size, FRAMES_PER_SECOND)}
-    else:
-        files = {f"{folder}/{world.word}{i}.jpg": picture for i, picture in enumerate(pictures)}
 
-    # What rows are about, with their files and ids: all pictures together, each view by itself.
-    parts = [(world, [*files], ids)]
+    # What rows are about, with the files: all pictures together, and each view by itself.
+    parts = [(world, [*files])]
     if not video:
-        for file, camera, sights, seen_ids in zip(files, world.room.cameras, world.sights, ids):
-            parts.append((make_world(world.room, [sights], "", camera), [file], [seen_ids]))
+        for file, camera, sights, ids in zip(files, world.room.cameras, world.sights, world.ids):
+            view = make_world(world.room, [sights], [ids], "", camera)
+            parts.append((view, [file]))
     rows = {kind: [] for kind in FILES[tasks]}
     row_ids = itertools.count(100 * index)
     if tasks == "ladder":
-        for world, images, _ in parts[1:] + parts[:1]:  # views first
-            for kind, row in ladder_rows(rng, world, images, row_ids, easy):
+        for part in parts[1:] + parts[:1]:  # views first
+            for kind, row in ladder_rows(rng, *part, row_ids, easy):
                 rows[kind].append(row)
     else:
         for part in parts:

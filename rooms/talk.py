@@ -15,7 +15,8 @@ answers state the steps first.
 """
 
 import math
-from collections import namedtuple
+from collections import Counter, namedtuple
+from operator import attrgetter
 from string import ascii_uppercase
 
 import numpy as np
@@ -27,61 +28,79 @@ MANY = 3  # things that one answer speaks of, at most
 SIDES = ("left", "right", "front", "back", "left-front", "left-back", "right-front", "right-back")
 QUESTIONS = {"": 6, "view": 14, "frame": 20}  # about one picture, about views, about frames
 
-# What a row is about: a room, and Sights by picture and thing. word: what a picture is called ("",
-# "view", "frame"). names, and places (right, ahead) in decimeters from `camera`, of all things.
-# first: {thing: number from 1 of the first picture that shows it clearly}. named: the things that a
-# question may name: clear in some picture, the only ones of their category in the room.
-World = namedtuple("World", "room sights word camera names places first named")
+# One thing. number: in the room. place: (right, ahead) in decimeters from a camera; at: the same in
+# words. seen, first: number from 1 of the first picture that shows any of it, and of the first that
+# shows it clearly, or 0; where: the latter in words, if there are several pictures; box: in it.
+Item = namedtuple("Item", "number name center dims place at seen first where box")
+# What a row is about: some pictures of a room. sights: by picture and thing; ids: (size, size) of
+# each picture, the number + 1 of the thing that a pixel shows, 0 for none. word: what a picture is
+# called ("", "view", "frame"). camera: the first picture's. items: all things. named: those that a
+# question may name, being clear in some picture and the only ones of their category.
+World = namedtuple("World", "room sights ids word camera items named")
 
 
-def make_world(room, sights, word, camera):
+def make_item(number, thing, sights, word, camera):
+    """An Item from its Sights, one for each picture."""
+    right, ahead = ground(camera, thing.center)
+    place = (round(10 * right), round(10 * ahead))
+    seen = number_of_first([sight.box is not None for sight in sights])
+    first = number_of_first([sight.clear for sight in sights])
+    box = sights[first - 1].box if first else None
+    where = f" in {word} {first}" if word else ""
+    names = (number, thing.name, thing.center, thing.dims)
+    return Item(*names, place, at(*place), seen, first, where, box)
+
+
+def number_of_first(flags):
+    """
+    >>> number_of_first([False, True, True]), number_of_first([False])
+    (2, 0)
+    """
+    return flags.index(True) + 1 if any(flags) else 0
+
+
+def make_world(room, sights, ids, word, camera):
     """The World of some pictures of a room. camera: the first picture's."""
-    names = [thing.name for thing in room.things]
-    places = [ground(camera, thing.center) for thing in room.things]
-    places = np.rint(10 * np.array(places)).astype(int).tolist()
-    first = {}
-    for number, picture in enumerate(sights, 1):
-        for k, sight in enumerate(picture):
-            if sight.clear:
-                first.setdefault(k, number)
-    named = [k for k in sorted(first) if names.count(names[k]) == 1]
-    return World(room, sights, word, camera, names, places, first, named)
+    items = []
+    for number, (thing, *of_thing) in enumerate(zip(room.things, *sights)):
+        items.append(make_item(number, thing, of_thing, word, camera))
+    count = Counter(names(items))
+    named = [item for item in items if item.first and count[item.name] == 1]
+    return World(room, sights, ids, word, camera, items, named)
 
 
 # ---------------------------------------------------------------------------------- the scene
 
 
-def seen(world):
+def most_seen(world):
     """The most things that one of the pictures shows."""
     return max(sum(sight.box is not None for sight in picture) for picture in world.sights)
 
 
-def in_order(things, sights):
-    """The things from left to right in a picture."""
-    return sorted(things, key=lambda k: sights[k].box)
+def by_kind(items, order):
+    """{category: items in order}, of the categories of which every item is clear somewhere."""
+    clear = {}
+    for kind in sorted(set(names(items))):
+        same = [item for item in items if item.name == kind]
+        if all(item.first for item in same):
+            clear[kind] = sorted(same, key=order)
+    return clear
 
 
 def clear_kinds(world):
-    """{category: things from left to right} of the first picture, if it shows them all clearly."""
-    sights = world.sights[0]
-    kinds = {}
-    for k in in_order([k for k, sight in enumerate(sights) if sight.box], sights):
-        kinds.setdefault(world.names[k], []).append(k)
-    return {
-        kind: things
-        for kind, things in sorted(kinds.items())
-        if all(sights[k].clear for k in things)
-    }
+    """Those that a picture shows, from left to right."""
+    shown = [item for item in world.items if item.seen]
+    return by_kind(shown, attrgetter("box"))
 
 
 def clear_groups(world):
-    """{category: things by first picture} of the whole room, if each is clear in some picture."""
-    groups = {}
-    for kind in sorted(set(world.names)):
-        things = [k for k, name in enumerate(world.names) if name == kind]
-        if all(k in world.first for k in things):
-            groups[kind] = sorted(things, key=world.first.get)
-    return groups
+    """Those of the whole room, by first picture."""
+    return by_kind(world.items, attrgetter("first"))
+
+
+def gap_between(world, a, b):
+    """Meters of free floor."""
+    return world.room.gaps[a.number, b.number]
 
 
 def some(rng, items, least=1):
@@ -107,19 +126,9 @@ def listed(words):
     return f"{', '.join(others)} and {last}" if others else last
 
 
-def names(world, things):
-    """The things' categories."""
-    return [world.names[k] for k in things]
-
-
-def places(world, things):
-    """Their places on the floor."""
-    return [world.places[k] for k in things]
-
-
-def where(world, k):
-    """The picture that first shows a thing clearly, if there are several."""
-    return f" in {world.word} {world.first[k]}" if world.word else ""
+def names(items):
+    """Their categories."""
+    return [item.name for item in items]
 
 
 def way(number, below, above):
@@ -155,8 +164,9 @@ def turn_angle(a, b, c):
     >>> turn_angle((0, 0), (0, 1), (-2, 0))
     90.0
     """
-    turn = math.degrees(math.atan2(c[1] - a[1], c[0] - a[0]) - math.atan2(b[1] - a[1], b[0] - a[0]))
-    return 180 - (180 - turn) % 360
+    facing = math.atan2(b[1] - a[1], b[0] - a[0])
+    target = math.atan2(c[1] - a[1], c[0] - a[0])
+    return 180 - (180 - math.degrees(target - facing)) % 360
 
 
 def turned(a, b, c):
@@ -177,22 +187,28 @@ def area(width, depth):
     return f"{width * depth / 100:.1f}"
 
 
-def sides_of(lengths, unit):
+def whole(lengths, unit):
     """Lengths in meters as whole units.
 
-    >>> sides_of(np.array([0.5, 1.26]), 10)
+    >>> whole(np.array([0.5, 1.26]), 10)
     [5, 13]
     """
     return [round(unit * length) for length in lengths.tolist()]
 
 
-def stated(world, things):
+def past(world, start, others):
+    """The others by their distance from the start: [(meters, name)], and that in words."""
+    order = sorted((gap_between(world, start, other), other.name) for other in others)
+    return order, "Past " + ", ".join(f"{name} {round(10 * gap)}" for gap, name in order)
+
+
+def stated(items):
     """Where each is first clear: the picture, the ends in it, the place on the floor."""
     sentences = []
-    for k in things:
-        x0, y0, x1, y1 = world.sights[world.first[k] - 1][k].box
-        what = f"{world.names[k]}{where(world, k)}"
-        sentences.append(f"The {what} from {x0} {y0} to {x1} {y1}, {at(*world.places[k])}.")
+    for item in items:
+        x0, y0, x1, y1 = item.box
+        what = f"{item.name}{item.where}"
+        sentences.append(f"The {what} from {x0} {y0} to {x1} {y1}, {item.at}.")
     return " ".join(sentences)
 
 
@@ -202,163 +218,163 @@ def worked(rng, steps, result, more=""):
 
 
 # ---------------------------------------------------------------------------------- one picture
-# A task takes (rng, world, ids) and returns (question, answer), or None where the world allows no
-# clear answer. ids (pictures, size, size): number + 1 of the thing that a pixel shows, 0: none.
+# A task takes (rng, world) and returns (question, answer), or None where the world allows no clear
+# answer.
 
 
-def read(rng, world, ids):
+def read(rng, world):
     """Block by block: the category that covers most of it, if it covers an eighth."""
-    count = len(ids[0]) // BLOCK
-    blocks = ids[0].reshape(count, BLOCK, count, BLOCK).swapaxes(1, 2)
+    ids = world.ids[0]
+    count = len(ids) // BLOCK
+    blocks = ids.reshape(count, BLOCK, count, BLOCK).swapaxes(1, 2)
     lines = []
     for line in blocks.reshape(count, count, -1):
         words = []
         for block in line:
             areas = np.bincount(block, minlength=2)[1:]
             enough = areas.max() >= len(block) / 8
-            words.append(world.names[areas.argmax()] if enough else "nothing")
+            words.append(world.items[areas.argmax()].name if enough else "nothing")
         lines.append(" ".join(words) + ".")
     return "Read the picture.", " ".join(lines)
 
 
-def look(rng, world, ids):
+def look(rng, world):
     """What some pixels show; nearly always a thing."""
-    show = np.argwhere(ids[0] > 0)
-    if len(show) == 0:
-        return None
+    ids = world.ids[0]
+    pixels = np.argwhere(ids)
     spots = []
     shown = []
-    for y, x in show[rng.integers(len(show), size=MANY)]:
+    for y, x in pixels[rng.integers(len(pixels), size=MANY)]:
         if rng.random() < 0.2:
-            y, x = rng.integers(len(ids[0]), size=2)
-        thing = ids[0][y, x]
+            y, x = rng.integers(len(ids), size=2)
         spots.append(f"{x} {y}")
-        shown.append(f"the {world.names[thing - 1]}" if thing else "nothing")
+        number = ids[y, x]
+        shown.append(f"the {world.items[number - 1].name}" if number else "nothing")
     return f"What is at {listed(spots)}?", f"There is {listed(shown)}."
 
 
-def count(rng, world, ids):
+def count(rng, world):
     """How many there are of each category."""
     if kinds := clear_kinds(world):
-        numbers = [
-            f"{len(things)} {kind}" + ("s" if len(things) > 1 else "")
-            for kind, things in kinds.items()
-        ]
+        numbers = []
+        for kind, items in kinds.items():
+            plural = "s" if len(items) > 1 else ""
+            numbers.append(f"{len(items)} {kind}{plural}")
         return "Count what you see.", f"I see {listed(numbers)}."
 
 
-def reach(rng, world, ids):
+def reach(rng, world):
     """The left, upper, right and lower end of everything of some categories, before the name."""
     if kinds := clear_kinds(world):
         chosen = some(rng, [*kinds])
         sentences = []
         for kind in chosen:
-            for k in kinds[kind]:
-                box = world.sights[0][k].box
-                sentences.append("From {} {} to {} {} reaches the {}.".format(*box, kind))
+            for item in kinds[kind]:
+                x0, y0, x1, y1 = item.box
+                sentences.append(f"From {x0} {y0} to {x1} {y1} reaches the {kind}.")
         return f"How far does every {listed(chosen)} reach?", " ".join(sentences)
 
 
 # ---------------------------------------------------------------- one picture, views and frames
 
 
-def show(rng, world, ids):
+def show(rng, world):
     """Everything about some things, see `stated`."""
     if world.named:
-        things = some(rng, world.named)
-        return f"Show the {listed(names(world, things))}.", stated(world, things)
+        items = some(rng, world.named)
+        return f"Show the {listed(names(items))}.", stated(items)
 
 
-def place(rng, world, ids):
+def place(rng, world):
     """Places on the floor."""
     if world.named:
-        things = some(rng, world.named)
-        sentences = [f"The {world.names[k]} is {at(*world.places[k])}." for k in things]
-        return f"Tell how far off: {listed(names(world, things))}.", " ".join(sentences)
+        items = some(rng, world.named)
+        answer = " ".join(f"The {item.name} is {item.at}." for item in items)
+        return f"Tell how far off: {listed(names(items))}.", answer
 
 
-def measure(rng, world, ids):
+def measure(rng, world):
     """Width, depth and height in centimeters."""
-    if things := few(rng, world, 1):
-        sides = sides_of(world.room.things[things[0]].dims, 100)
-        steps = "{} by {} by {}".format(*sides)
-        answer = worked(rng, steps, f"{max(sides)} at the most", f": {steps}")
-        return f"Measure the {world.names[things[0]]}.", answer
+    if items := few(rng, world, 1):
+        w, d, h = whole(items[0].dims, 100)
+        steps = f"{w} by {d} by {h}"
+        answer = worked(rng, steps, f"{max(w, d, h)} at the most", f": {steps}")
+        return f"Measure the {items[0].name}.", answer
 
 
-def compare(rng, world, ids):
+def compare(rng, world):
     """Where one thing is, seen from another."""
-    if things := few(rng, world, 2):
-        a, b = places(world, things)
-        answer = worked(rng, f"from {at(*a)} to {at(*b)}", f"it is {differ(a, b)}")
-        return "Compare the {} to the {}.".format(*names(world, things)), answer
+    if items := few(rng, world, 2):
+        a, b = items
+        answer = worked(rng, f"from {a.at} to {b.at}", f"it is {differ(a.place, b.place)}")
+        return f"Compare the {a.name} to the {b.name}.", answer
 
 
-def gap(rng, world, ids):
+def gap(rng, world):
     """Decimeters between the middles, meters of free floor."""
-    if things := few(rng, world, 2):
-        a, b = places(world, things)
-        steps = f"from {at(*a)} to {at(*b)}, {round(math.dist(a, b))} apart"
-        answer = worked(rng, steps, f"{world.room.gaps[*things]:.1f} meters")
-        return "How much floor is free from the {} to the {}?".format(*names(world, things)), answer
+    if items := few(rng, world, 2):
+        a, b = items
+        steps = f"from {a.at} to {b.at}, {round(math.dist(a.place, b.place))} apart"
+        answer = worked(rng, steps, f"{gap_between(world, a, b):.1f} meters")
+        return f"How much floor is free from the {a.name} to the {b.name}?", answer
 
 
-def near(rng, world, ids):
+def near(rng, world):
     """The way from one thing past the others, in decimeters of free floor."""
-    things = few(rng, world, min(len(world.named), 4))
-    if len(things) > 2:
-        k, *others = things
-        gaps = world.room.gaps[k]
-        others.sort(key=gaps.__getitem__)
-        past = ", ".join(f"{world.names[other]} {round(10 * gaps[other])}" for other in others)
-        return f"Go away from the {world.names[k]}.", f"Past {past}."
+    items = few(rng, world, min(len(world.named), 4))
+    if len(items) > 2:
+        start, *others = items
+        _, steps = past(world, start, others)
+        return f"Go away from the {start.name}.", f"{steps}."
 
 
 # ---------------------------------------------------------------------------------- many pictures
 
 
-def turn(rng, world, ids):
+def turn(rng, world):
     """Degrees from one thing to another, standing at a third."""
-    if things := few(rng, world, 3):
-        spots = places(world, things)
-        steps = f"from {listed([at(*spot) for spot in spots])}"
-        answer = worked(rng, steps, f"turn {turned(*spots)}")
-        return "At the {}, turn from the {} to the {}.".format(*names(world, things)), answer
+    if items := few(rng, world, 3):
+        a, b, c = items
+        steps = f"from {listed([a.at, b.at, c.at])}"
+        answer = worked(rng, steps, f"turn {turned(a.place, b.place, c.place)}")
+        return f"At the {a.name}, turn from the {b.name} to the {c.name}.", answer
 
 
-def describe(rng, world, ids):
+def describe(rng, world):
     """What each picture shows clearly, from left to right."""
     sentences = []
     for number, sights in enumerate(world.sights, 1):
-        clear = in_order([k for k, sight in enumerate(sights) if sight.clear], sights)
-        words = " ".join(names(world, clear)) or "nothing"
+        pairs = zip(sights, names(world.items))
+        clear = sorted((sight.box, name) for sight, name in pairs if sight.clear)
+        words = " ".join(name for _, name in clear) or "nothing"
         sentences.append(f"{world.word} {number}: {words}.")
     return "Describe what you see.", " ".join(sentences)
 
 
-def enter(rng, world, ids):
+def enter(rng, world):
     """Which picture first shows each of some things clearly."""
     if world.named:
-        things = some(rng, world.named, 2)
-        order = sorted(sorted(things), key=world.first.get)
-        sentences = [f"{world.names[k]}{where(world, k)}." for k in order]
-        return f"When do you see {listed(names(world, things))}?", " ".join(sentences)
+        items = some(rng, world.named, 2)
+        order = sorted(items, key=attrgetter("first", "number"))
+        answer = " ".join(f"{item.name}{item.where}." for item in order)
+        return f"When do you see {listed(names(items))}?", answer
 
 
-def total(rng, world, ids):
+def total(rng, world):
     """Things of a category in the whole room; of those of which there are several, if any."""
     if groups := clear_groups(world):
-        several = [kind for kind, things in groups.items() if len(things) > 1] or [*groups]
+        several = [kind for kind in groups if len(groups[kind]) > 1] or [*groups]
         kind = several[rng.integers(len(several))]
-        steps = ", ".join(f"{at(*world.places[k])}{where(world, k)}" for k in groups[kind])
+        steps = ", ".join(f"{item.at}{item.where}" for item in groups[kind])
         answer = worked(rng, f"from {steps}", f"it holds {len(groups[kind])}")
         return f"Count every {kind} of the whole room.", answer
 
 
-def pace(rng, world, ids):
+def pace(rng, world):
     """The walls' lengths in decimeters, square meters."""
-    w, d = sides_of(world.room.sides, 10)
-    return "Pace out the room.", worked(rng, f"{w} by {d}", f"{area(w, d)} in all", f": {w} by {d}")
+    w, d = whole(world.room.sides, 10)
+    steps = f"{w} by {d}"
+    return "Pace out the room.", worked(rng, steps, f"{area(w, d)} in all", f": {steps}")
 
 
 # ---------------------------------------------------------------------------------- no picture
@@ -372,7 +388,7 @@ def spot(rng):
     return rng.integers(-45, 46, size=2).tolist()
 
 
-def sums(rng, world, ids):
+def sums(rng, world):
     """What follows from places, walls and numbers that the question tells."""
     a, b, c = (spot(rng) for _ in range(3))
     kind = rng.integers(6)
@@ -395,7 +411,7 @@ def sums(rng, world, ids):
     return f"Least of {pairs}?", f"{order[0]}."
 
 
-def recall(rng, world, ids):
+def recall(rng, world):
     """Words are told with letters; the letter of each is asked for again, in another order."""
     words = shuffled(rng, [*FURNITURE, *SIDES])[: rng.integers(2, 9)]
     pairs = [*zip(shuffled(rng, ascii_uppercase), words)]
@@ -437,7 +453,7 @@ def level(world, task):
     return 2 if task in ("compare", "gap", "near", "sums") else 1
 
 
-def talk(rng, world, ids):
+def talk(rng, world):
     """[(task's name, question, answer)]: some tasks in any order, none twice in the same words."""
     column = [*QUESTIONS].index(world.word)
     tasks = []
@@ -445,32 +461,28 @@ def talk(rng, world, ids):
         tasks += times[column] * [task]
     turns = {}
     for task in shuffled(rng, tasks):
-        turn = task(rng, world, ids)
+        turn = task(rng, world)
         if turn:
             turns.setdefault(turn[0], (task.__name__, *turn))
     return [*turns.values()][: QUESTIONS[world.word]]
 
 
-def base_rows(rng, world, images, ids):
+def base_rows(rng, world, images):
     """Rows of chat messages: questions about some pictures, and some about no picture."""
     media = [{"type": "image", "image": path} for path in images]
     if world.word == "frame":
         media = [{"type": "video", "video": images if len(images) > 1 else images[0]}]
-    turns = []
-    if seen(world):
-        turns = [(media, *turn) for turn in talk(rng, world, ids)]
-    turns += [([], task.__name__, *task(rng, world, ids)) for task in TOLD]
+    turns = talk(rng, world) if most_seen(world) else []
+    told = [(task.__name__, *task(rng, world)) for task in TOLD]
     rows = []
-    for parts, task, question, answer in turns:
-        content = [*parts, {"type": "text", "text": question}]
-        rows.append(
-            {
-                "messages": [
-                    {"role": "user", "content": content},
-                    {"role": "assistant", "content": answer},
-                ],
-                "question_type": task,
-                "level": (level(world, task), seen(world)),
-            }
-        )
+    for task, question, answer in turns + told:
+        content = [{"type": "text", "text": question}]
+        if task not in ("sums", "recall"):
+            content = media + content
+        messages = [
+            {"role": "user", "content": content},
+            {"role": "assistant", "content": answer},
+        ]
+        order = (level(world, task), most_seen(world))
+        rows.append({"messages": messages, "question_type": task, "level": order})
     return rows
