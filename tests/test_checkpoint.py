@@ -1,7 +1,6 @@
-"""checkpoint.py: every layout of config.json and safetensors in and out, against transformers 5.23; bad files."""
+"""checkpoint.py: every layout of config.json and safetensors, against transformers; bad files."""
 
 import json
-import math
 import subprocess
 import sys
 from pathlib import Path
@@ -30,7 +29,8 @@ from model import KVCache, TextConfig, VisionConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# The four published sizes: (width, inner width, layers, heads, key-value heads, words, tied, vision's inner width).
+# The published sizes: (width, inner width, layers, heads, key-value heads, vocabulary, tied head,
+# vision's inner width).
 SIZES = {
     "3B": (2048, 11008, 36, 16, 2, 151936, True, 3420),
     "7B": (3584, 18944, 28, 28, 4, 152064, False, 3420),
@@ -90,7 +90,7 @@ def published(size):
 
 
 def resaved(source):
-    """As transformers 4.49-4.51 wrote it: vision_config holds only what differs from the class defaults."""
+    """As transformers 4.49-4.51 wrote it: vision_config holds what differs from class defaults."""
     vision = {
         key: source["vision_config"][key]
         for key in ("hidden_size", "in_chans", "out_hidden_size", "tokens_per_second")
@@ -129,12 +129,12 @@ def without_source(config):
     return {key: value for key, value in vars(config).items() if key != "source"}
 
 
-# ---------------------------------------------------------------------------------------------- config.json
+# ------------------------------------------------------------ config.json
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_published_shapes(size):
-    """The fields that decide every tensor's shape, and the number of weights of the 3B and 7B models."""
+    """The fields that decide every tensor's shape, and the number of weights of two models."""
     config = parse_config(published(size))
     width, inner, layers, heads, kv_heads, words, tied, vision_inner = SIZES[size]
     assert config.text == TextConfig(
@@ -155,7 +155,7 @@ def test_published_shapes(size):
 
 @pytest.mark.parametrize("size", ["3B", "7B"])
 def test_three_layouts_are_one_config(size):
-    """Fields left out of a re-saved vision_config take the class defaults; nested rope_parameters hold theta."""
+    """Fields that a re-saved vision_config lacks take the class defaults; theta may be nested."""
     source = published(size)
     expected = without_source(parse_config(source))
     assert without_source(parse_config(resaved(source))) == expected
@@ -236,54 +236,67 @@ REFUSED = [
     ({"model_type": None}, "model_type is None"),
     (
         {"rope_scaling": {"type": "yarn", "factor": 4.0, "mrope_section": [2, 3, 3]}},
-        "rope type 'yarn' is not supported",
+        "rope type is 'yarn', expected 'default' or 'mrope'",
     ),
-    ({"rope_scaling": {"rope_type": "dynamic", "mrope_section": [2, 3, 3]}}, "rope type 'dynamic'"),
+    (
+        {"rope_scaling": {"rope_type": "dynamic", "mrope_section": [2, 3, 3]}},
+        "rope type is 'dynamic'",
+    ),
     (
         {"rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 4]}},
-        "mrope_section .* add up to half the head dimension, 8",
+        "mrope_section is .* add up to half the head dimension, 8",
     ),
     (
         {"rope_scaling": {"type": "mrope", "mrope_section": [4, 4]}},
-        "mrope_section .* must be three numbers",
+        "mrope_section is .* expected three numbers",
     ),
-    ({"rope_scaling": {"type": "mrope", "mrope_section": [2, 3, "3"]}}, "mrope_section is"),
-    ({"rope_scaling": "mrope"}, "rope_scaling is 'mrope', expected an object"),
-    ({"text_config": [1]}, r"text_config is \[1\], expected an object"),
-    ({"vision_config": "big"}, "vision_config is 'big', expected an object"),
-    ({"use_sliding_window": True}, "use_sliding_window is true"),
+    ({"rope_scaling": {"type": "mrope", "mrope_section": [2, 3, "3"]}}, "wrong type .TypeError"),
+    ({"rope_scaling": "mrope"}, "wrong type"),
+    ({"text_config": [1]}, "wrong type"),
+    ({"vision_config": "big"}, "wrong type"),
+    ({"use_sliding_window": True}, "use_sliding_window is True, expected False"),
     ({"hidden_act": "gelu"}, "hidden_act is 'gelu', expected 'silu'"),
-    ({"hidden_size": "64"}, "hidden_size is '64', expected something like 8192"),
-    ({"num_hidden_layers": 2.5}, "num_hidden_layers is 2.5"),
-    ({"num_hidden_layers": True}, "num_hidden_layers is True"),
-    ({"vocab_size": -1}, "vocab_size is -1"),
-    ({"rope_theta": math.inf}, "rope_theta is inf"),
-    ({"num_attention_heads": 5}, "5 heads do not divide width 64"),
-    ({"num_key_value_heads": 3}, "3 key-value heads do not divide"),
-    ({"image_token_id": 150}, "image_token_id is 150, expected a token id below 150"),
-    ({"video_token_id": "147"}, "video_token_id is '147'"),
-    ({"torch_dtype": "int8"}, "torch_dtype is 'int8', expected float32, bfloat16 or float16"),
     (
-        {"vision_config": {"out_hidden_size": 32}},
-        "out_hidden_size 32 must equal the text's hidden_size 64",
+        {"vision_config": {"out_hidden_size": 64, "hidden_act": "gelu"}},
+        "vision_config hidden_act is 'gelu', expected 'silu'",
     ),
+    ({"hidden_size": "64"}, "wrong type"),
+    ({"num_attention_heads": 0}, "wrong type"),
+    ({"torch_dtype": "int8"}, "torch_dtype is 'int8', expected 'float32' or 'bfloat16' or 'float"),
     (
         {"vision_config": {"out_hidden_size": 64, "patch_size": 16}},
-        r"patch_size, spatial_merge_size \(3, 2, 16, 2\)",
+        r"patch_size, spatial_merge_size\) is \(3, 2, 16, 2\)",
     ),
-    ({"vision_config": {"out_hidden_size": 64, "window_size": 14}}, "window_size 14"),
-    (
-        {"vision_config": {"out_hidden_size": 64, "fullatt_block_indexes": [-1]}},
-        "fullatt_block_indexes is",
-    ),
+]
+MISFITS = [  # values that could be another model's, but not that of these weights
+    {"num_attention_heads": 2, "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]}},
+    {"num_key_value_heads": 3},
+    {"num_hidden_layers": 1},
+    {"num_hidden_layers": 3},
+    {"num_hidden_layers": True},
+    {"vocab_size": 149},
+    {"intermediate_size": 95},
+    {"tie_word_embeddings": False},
+    {"vision_config": flat_config()["vision_config"] | {"out_hidden_size": 32}},
+    {"vision_config": flat_config()["vision_config"] | {"depth": 2}},
 ]
 
 
 @pytest.mark.parametrize("change, message", REFUSED, ids=[str(change) for change, _ in REFUSED])
 def test_unsupported_configs_are_refused_by_name(change, message):
-    """A value that this code does not implement must never be ignored: the model would be silently wrong."""
-    with pytest.raises(UserError, match="here.json: .*" + message):
+    """A value that is not implemented must never be ignored: the model would be silently wrong."""
+    with pytest.raises(UserError, match="here.json: .*" + message) as error:
         parse_config(flat_config() | change, "here.json")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("change", MISFITS, ids=str)
+def test_a_config_of_another_size_does_not_load(tmp_path, tensors, change):
+    """No field is checked for its own sake where the shapes of the weights tell."""
+    write_checkpoint(tmp_path / "model", flat_config() | change, tensors[True])
+    with pytest.raises(UserError, match=r"weights do not fit config\.json") as error:
+        load_model(tmp_path / "model")
+    assert "\n" not in str(error.value)
 
 
 def test_a_sliding_window_that_is_off_is_accepted():
@@ -295,7 +308,7 @@ def test_a_sliding_window_that_is_off_is_accepted():
 )
 def test_broken_config_json_is_one_line(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
-    with pytest.raises(UserError, match="config.json: "):
+    with pytest.raises(UserError, match=r"config\.json: "):
         load_config(tmp_path)
 
 
@@ -325,6 +338,15 @@ KEYS = sorted(
 )
 
 
+def parse_or_refuse(source):
+    try:
+        config = parse_config(source)
+    except UserError as error:
+        assert str(error).startswith("config.json: ") and "\n" not in str(error)
+    else:
+        assert config.source is source
+
+
 @settings(max_examples=400)
 @given(
     base=st.sampled_from([flat_config(), nested(flat_config()), {"model_type": "qwen2_5_vl"}]),
@@ -337,22 +359,16 @@ def test_any_config_parses_or_is_refused(base, changes, section):
     source = base | (
         {section: (inner if isinstance(inner, dict) else {}) | changes} if section else changes
     )
-    try:
-        parse_config(source)
-    except UserError:
-        pass
+    parse_or_refuse(source)
 
 
 @settings(max_examples=100)
 @given(JSON)
 def test_any_json_is_a_config_or_refused(value):
-    try:
-        parse_config(value)
-    except UserError:
-        pass
+    parse_or_refuse(value)
 
 
-# ---------------------------------------------------------------------------------------------- weights in
+# ------------------------------------------------------------ weights in
 
 
 def model_batch(config):
@@ -391,7 +407,7 @@ def their_logits(model):
 
 
 def write_checkpoint(directory, source, tensors, files=1):
-    """config.json and safetensors written without our code: whole, or with an index over `files` shards."""
+    """config.json and safetensors without our code: one file, or an index over `files` shards."""
     directory.mkdir(exist_ok=True)
     (directory / "config.json").write_text(json.dumps(source))
     names = sorted(tensors)
@@ -470,7 +486,7 @@ def test_dtype_of_the_config_and_of_the_caller(tmp_path, tensors):
 
 @pytest.mark.parametrize("files", [1, 2])
 def test_every_misfit_is_listed_in_one_error(tmp_path, tensors, files):
-    """Missing, extra, wrongly shaped and integer tensors, all at once: the user mends the file in one go."""
+    """Missing, extra, wrongly shaped and integer tensors, all at once: mended in one go."""
     stored = dict(tensors[True])
     stored.pop("visual.merger.ln_q.weight"), stored.pop("model.norm.weight")
     stored["model.extra.weight"] = torch.zeros(3)
@@ -498,7 +514,7 @@ def test_every_misfit_is_listed_in_one_error(tmp_path, tensors, files):
 def test_an_untied_config_with_tied_weights_is_refused(tmp_path, tensors):
     """Never a head made up from the embeddings."""
     write_checkpoint(tmp_path / "model", flat_config(tie_word_embeddings=False), tensors[True])
-    with pytest.raises(UserError, match="missing lm_head.weight"):
+    with pytest.raises(UserError, match=r"missing lm_head\.weight"):
         load_model(tmp_path / "model")
 
 
@@ -523,7 +539,7 @@ def test_index_naming_the_wrong_shard(tmp_path, tensors):
         if f != index["weight_map"]["model.norm.weight"]
     )
     path.write_text(json.dumps(index))
-    with pytest.raises(UserError, match="missing model.norm.weight in model-0000"):
+    with pytest.raises(UserError, match=r"missing model\.norm\.weight in model-0000"):
         load_model(tmp_path / "model")
 
 
@@ -551,7 +567,7 @@ def test_corrupted_safetensors_header(tmp_path, tensors, at, value):
 
 def test_no_weights(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(flat_config()))
-    with pytest.raises(UserError, match="no model.safetensors and no model.safetensors.index.json"):
+    with pytest.raises(UserError, match=r"no model\.safetensors and no model\.safetensors\.index"):
         load_model(tmp_path)
 
 
@@ -576,7 +592,7 @@ def test_any_index_is_read_or_refused(tmp_path_factory, value):
         assert "model.safetensors.index.json" in str(error)
 
 
-# ---------------------------------------------------------------------------------------------- weights out
+# ------------------------------------------------------------ weights out
 
 
 SIDE = {
@@ -592,7 +608,7 @@ SIDE = {
 @pytest.mark.parametrize("shard_bytes", [5 * 10**9, 100_000])
 @pytest.mark.parametrize("layout", [dict, nested])
 def test_saved_here_loads_in_transformers(tmp_path, pair, monkeypatch, tied, shard_bytes, layout):
-    """Equal logits there and here, from one file and from shards; transformers finds nothing missing or extra."""
+    """Equal logits there and here, from one file and from shards; nothing is missing or extra."""
     from transformers import AutoModelForImageTextToText
 
     source = layout(flat_config(tie_word_embeddings=tied))
@@ -628,7 +644,7 @@ def test_saved_by_transformers_loads_here(tmp_path, tied, shard_size, dtype):
 
 
 def test_saved_files(tmp_path, pair):
-    """Published key names in the config's dtype, the config as it was read, side files carried over, limits as trained."""
+    """Published names, the config's dtype, the config as it was read, side files, limits."""
     _, ours, _ = pair(flat_config())
     config = parse_config(flat_config(torch_dtype="bfloat16"))
     for name, text in SIDE.items():
@@ -664,7 +680,7 @@ def test_saved_files(tmp_path, pair):
 
 
 def test_saving_again_leaves_no_stale_shards(tmp_path, pair, monkeypatch):
-    """From shards to one file and back, over what an interrupted save left: exactly one model in the directory."""
+    """From shards to one file and back, over an interrupted save: exactly one model is there."""
     models = [pair(flat_config(), seed)[1] for seed in (0, 1)]
     (tmp_path / "writing-7.tmp").write_bytes(b"half")
     for shard_bytes, model in (
@@ -695,7 +711,7 @@ def test_saving_again_leaves_no_stale_shards(tmp_path, pair, monkeypatch):
 
 @pytest.mark.parametrize("after", [0, 1, 20])
 def test_an_interrupted_save_is_no_model(tmp_path, pair, monkeypatch, after):
-    """Killed while tensors are written, over an older model too: without config.json nothing takes it for one."""
+    """Killed while tensors are written, over an older model: without config.json it is none."""
     _, ours, _ = pair(flat_config())
     save_model(tmp_path, ours.named_parameters(), ours.config)
     monkeypatch.setattr(checkpoint, "SHARD_BYTES", 50_000)
@@ -716,7 +732,7 @@ def test_an_interrupted_save_is_no_model(tmp_path, pair, monkeypatch, after):
     )
 
 
-# ---------------------------------------------------------------------------------------------- memory
+# ------------------------------------------------------------ memory
 
 
 MEASURE = """
@@ -747,7 +763,7 @@ print(max(peak, anonymous()) - before, sum(2 * p.numel() for p in model.paramete
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="RssAnon is Linux's")
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
 def test_loading_holds_the_weights_once(tmp_path, pair, stored):
-    """Anonymous memory while loading 200 MB of bf16 weights, most of them one embedding: at most 1.1 times that."""
+    """Anonymous memory while 200 MB of bf16 weights, mostly one embedding, load: 1.1 times that."""
     config = parse_config(
         flat_config(
             hidden_size=512,

@@ -29,7 +29,6 @@ from data import (
     style_of,
 )
 from files import UserError
-from look import show
 
 REPO = Path(__file__).resolve().parents[1]
 BOX = {"bbox_2d": [30, 20, 150, 100], "label": "door"}
@@ -625,7 +624,7 @@ def test_prompts_of_a_file_replace_ours_one_by_one(tmp_path, images, tiny_model,
     assert "system\nBe brief<|im_end|>" in processor.shown(processor.example(choice, "direct"))[0]
 
 
-# ------------------------------------------------------------ training, show
+# ------------------------------------------------------------ training
 
 
 def test_training_stops_at_an_invalid_row(tmp_path, images, tiny_model):
@@ -649,43 +648,3 @@ def test_a_box_outside_stops_training_where_the_row_is_read(tmp_path, images, ti
     last = stopped.stderr.splitlines()[-1]
     outside = "bbox_2d is [1, 2, 301, 4], outside the picture of 300x200 pixels"
     assert last.startswith("train_sft.py: ") and last.endswith(f"{path}:1: {outside}")
-
-
-def test_show_holds_the_exact_input(tmp_path, images, tiny_model, processor, call):
-    """Pictures come out of the patches, and every token, label and position stands on the page."""
-    rows = ["{", LOCALIZE | {"question": "Where is the <b>dôor</b>?"}, VIDEO]
-    path = write_rows(tmp_path / "rows.jsonl", *rows)
-    pages = []
-    for row in (2, 3):
-        out = tmp_path / f"{row}.html"
-        flags = ["--images", images, "--model", tiny_model, "--out", out]
-        call(show, path, "--row", row, *flags)
-        pages.append(out.read_text("utf-8"))
-    localize, video = pages
-    assert "<b>d" not in localize
-    assert localize.count("<svg") == 1 and 'viewBox="0 0 112 84"' in localize
-    assert 'd="M11.0 8.0H56.0V42.0H11.0Z"' in localize
-    assert "&lt;|image_pad|&gt; × 12" in localize
-    assert "time 9 to 9, height 9 to 11, width 9 to 12" in localize
-    assert "112 × 84" in localize
-    assert video.count("<svg") == 6
-    assert "time 9 to 11, height 9 to 11, width 9 to 12" in video
-
-    path = write_rows(path, LOCALIZE | {"question": "Where is the dôor?"})
-    [sample] = read_samples(path, images)
-    example = processor.example(sample, "localize")
-    runs = list(show.token_runs(example, processor))
-    assert [kind for kind, *_ in runs] == ["prompt", "vision", "prompt", "trained", "prompt"]
-    assert torch.equal(torch.cat([positions for *_, positions in runs], dim=1), example.positions)
-    text = "".join("".join(pieces) for kind, pieces, _ in runs if kind != "vision")
-    assert text == processor.shown(example)[0].replace("<|image_pad|>", "") and "dôor" in text
-    [[first, second]] = show.seen(example)
-    small = open_picture(images / "scene0022_00/1760.jpg").resize((112, 84), Image.BICUBIC)
-    assert first.tobytes() == second.tobytes() == small.tobytes()
-
-
-def test_show_of_no_such_row_is_one_line(tmp_path, images, tiny_model, call):
-    path = write_rows(tmp_path / "rows.jsonl", LOCALIZE)
-    with pytest.raises(UserError) as error:
-        call(show, path, "--row", 2, "--model", tiny_model, "--out", tmp_path / "row.html")
-    assert str(error.value) == f"{path}:2: there is no such row"

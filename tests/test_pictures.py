@@ -1,4 +1,4 @@
-"""data.py's pictures and videos: bit-equal to transformers' PIL image processor; files that are not what they seem."""
+"""data.py's pictures and videos: bit-equal to transformers' PIL processor; broken files."""
 
 import io
 import math
@@ -12,7 +12,16 @@ import pytest
 import torch
 from PIL import Image, features
 
-from data import open_picture, read_video, smart_resize, to_patches
+from data import (
+    Media,
+    measure,
+    open_frames,
+    open_header,
+    open_picture,
+    read_video,
+    smart_resize,
+    to_patches,
+)
 from files import UserError
 
 av = pytest.importorskip("av")
@@ -52,7 +61,7 @@ def same(a, b):
     return torch.equal(a[0], b[0]) and a[1] == b[1] and a[0].dtype == b[0].dtype
 
 
-# ---------------------------------------------------------------------------------------------- sizes
+# ------------------------------------------------------------ sizes
 
 
 @pytest.mark.parametrize(
@@ -65,7 +74,7 @@ def same(a, b):
     ],
 )
 def test_smart_resize_is_transformers(limits):
-    """2,000 random sizes, every half multiple of 28 among them, where round() goes to the even neighbour."""
+    """2,000 random sizes, with half multiples of 28, where round() goes to the even neighbour."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as oracle
 
     rng = random.Random(0)
@@ -86,7 +95,7 @@ def test_aspect_ratio_above_200_is_refused():
         smart_resize(28, 5601, *LIMITS)
 
 
-# ---------------------------------------------------------------------------------------------- pictures
+# ------------------------------------------------------------ pictures
 
 
 @pytest.mark.parametrize(
@@ -137,7 +146,7 @@ def test_patches_of_many_shapes_are_transformers(theirs):
 
 
 def test_every_value_a_pixel_can_have(theirs):
-    """The table of normalized values, all 256 in all three channels, without resizing in between."""
+    """The table of normalized values, all 256 in all three channels, without resizing."""
     ramp = np.tile(np.arange(256, dtype=np.uint8).repeat(7)[:, None, None], (1, 28, 3))  # 1792 x 28
     picture = Image.fromarray(ramp)
     assert smart_resize(1792, 28, *LIMITS) == (1792, 28) and same(ours(picture), theirs(picture))
@@ -174,7 +183,7 @@ def modes():
 
 @pytest.mark.parametrize("mode", modes())
 def test_every_kind_of_picture_is_transformers(theirs, mode, tmp_path):
-    """transformers is given the file as PIL opens it and converts it itself; a path and the file's bytes are equal.
+    """transformers converts what PIL opens by itself; a path and the file's bytes are equal.
 
     What is transparent shows a white background and values above 255 are cut, there as here.
     """
@@ -188,7 +197,7 @@ def test_every_kind_of_picture_is_transformers(theirs, mode, tmp_path):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_pictures_are_turned_upright(theirs, orientation):
-    """EXIF orientation is obeyed (transformers does not look at it): the upright picture's patches, boxes fit it."""
+    """EXIF orientation is obeyed, which transformers does not look at: boxes fit the picture."""
     upright = Image.fromarray(noise(120, 70))
     undo = {
         1: None,
@@ -205,17 +214,16 @@ def test_pictures_are_turned_upright(theirs, orientation):
     exif[0x0112] = orientation
     found = open_picture(saved(turned, exif=exif))
     assert found.size == (120, 70) and same(ours(found), theirs(upright))
-    assert open_picture(saved(turned, exif=exif), pixels=False).size == (120, 70)
+    assert open_header(saved(turned, exif=exif)) == (120, 70)
 
 
 @pytest.mark.parametrize("size", [(27, 100), (100, 27), (1, 1)])
 def test_pictures_below_28_are_refused(tmp_path, size):
     path = tmp_path / "small.png"
     Image.new("RGB", size).save(path)
-    with pytest.raises(
-        UserError, match=f"small.png: {size[0]}x{size[1]} pixels, expected at least 28"
-    ):
-        open_picture(str(path))
+    message = rf"small\.png: {size[0]}x{size[1]} pixels, expected at least 28"
+    with pytest.raises(UserError, match=message):
+        measure(Media("image", str(path)), 1, None)
 
 
 @pytest.mark.parametrize(
@@ -232,7 +240,7 @@ def test_pictures_below_28_are_refused(tmp_path, size):
 def test_what_is_not_a_picture_is_one_line_with_the_path(tmp_path, content):
     path = tmp_path / "broken.jpg"
     path.write_bytes(content)
-    with pytest.raises(UserError, match="broken.jpg: not a readable picture") as error:
+    with pytest.raises(UserError, match=r"broken\.jpg: not a readable picture") as error:
         open_picture(str(path))
     assert "\n" not in str(error.value)
     with pytest.raises(UserError, match="picture given as bytes: not a readable picture"):
@@ -262,7 +270,7 @@ def test_a_picture_of_a_billion_pixels_is_refused():
     ["PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP", *(["AVIF"] if features.check("avif") else [])],
 )
 def test_damaged_pictures_open_or_are_refused(kind):
-    """Random bytes changed or cut anywhere, EXIF among them: a picture or our one error, nothing else."""
+    """Random bytes changed or cut anywhere, in EXIF too: a picture or our one error."""
     exif = Image.Exif()
     exif[0x0112], exif[0x010E] = 6, "a room"
     content = saved(
@@ -279,19 +287,19 @@ def test_damaged_pictures_open_or_are_refused(kind):
             damaged = bytes(
                 damaged[: rng.randint(1, len(damaged))] if rng.random() < 0.2 else damaged
             )
-            open_picture(damaged, pixels=False)
+            open_header(damaged)
             open_picture(damaged)
         except UserError:
             refused += 1
     assert refused > 0
 
 
-# ---------------------------------------------------------------------------------------------- videos
+# ------------------------------------------------------------ videos
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 8])
 def test_frames_become_temporal_patches(theirs, count):
-    """Slice s holds frames 2s and 2s + 1, an odd last one twice: transformers' patches of each frame, interleaved."""
+    """Slice s holds frames 2s and 2s + 1, an odd last one twice: transformers' patches of each."""
     frames = [Image.fromarray(noise(100, 75, seed=i)) for i in range(count)]
     size = smart_resize(75, 100, *LIMITS)
     patches, grid = to_patches(frames, size)
@@ -306,7 +314,7 @@ def test_frames_become_temporal_patches(theirs, count):
 
 
 def write_video(path, frames=30, fps=10, width=64, height=48):
-    """An mp4 whose frame i is plain grey of value 7 * i + 20, so that a decoded frame tells its number."""
+    """An mp4 whose frame i is plain grey of value 7 * i + 20: a decoded frame tells its number."""
     with av.open(str(path), "w") as file:
         stream = file.add_stream("mpeg4", rate=fps)
         stream.width, stream.height, stream.pix_fmt, stream.gop_size = width, height, "yuv420p", 5
@@ -316,6 +324,15 @@ def write_video(path, frames=30, fps=10, width=64, height=48):
             file.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         file.mux(stream.encode())
     return path
+
+
+def test_frames_of_a_file_are_measured_as_they_are_opened(video):
+    """Tokens are counted from `measure`, patches are cut from `open_frames`."""
+    media = Media("video", str(video))
+    frames, size, between = measure(media, 4, None)
+    pictures = open_frames(media, 4, None)
+    assert (frames, size) == (len(pictures), pictures[0].size) == (4, (64, 48))
+    assert between == pytest.approx(0.75)
 
 
 def numbers(pictures):
@@ -342,7 +359,7 @@ def video(tmp_path_factory):
     ],
 )
 def test_frames_of_a_file(video, num_frames, fps, expected, seconds):
-    """Which frames are read and the time between them, from the true length: seconds over frames."""
+    """Which frames are read, and the time between them from the true length: seconds / frames."""
     pictures, between = read_video(str(video), num_frames, fps)
     assert numbers(pictures) == expected and between == pytest.approx(seconds)
     assert all(p.size == (64, 48) and p.mode == "RGB" for p in pictures)
@@ -350,11 +367,11 @@ def test_frames_of_a_file(video, num_frames, fps, expected, seconds):
 
 @pytest.mark.parametrize("keep", [0, 100, 0.5, 0.9])
 def test_truncated_videos_are_one_line_with_the_path(video, tmp_path, keep):
-    """An empty file, a bit of header, and files that lost their end, where an mp4 keeps its index."""
+    """An empty file, a bit of header, files that lost their end, where an mp4 keeps its index."""
     content = video.read_bytes()
     path = tmp_path / "broken.mp4"
     path.write_bytes(content[: keep if isinstance(keep, int) else int(keep * len(content))])
-    with pytest.raises(UserError, match="broken.mp4: ") as error:
+    with pytest.raises(UserError, match=r"broken\.mp4: ") as error:
         read_video(str(path), 4, None)
     assert "\n" not in str(error.value)
 
@@ -375,7 +392,7 @@ def test_other_files_are_no_video(tmp_path, name, content):
 
 
 def test_no_such_video(tmp_path):
-    with pytest.raises(UserError, match="nothing.mp4: not a readable video"):
+    with pytest.raises(UserError, match=r"nothing\.mp4: not a readable video"):
         read_video(str(tmp_path / "nothing.mp4"), 4, None)
 
 
@@ -388,7 +405,7 @@ def resident():
     not os.path.exists("/proc/self/statm"), reason="resident memory is read from /proc"
 )
 def test_reading_videos_does_not_fill_the_memory(tmp_path):
-    """decord keeps its decoder as long as its reader lives; 200 reads of frames of 0.9 MB stay within 20 MB."""
+    """decord keeps its decoder while its reader lives; 200 reads of 0.9 MB frames fit in 20 MB."""
     path = write_video(tmp_path / "small.mp4", frames=8, width=640, height=480)
     for _ in range(20):
         read_video(str(path), 4, None)
