@@ -181,7 +181,8 @@ def train(args, rung, files=None, flags=""):
     if rung.stage != "grpo":
         script = f"train_sft.py --stage {rung.stage}"
     elif args.rooms and not files:
-        # Rooms that nothing is trained on: does a higher reward mean better answers?
+        # Rooms that nothing is trained on: does a higher reward mean better answers? With --images
+        # (files of an ablation) their pictures would be looked for in the wrong folder.
         flags += f" --eval-every 20 --eval-data {args.rooms}/val/{SPATIAL}"
     if "replay" in RECIPES[args.preset][rung.stage]:
         flags += f" --replay {args.data}/{GROUNDING}"
@@ -199,6 +200,7 @@ def evaluate(args, rung, data, limit, folder="eval"):
 
     The best guess without a look at the picture is made from the answers in the training rows.
     """
+    # As many tokens as GRPO lets a completion have; 1,024 is the default of both scripts.
     length = RECIPES[args.preset]["grpo"].get("max_completion_length", 1024)
     line = (
         f"{args.python} eval.py --model {model_of(args, rung.name)} --bench rooms --data {data} "
@@ -235,6 +237,7 @@ def launch(words):
     words: as a person types them here: python FILE.py, python -m PACKAGE.MODULE, torchrun FILE.py.
     """
     home = Path(__file__).resolve().parent
+    # Scripts and modules are found next to this file, data and runs in the folder of the user.
     words = [str(home / word) if word.endswith(".py") else word for word in map(str, words)]
     program = {"python": [], "torchrun": ["-m", "torch.distributed.run"]}[words[0]]
     paths = [str(home), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -254,11 +257,13 @@ def run(command):
         if number == signal.SIGTERM:  # Ctrl-C reaches the command without our help
             child.terminate()
 
+    # Between two commands a signal ends the ladder as it ends any script, so the handlers are put
+    # back after each one.
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = [signal.signal(number, stop) for number in numbers]
     code = child.wait()
-    if stopped and not code:
-        code = 128 + stopped[0]
+    if stopped and not code:  # a trainer that was told to stop has saved and ends well
+        code = 128 + stopped[0]  # what a shell says of a command that a signal ended
     for number, handler in zip(numbers, before):
         signal.signal(number, handler)
     if code:
@@ -290,12 +295,13 @@ def lesson(rung, scores):
 
 def table(rungs):
     """The rungs of results.json as text: a line for each question type, a column for each rung."""
-    columns = []
+    columns = []  # for each rung, {line: {"score", "blind"}}
     for rung in rungs:
         scores = rung["scores"]
         mean = {"score": scores["overall"], "blind": scores["blind"]}
         columns.append({"boxes (IoU)": scores["localization"], **scores["types"], "mean": mean})
     lines = [["", *[rung["name"] for rung in rungs], "blind guess"]]
+    # All rungs are asked the same questions, so one blind guess goes for all.
     for name, part in columns[-1].items():
         numbers = [column[name]["score"] for column in columns]
         lines.append([name, *[f"{number:.3f}" for number in [*numbers, part["blind"]]]])
@@ -318,6 +324,7 @@ def settings(argv=None):
     parser.add_argument("--smoke", action="store_true", help="hardly any steps and rooms")
     parser.add_argument("--fresh", action="store_true", help="delete what an earlier ladder left")
     parser.add_argument("--nproc-per-node", type=int, default=1, help="processes, one for each GPU")
+    # These numbers are no rows of settings.SETTINGS, so their checks stand here.
     parser.checks |= dict.fromkeys(("limit", "scenes", "nproc_per_node"), positive)
     args = parser.parse_args(argv)
     args.python = "python"
@@ -334,7 +341,7 @@ def settings(argv=None):
         folder += "-smoke"
     if not (args.data or args.limit):
         args.limit = 150
-    # With others of these it is another ladder.
+    # With others of these it is another ladder. look/ reads them from OUT/config_run.json.
     names = ("preset", "model", "data", "test", "seed", "limit", "scenes", "smoke")
     args.config = values(args, names)
 
@@ -366,9 +373,10 @@ def climb(args, commands, rungs):
 def main():
     args = settings()
     begun = args.folder / CONFIG
+    # Only what a ladder began is deleted: a trainer's folder has other settings.
     if args.fresh and begun.is_file() and read_json(begun).keys() == args.config.keys():
         shutil.rmtree(args.folder)
-    claim(args.folder, args.config)
+    claim(args.folder, args.config)  # a new folder, or this very ladder, which then goes on
     write_json(begun, args.config)
 
     rungs = []

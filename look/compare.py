@@ -45,21 +45,18 @@ OWN_SETTINGS = ("data", "seed", "questions")  # of a probe: each ladder has its 
 # ---------------------------------------------------------------------------------- figures
 
 
-def answers_of(run, rung):
-    return Path(run) / "eval" / rung / "predictions.jsonl"
-
-
-def evaluated(runs, rung):
-    """Whether all ladders have answers of a rung."""
-    return all(answers_of(run, rung).is_file() for run in runs)
-
-
 def read_rung(runs, rung):
-    """Scores of a rung in all ladders: {(question type, seed, id): (score, blind)}."""
+    """Scores of a rung in all ladders: {(question type, seed, id): (score, blind)}.
+
+    Empty if a ladder has not evaluated it.
+    """
+    paths = [Path(run) / "eval" / rung / "predictions.jsonl" for run in runs]
+    if not all(path.is_file() for path in paths):
+        return {}
     rows = {}
-    for run in runs:
+    for run, path in zip(runs, paths):
         seed = read_json(Path(run) / CONFIG)["seed"]
-        for where, row in read_jsonl(answers_of(run, rung)):
+        for where, row in read_jsonl(path):
             if row["blind"] is None:
                 raise UserError(f"{where}: no blind baseline in it; evaluate with --blind-from")
             rows[row["question_type"], seed, row["id"]] = row["score"], row["blind"]
@@ -114,11 +111,12 @@ def compared(runs, pairs):
     """
     rows = []
     for name, rung, ladders, beside in pairs:
-        if evaluated(ladders, rung) and evaluated(runs, beside):
-            answers = read_rung(ladders, rung)
-            score, *_ = measured(groups(answers)[QUESTIONS])
-            row = {"name": name, "score": score, "beside": beside, "paper": PAPER_POINTS.get(name)}
-            rows.append(row | change(answers, read_rung(runs, beside)))
+        after = read_rung(ladders, rung)
+        before = read_rung(runs, beside)
+        if after and before:
+            row = {"name": name, "beside": beside, "paper": PAPER_POINTS.get(name)}
+            row["score"], *_ = measured(groups(after)[QUESTIONS])
+            rows.append(row | change(after, before))
     return rows
 
 
@@ -126,9 +124,12 @@ def other_ways(runs, others):
     """Pairs for `compared`: the rungs of ablations; ladders with more or fewer rooms (others)."""
     pairs = []
     for way in WAYS:
-        pairs += [(f"{rung.name}-{way}", f"{rung.name}-{way}", runs, rung.name) for rung in RUNGS]
-    last = RUNGS[-1].name
-    return pairs + [(f"{last}, rooms x{x:g}", last, others[x], last) for x in others]
+        for rung in RUNGS:
+            name = f"{rung.name}-{way}"
+            pairs.append((name, name, runs, rung.name))
+    for scale, ladders in others.items():
+        pairs.append((f"grpo, rooms x{scale:g}", "grpo", ladders, "grpo"))
+    return pairs
 
 
 # ---------------------------------------------------------------------------------- tables
@@ -146,8 +147,11 @@ def score_table(rungs):
     columns = [groups(rows) for rows in rungs.values()]
     lines = [["score", "blind guess", *rungs]]
     for line, blind in groups([*rungs.values()][-1], 1).items():
-        cells = ["{:.3f} [{:.3f}, {:.3f}]".format(*measured(column[line])) for column in columns]
-        lines.append([line, f"{measured(blind)[0]:.3f}", *cells])
+        cells = [line, f"{measured(blind)[0]:.3f}"]
+        for column in columns:
+            value, low, high = measured(column[line])
+            cells.append(f"{value:.3f} [{low:.3f}, {high:.3f}]")
+        lines.append(cells)
     return markdown(lines)
 
 
@@ -155,10 +159,11 @@ def change_table(rows):
     """Markdown of what `compared` returns."""
     lines = [["rung", "score", "compared with", "points", "each seed", "the paper's"]]
     for row in rows:
-        points = "{value:+.1f} [{low:+.1f}, {high:+.1f}]".format(**row)
+        points = f"{row['value']:+.1f} [{row['low']:+.1f}, {row['high']:+.1f}]"
         seeds = ", ".join([f"{seed:+.1f}" for seed in row["seeds"]])
-        paper = f"{row['paper']:+.1f}" if row["paper"] else ""
-        lines.append([row["name"], f"{row['score']:.3f}", row["beside"], points, seeds, paper])
+        cells = [row["name"], f"{row['score']:.3f}", row["beside"], points, seeds]
+        cells.append(f"{row['paper']:+.1f}" if row["paper"] else "")
+        lines.append(cells)
     return markdown(lines)
 
 
@@ -228,11 +233,13 @@ def by_scale(runs):
 
 def draw(rungs, ways, probes):
     """{name: SVG} of the ladder, of the ablations and of each probe."""
-    charts = {}
     panels = []
     for line in (BOXES, QUESTIONS):
-        panels.append(dots(line, [(r, *measured(groups(rungs[r])[line])) for r in rungs]))
-    charts["ladder"] = join(panels, 2)
+        rows = []
+        for name, answers in rungs.items():
+            rows.append((name, *measured(groups(answers)[line])))
+        panels.append(dots(line, rows))
+    charts = {"ladder": join(panels, 2)}
     if ways:
         rows = [(row["name"], row["value"], row["low"], row["high"]) for row in ways]
         paper = {row["name"]: row["paper"] for row in ways if row["paper"]}
@@ -250,13 +257,18 @@ def main():
     others = by_scale(args.runs)
     usual = 1 if 1 in others else min(others)
     runs = others.pop(usual)
-    rungs = {rung.name: read_rung(runs, rung.name) for rung in RUNGS if evaluated(runs, rung.name)}
+
+    rungs = {}
+    for rung in RUNGS:
+        answers = read_rung(runs, rung.name)
+        if answers:
+            rungs[rung.name] = answers
     if not rungs:
         raise UserError(f"{', '.join(runs)}: there is no rung that all of them have evaluated")
-
     steps = compared(runs, [(rung.name, rung.name, runs, rung.start) for rung in RUNGS[1:]])
     ways = compared(runs, other_ways(runs, others))
     probes = probed(runs)
+
     print(f"Ladders: {len(runs)}, rooms x{usual:g}\n\n{score_table(rungs)}")
     print(f"\n{change_table(steps + ways)}")
     for what, result in probes.items():

@@ -10,13 +10,15 @@ import pytest
 from files import UserError
 from look import compare
 
-EVERYTHING = ("base", "stage1", "stage2", "cold", "grpo")
-
 
 def config(run, **settings):
     Path(run).mkdir(parents=True, exist_ok=True)
     text = json.dumps({"seed": 0, "scenes": 3600} | settings)
     (Path(run) / "config_run.json").write_text(text)
+
+
+def answers_of(run, rung):
+    return Path(run) / "eval" / rung / "predictions.jsonl"
 
 
 def write_answers(run, rung, counts, boxes=0.5):
@@ -27,7 +29,7 @@ def write_answers(run, rung, counts, boxes=0.5):
     for number, (kind, score, blind) in enumerate(rows):
         row = {"id": str(number), "question_type": kind, "score": score, "blind": blind}
         lines.append(json.dumps(row) + "\n")
-    path = compare.answers_of(run, rung)
+    path = answers_of(run, rung)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(lines))
 
@@ -109,13 +111,13 @@ def test_a_seed_that_is_given_twice_is_refused(runs, tmp_path, call):
 def test_an_answer_may_hold_any_character(runs, printed):
     """Lines of a jsonl file end in a line feed, not in a line separator, which stands as it is."""
     before = printed(*runs)
-    path = compare.answers_of(runs[0], "stage2")
+    path = answers_of(runs[0], "stage2")
     path.write_text(path.read_text().replace('"id": "0"', '"completion": "a\u2028b", "id": "0"'))
     assert printed(*runs) == before
 
 
 def test_scores_without_a_blind_baseline_are_named(runs, call):
-    path = compare.answers_of(runs[0], "stage2")
+    path = answers_of(runs[0], "stage2")
     path.write_text(path.read_text().replace("0.25}", "null}"))
     with pytest.raises(UserError, match=r"stage2/predictions.jsonl:3: no blind baseline in it"):
         call(compare, *runs)
@@ -133,7 +135,7 @@ def test_ablations_stand_beside_the_ladder(runs, printed):
     line = ["stage2-no1", "0.125", "stage2", "-50.0 [-50.0, -50.0]", "-50.0, -50.0", "-1.2"]
     assert printed(*runs)[12:] == [line]
     # An ablation that one of the ladders has not finished is left out.
-    compare.answers_of(runs[1], "stage2-no1").unlink()
+    answers_of(runs[1], "stage2-no1").unlink()
     assert len(printed(*runs)) == 12
 
 
