@@ -87,6 +87,8 @@ def located(where):
 
 
 # ------------------------------------------------------------ rows: jsonl line -> Sample
+# Every mistake in a row is found here, when the file is read. Only what depends on the picture, its
+# size and whether it opens, is found later: by check_media, or when the row is used.
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,9 @@ def read_all(paths, images):
     return samples
 
 
+# The functions down to parse_part raise UserError without the place: parse_row puts it in front.
+
+
 def need(row, key, *kinds, default=None):
     """The value of a key, which must be of one of the kinds."""
     value = row.get(key, default)
@@ -171,28 +176,42 @@ def parse_row(row, where, images):
 
 
 def parse_question(row, where, name, images):
-    """A localization if the answer is a list of boxes, a cold start if there is a solution."""
+    """A localization if the answer is a list of boxes, a cold start if there is a solution.
+
+    {"question_id": 7, "question": "How many chairs?", "question_type": "object count",
+     "answer": "4", "options": null, "image": ["a.jpg", "b.jpg"], "data_type": "multi_view"}
+    """
     media = parse_media(row, images)
     prompt = need(row, "prompt", str, NoneType)
     solution = need(row, "solution", str, NoneType)
+    # A row that brings its whole prompt needs no question.
     question = need(row, "question", str, default="" if prompt else None)
+    question = question.replace("<image>", "").strip()  # pictures always come first
     options = row.get("options") or []
     if not are_texts(options):
         raise UserError(f"options is {json.dumps(options)[:80]}, expected a list of texts")
 
     if isinstance(row.get("answer"), list):
-        kind, options = "localization", []
+        question_type = "localization"
         answer = parse_boxes(row)
     else:
         # A cold start may leave out its type and its answer: the solution is what is trained.
-        kind = need(row, "question_type", str, default=None if solution is None else "")
+        question_type = need(row, "question_type", str, default=None if solution is None else "")
         answer = str(need(row, "answer", str, int, float, default=""))
-        if kind or solution is None:
-            check_answer(kind, answer, options)
-    question = question.replace("<image>", "").strip()
-    options = tuple(options)
-    data_type = row["data_type"]
-    return Sample(where, name, question, kind, answer, options, media, data_type, prompt, solution)
+        if question_type or solution is None:
+            check_answer(answer, question_type, options)
+    return Sample(
+        where,
+        name,
+        question,
+        question_type,
+        answer,
+        tuple(options),
+        media,
+        row["data_type"],
+        prompt,
+        solution,
+    )
 
 
 def parse_media(row, images):
@@ -213,7 +232,7 @@ def parse_media(row, images):
         if not 0 < seconds < math.inf:
             raise UserError(f"seconds_per_frame is {seconds}, expected a positive number")
     if len(sources) == 1 and Path(paths[0]).suffix.lower() not in PICTURE_SUFFIXES:
-        sources = sources[0]
+        sources = sources[0]  # a video file, not the one frame of a short video
     return (Media("video", sources, seconds),)
 
 
@@ -229,51 +248,54 @@ def parse_boxes(row):
         if not is_box(box):
             found = json.dumps(box)[:80]
             raise UserError(f"box is {found}, expected bbox_2d with 4 numbers and a label")
-        x1, y1, x2, y2 = box["bbox_2d"]
+        corners = box["bbox_2d"]
+        x1, y1, x2, y2 = corners
         if not (0 <= x1 < x2 and 0 <= y1 < y2):
-            found = box["bbox_2d"]
-            raise UserError(f"bbox_2d is {found}, expected 0 <= x1 < x2 and 0 <= y1 < y2")
-    return tuple({"bbox_2d": box["bbox_2d"], "label": box["label"]} for box in boxes)
+            raise UserError(f"bbox_2d is {corners}, expected 0 <= x1 < x2 and 0 <= y1 < y2")
+    return tuple(boxes)
 
 
-def check_answer(kind, answer, options):
-    """Refuse an answer that no completion can match: it would train on noise in silence."""
-    if kind in CHOICE_TYPES:
+def check_answer(answer, question_type, options):
+    """Refuse an answer that no completion can match: training on it would teach noise."""
+    if question_type in CHOICE_TYPES:
         if parse_choice(answer) not in [option[:1] for option in options]:
             raise UserError(
                 f"answer is {answer!r}, expected the letter of one of the options {options}"
             )
-    elif kind in NUMBER_TYPES:
+    elif question_type in NUMBER_TYPES:
         if parse_number(answer) is None:
-            raise UserError(f"answer is {answer!r}, expected a number for {kind}")
+            raise UserError(f"answer is {answer!r}, expected a number for {question_type}")
     else:
         known = ", ".join(CHOICE_TYPES + NUMBER_TYPES)
-        raise UserError(f"question_type is {kind!r}, expected one of {known}")
+        raise UserError(f"question_type is {question_type!r}, expected one of {known}")
 
 
 def parse_chat(row, where, name, images):
-    """A row of chat messages, such as
+    """Turns of a chat, as transformers takes them.
 
-    [{"role": "user", "content": [{"type": "image", "image": "a.jpg"}, {"type": "text", ...}]},
-     {"role": "assistant", "content": "85"}]
+    {"messages": [{"role": "user", "content": [{"type": "image", "image": "a.jpg"},
+                                               {"type": "text", "text": "How wide?"}]},
+                  {"role": "assistant", "content": "85"}]}
     """
     turns, media = [], []
     for message in need(row, "messages", list):
         role = message.get("role") if isinstance(message, dict) else None
         if role not in ("system", "user", "assistant"):
             raise UserError(f"role is {role!r}, expected system, user or assistant")
-        content = message.get("content")
+        content = need(message, "content", str, list)
         if isinstance(content, str):
-            parts = (content,)
-        else:
-            parts = tuple(parse_part(part, role, images) for part in need(message, "content", list))
+            content = [{"type": "text", "text": content}]
+        parts = tuple(parse_part(part, role, images) for part in content)
         turns.append((role, parts))
         media += [part for part in parts if isinstance(part, Media)]
     if not turns or turns[-1][0] != "assistant":
         raise UserError("messages must end with the assistant's turn")
-    kind = "chat: " + need(row, "question_type", str) if "question_type" in row else "chat"
+    # Evaluation compares the last turn; a question_type only groups the scores.
     answer = "".join(turns[-1][1])
-    return Sample(where, name, "", kind, answer, media=tuple(media), messages=tuple(turns))
+    question_type = "chat"
+    if "question_type" in row:
+        question_type += ": " + need(row, "question_type", str)
+    return Sample(where, name, "", question_type, answer, media=tuple(media), messages=tuple(turns))
 
 
 def parse_part(part, role, images):
@@ -311,6 +333,8 @@ def cost(sample):
 
 
 # ------------------------------------------------------------ pictures: Media -> patches
+# A picture is resized to multiples of 28, then cut into patches of 14 x 14. The vision encoder
+# turns each patch into a vector, and its merger each 2 x 2 patches into one vision token.
 
 
 def smart_resize(height, width, min_pixels, max_pixels):
@@ -343,13 +367,14 @@ def multiple(side, to_whole):
 @contextmanager
 def opened(source):
     """PIL's image of a path, or of the bytes of a file; whatever PIL raises becomes one line."""
-    is_bytes = isinstance(source, bytes)
+    name, file = source, source
+    if isinstance(source, bytes):
+        name, file = "picture given as bytes", io.BytesIO(source)
     try:
-        with Image.open(io.BytesIO(source) if is_bytes else source) as image:
+        with Image.open(file) as image:
             yield image
     # PIL raises each of these for a damaged file: SyntaxError for PNG, RuntimeError for AVIF.
     except (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError) as error:
-        name = "picture given as bytes" if is_bytes else source
         # "cannot identify image file <_io.BytesIO object at 0x...>" ends at " <"
         reason = str(error).split(" <")[0]
         raise UserError(f"{name}: not a readable picture ({reason})") from None
@@ -392,6 +417,7 @@ def read_video(path, num_frames, fps):
         total = len(reader)
         rate = float(reader.get_avg_fps())
         count = num_frames if fps is None else max(1, round(total / rate * fps))
+        # Evenly from the first frame to the last; astype rounds down.
         index = np.linspace(0, total - 1, min(count, total)).astype(int)
         frames = reader.get_batch(index).asnumpy()
         del reader  # decord keeps its decoder's memory as long as the reader lives
@@ -411,7 +437,10 @@ def open_frames(media, num_frames, fps):
 
 @cache
 def measure(media, num_frames, fps):
-    """What is known without decoding pictures (a video file has to be decoded for it).
+    """The sizes and times of a picture or a video, which is all that its token count depends on.
+
+    Only headers of pictures are read, so that tokens of a data set are counted quickly. (A video
+    file has to be decoded for it, once here and once in open_frames.)
 
     Returns: number of frames, (width, height) of each, seconds between two (None: not known).
     """
@@ -436,7 +465,9 @@ def check_media(sample):
         for media in sample.media:
             _, (width, height), _ = measure(media, 1, None)
             smart_resize(height, width, 0, math.inf)  # refuses what is too thin
-            for box in sample.answer if sample.question_type == "localization" else ():
+            if sample.question_type != "localization":
+                continue
+            for box in sample.answer:
                 corners = box["bbox_2d"]
                 if corners[2] > width or corners[3] > height:
                     raise UserError(
@@ -465,7 +496,7 @@ def to_patches(pictures, size):
     resized = [np.asarray(p.resize((width, height), Image.BICUBIC)) for p in pictures]
     pixels = np.stack(resized)  # (T, height, width, 3) uint8
     if len(pixels) % 2:
-        pixels = np.concatenate((pixels, pixels[-1:]))
+        pixels = np.concatenate((pixels, pixels[-1:]))  # T is even from here on
 
     # Normalize by a table of the 256 values that a pixel can have: a look-up is quicker than
     # arithmetic, and this order of operations rounds as transformers does.
@@ -485,6 +516,8 @@ def to_patches(pictures, size):
 
 
 # ------------------------------------------------------------ prompts: Sample -> texts
+# What the user says comes from a template, or from the row's own prompt; what the assistant says
+# is the row's answer or its solution.
 
 
 def prompt_text(sample, style, prompts=PROMPTS):
@@ -503,7 +536,7 @@ def prompt_text(sample, style, prompts=PROMPTS):
         name = f"{style} number"
     else:
         name = f"{style} text"
-    # All slots at once: a question that holds "{options}" keeps it.
+    # All slots at once, not one after the other: a question may hold the text "{options}".
     slots = {"{question}": sample.question, "{options}": "\n".join(sample.options)}
     pieces = re.split("({question}|{options})", prompts[name])
     return "".join(slots.get(piece, piece) for piece in pieces)
@@ -519,6 +552,7 @@ def read_prompts(path):
             raise UserError(
                 f"{path}: unknown prompt {name!r}, expected one of {', '.join(PROMPTS)}"
             )
+        # A prompt without its slot would ask the same of every row.
         for slot in ("{question}", "{options}"):
             if slot in PROMPTS[name] and slot not in text:
                 raise UserError(f"{path}: prompt {name!r} lacks the slot {slot}")
@@ -543,6 +577,7 @@ def answer_text(sample, style, scale):
         return sample.solution
     if sample.question_type != "localization":
         return sample.answer
+    # Qwen2.5-VL gives boxes in pixels of the picture that it sees.
     boxes = scale_boxes(sample.answer, scale)
     lines = [json.dumps(box, ensure_ascii=False) for box in boxes]
     return "```json\n[" + ",\n".join(lines) + "]\n```"
@@ -552,13 +587,15 @@ def scale_boxes(boxes, scale):
     """Boxes with corners multiplied by (x, y) factors and rounded to whole pixels."""
     scaled = []
     for box in boxes:
-        corners = zip(box["bbox_2d"], (*scale, *scale))  # x1, y1, x2, y2 by x, y, x, y
-        corners = [round(corner * factor) for corner, factor in corners]
+        pairs = zip(box["bbox_2d"], (*scale, *scale))  # x1, y1, x2, y2 and x, y, x, y
+        corners = [round(corner * factor) for corner, factor in pairs]
         scaled.append({"bbox_2d": corners, "label": box["label"]})
     return tuple(scaled)
 
 
-# ------------------------------------------------------------ positions
+# ------------------------------------------------------------ positions: ids -> three axes
+# M-RoPE rotates queries and keys by three positions: when, and where in the picture. For text all
+# three are equal, which is the usual rotary embedding.
 
 
 def vision_positions(t, h, w, step):
@@ -609,18 +646,23 @@ def mrope_positions(ids, grids, seconds_per_grid, config):
     done = 0  # tokens that have positions
     position = 0  # of the next token
     for (t, h, w), seconds in zip(grids, seconds_per_grid):
+        # The text before this picture: the same number on all axes.
         before = int(is_vision[done:].nonzero()[0])  # text tokens before this picture
         pieces.append(torch.arange(position, position + before).expand(3, -1))
         position += before
+        # The picture: 2 x 2 patches are one token.
         step = 0.0 if seconds is None else config.vision.tokens_per_second * seconds
         pieces.append(position + vision_positions(t, h // merge, w // merge, step))
         position = int(pieces[-1].max()) + 1
         done += before + pieces[-1].shape[1]
+    # The text after the last picture.
     pieces.append(torch.arange(position, position + len(ids) - done).expand(3, -1))
     return torch.cat(pieces, dim=1)
 
 
 # ------------------------------------------------------------ token ids: Sample -> Example
+# Everything that the model is given for a sample is made here, in Processor.example. Training,
+# rollouts and evaluation differ only in `style` and `answer`.
 
 
 @dataclass
@@ -650,9 +692,7 @@ def load_tokenizer(directory):
     path = Path(directory) / "tokenizer.json"
     try:
         return Tokenizer.from_file(str(path))
-    except (
-        Exception
-    ) as error:  # tokenizers raises no narrower type, for a missing file or a bad one
+    except Exception as error:  # tokenizers raises nothing narrower, even for a missing file
         raise UserError(f"{path}: not a readable tokenizer ({error})") from None
 
 
@@ -686,7 +726,8 @@ class Processor:
         self.tokenizer = load_tokenizer(directory)
         self.tokenizer.encode_special_tokens = True  # "<|image_pad|>" in a question is text
         self.special = {name: self.tokenizer.token_to_id(name) for name in SPECIAL_TOKENS}
-        # Another model's tokenizer would give ids that mean something else.
+        # Another model's tokenizer would give ids that mean something else. The embedding may have
+        # more rows than there are tokens: it is padded to a round number.
         size, rows = self.tokenizer.get_vocab_size(), config.text.vocab_size
         pad = self.special["<|image_pad|>"]
         if None in self.special.values() or size > rows or pad != config.image_token_id:
@@ -695,6 +736,7 @@ class Processor:
                 f"<|image_pad|> at {pad}, the model {rows} and {config.image_token_id}"
             )
 
+        # A flag wins over the model's own limits.
         limits = read_json(directory / "preprocessor_config.json")
         size = limits.get("size") or {}  # where transformers 5 writes them
         smallest = limits.get("min_pixels") or size.get("shortest_edge") or 56 * 56
@@ -705,6 +747,7 @@ class Processor:
             raise UserError(
                 f"--min-pixels is {self.min_pixels}, above --max-pixels {self.max_pixels}"
             )
+        # Ids that end a completion: Qwen2.5-VL has two, <|im_end|> and <|endoftext|>.
         generation = read_json(directory / "generation_config.json")
         stops = generation.get("eos_token_id", self.special["<|im_end|>"])
         self.stop_ids = tuple(stops) if isinstance(stops, list) else (stops,)
@@ -742,13 +785,14 @@ class Processor:
         Raises:  UserError that begins with the sample's file:line.
         """
         if sample.question_type == "localization":
-            check_media(sample)  # boxes outside would be trained on
+            check_media(sample)  # a box outside would be trained on
         with located(sample.where):
             loaded = [self.load(media, pixels) for media in sample.media]
             grids = [item.grid for item in loaded]
             seconds = [item.seconds for item in loaded]
             scale = loaded[0].scale if loaded else (1, 1)  # boxes have one picture
             turns = self.turns(sample, style, scale, answer)
+            # Equal Media have equal grids, so that a dict tells the grid of each.
             ids, labels = self.render(turns, dict(zip(sample.media, grids)), answer)
             positions = mrope_positions(ids, grids, seconds, self.config)
         patches = torch.cat([NO_PATCHES, *(item.patches for item in loaded)])
@@ -808,6 +852,7 @@ class Processor:
             else:
                 given = start + self.encode_parts(role + "\n", parts, grids) + end
                 trained = []
+            # A segment is trained or not: labels need no search in the text.
             ids += given + trained + newline
             labels += [IGNORE] * len(given) + trained + [IGNORE] * len(newline)
         if not answer:
@@ -824,6 +869,7 @@ class Processor:
         ids = []
         for part in parts:
             if isinstance(part, Media):
+                # The vision tokens' features take the pads' places in the model.
                 t, h, w = grids[part]
                 pads = [self.special[f"<|{part.kind}_pad|>"]] * (t * h * w // 4)
                 ids += self.encode(text)
@@ -834,7 +880,9 @@ class Processor:
         return ids + self.encode(text)
 
 
-# ------------------------------------------------------------ Examples -> Batch
+# ------------------------------------------------------------ batches: Examples -> Batch
+# Padding is on the right: with causal attention no token sees it, so that no mask is needed. This
+# runs in DataLoader's worker processes, on the CPU.
 
 
 def collate(examples, config):
@@ -846,7 +894,8 @@ def collate(examples, config):
     labels = pad_sequence([e.labels for e in examples], True, IGNORE)  # (B, T)
     positions = pad_sequence([e.positions.T for e in examples], batch_first=True)  # (B, T, 3)
 
-    # The hidden state at token i predicts token i + 1, so that the labels are shifted by one.
+    # The hidden state of token i predicts token i + 1. `before` are the places i whose next token
+    # is trained.
     row, before = (labels[:, 1:] != IGNORE).nonzero(as_tuple=True)  # (R,) each
     is_vision = (ids == config.image_token_id) | (ids == config.video_token_id)
 

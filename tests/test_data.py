@@ -239,7 +239,7 @@ MALFORMED = [  # a row, what the message says after file:line
     (chat("Hi"), "role is None, expected system, user or assistant"),
     (
         chat({"role": "user", "content": 5}),
-        "content is 5, expected list",
+        "content is 5, expected str or list",
     ),
     (
         chat({"role": "user", "content": [{"type": "image", "image": 5}]}),
