@@ -243,16 +243,11 @@ def with_letters(rng, answer, choices):
     return options, "ABCD"[texts.index(answer)]
 
 
-def spatial_row(row, question_type, answer, options):
-    """A row with a question of one of the seven types."""
-    return row | {"options": options, "answer": answer, "question_type": question_type}
-
-
 def coldstart_row(row, chain):
     """A spatial row with the prompt and the chain of thought that a cold start imitates."""
-    text, answer, options = row["question"], row["answer"], tuple(row["options"] or ())
-    sample = Sample("scenes.py", "", text, row["question_type"], answer, options)
-    solution = f"<think>{chain}</think><answer>{answer}</answer>"
+    options = tuple(row["options"] or ())
+    sample = Sample("", "", row["question"], row["question_type"], row["answer"], options)
+    solution = f"<think>{chain}</think><answer>{row['answer']}</answer>"
     return row | {"solution": solution, "prompt": prompt_text(sample, "thinking")}
 
 
@@ -288,7 +283,7 @@ def ladder_rows(rng, world, images, ids, easy):
         if single:
             yield located(row, things)
         if question_type != "object size" or rng.random() < SIZE_SHARE:
-            row = spatial_row(row, question_type, answer, options)
+            row |= {"options": options, "answer": answer, "question_type": question_type}
             yield "spatial", row
             yield "coldstart", coldstart_row(row, chain)
 

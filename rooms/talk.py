@@ -74,7 +74,12 @@ def make_world(room, sights, ids, word, camera):
 
 def most_seen(world):
     """The most things that one of the pictures shows."""
-    return max(sum(sight.box is not None for sight in picture) for picture in world.sights)
+    return max(shown_in(picture) for picture in world.sights)
+
+
+def shown_in(sights):
+    """How many things one picture shows."""
+    return sum(sight.box is not None for sight in sights)
 
 
 def by_kind(items, order):

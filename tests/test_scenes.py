@@ -1,4 +1,4 @@
-"""The answers, boxes and files of the rooms, recomputed from the stored 3D scene by other routes."""
+"""The answers, boxes and files of the rooms, recomputed from the 3D scene by other routes."""
 
 import io
 import itertools
@@ -34,8 +34,9 @@ ROOMS = range(24)
 
 @pytest.fixture(scope="module")
 def made():
-    """[(index, room, [(image, ids, sights)], rows, files)] of some training rooms, caught in make_files."""
-    out, last = [], {}
+    """[(index, room, [(image, ids, sights)], rows, files)] of some training rooms."""
+    out = []
+    last = {}  # what make_files drew last
 
     def keep_room(*arguments):
         last.update(room=make_room(*arguments), pictures=[])
@@ -69,8 +70,13 @@ def cell(thing, n=120):
 
 
 def brute_distance(a, b):
-    """Shortest distance between sampled box surfaces; the boxes' heights overlap, so the floor decides."""
+    """Shortest distance between sampled outlines: heights overlap, so the floor decides."""
     return np.linalg.norm(cell(a)[:, None] - cell(b), axis=2).min()
+
+
+def things_of(room, name):
+    """The numbers of the things of a category."""
+    return [k for k, thing in enumerate(room.things) if thing.name == name]
 
 
 def questions(made):
@@ -78,7 +84,7 @@ def questions(made):
     for _, room, pictures, rows, _ in made:
         for row, cold in zip(rows["spatial"], rows["coldstart"]):
             names = re.findall("|".join(FURNITURE), row["question"])
-            numbers = [[k for k, t in enumerate(room.things) if t.name == n] for n in names]
+            numbers = [things_of(room, name) for name in names]
             yield room, pictures, row, numbers, cold["solution"]
 
 
@@ -88,8 +94,13 @@ def chosen(row):
     return text
 
 
+def view_of(row):
+    """The number of the camera whose picture a row is about: the digit before .jpg."""
+    return int(row["image"][0][-5])
+
+
 def test_rooms_are_solid(made):
-    """Furniture in walls, in each other, through the ceiling or over a camera would make pictures impossible."""
+    """No furniture stands in walls, in other furniture, through the ceiling or over a camera."""
     for _, room, _, _, _ in made:
         for a, b in itertools.combinations(room.things, 2):
             assert brute_distance(a, b) > GAP - 1e-9
@@ -121,7 +132,7 @@ def test_rooms_are_solid(made):
 
 
 def test_sights_are_those_of_a_second_renderer(made):
-    """Boxes, ids or visibility ratios off by the projection, the rectangle of rays or the depth buffer would show."""
+    """Boxes, ids and visibility agree with rays that are clipped plane by plane, in float64."""
     for _, room, pictures, _, _ in made[:4]:
         for camera, (_, ids, sights) in list(zip(room.cameras, pictures))[:3]:
             focal, alone = SIZE / 2 / math.tan(math.radians(32)), []
@@ -159,7 +170,7 @@ def test_sights_are_those_of_a_second_renderer(made):
 
 
 def test_a_thing_alone_is_wholly_visible():
-    """The visibility ratio compares with the thing alone in the room; a lens cast must change no id."""
+    """The ratio compares with the thing alone in the room; a lens cast changes no id."""
     room = make_room(np.random.default_rng(3), False)
     for k in range(len(room.things)):
         single = room._replace(things=room.things[k : k + 1], solids=room.solids[k : k + 1])
@@ -172,7 +183,7 @@ def test_a_thing_alone_is_wholly_visible():
 
 
 def test_cast_is_fixed_to_the_picture():
-    """The cue that localization rests on: redder and less blue to the right, greener downwards; 0 switches it off."""
+    """Redder and less blue to the right, greener downwards; 0 switches it off."""
     room = make_room(np.random.default_rng(1), False)
     plain, cast = (render(room, room.cameras[0], cast=c)[0].astype(int) for c in (0, CAST))
     middle = (plain > CAST) & (plain < 255 - CAST)
@@ -183,88 +194,114 @@ def test_cast_is_fixed_to_the_picture():
         assert (np.abs(difference - expected)[middle[..., channel]] <= 1).all()
 
 
+def check_size(room, row, things, pictures):
+    assert row["answer"] == str(max(round(100 * float(side)) for side in things[0].dims))
+
+
+def check_distance(room, row, things, pictures):
+    distance = float(row["answer"])
+    assert distance == pytest.approx(brute_distance(*things), abs=0.06)
+    assert distance >= 0.2
+
+
+def check_nearest(room, row, things, pictures):
+    *others, target = things
+    (least, name), (second, _), *_ = sorted((brute_distance(o, target), o.name) for o in others)
+    assert chosen(row) == name
+    assert second - least > 0.25
+    assert sorted(o[3:] for o in row["options"]) == sorted(o.name for o in others)
+
+
+def check_side_of_camera(room, row, things, pictures):
+    camera = room.cameras[view_of(row)]
+    c, s = math.cos(camera.yaw), math.sin(camera.yaw)
+    axes = np.array([[s, -c], [c, s]])
+    (xa, za), (xb, zb) = (axes @ (t.center - (camera.x, camera.y)) for t in things)
+    side = "left" if xa < xb else "right"
+    order = "front" if za < zb else "back"
+    assert chosen(row) == f"{side}-{order}"
+    assert min(abs(xa - xb), abs(za - zb)) > 0.34
+    assert (xa / za < xb / zb) == (xa < xb)  # in the picture too
+
+
+def check_side_of_person(room, row, things, pictures):
+    stand, face, target = (complex(*t.center) for t in things)
+    # The facing direction is turned onto the real axis.
+    degrees = np.angle((target - stand) / (face - stand), deg=True)
+    expected = "left" if degrees > 0 else "right"
+    if abs(degrees) > 135:
+        expected = "back"
+    assert chosen(row) == expected
+    assert min(abs(degrees), abs(abs(degrees) - 135)) >= 15 - 1e-6
+
+
+def check_count(room, row, things, pictures):
+    assert int(row["answer"]) == Counter(t.name for t in room.things)[things[0].name]
+
+
+def check_room(room, row, things, pictures):
+    assert float(row["answer"]) == pytest.approx(np.prod(room.sides), abs=0.05 + 1e-9)
+
+
+def check_order(room, row, things, pictures):
+    first = {}
+    for number, (_, ids, _) in enumerate(pictures):
+        for thing in things:
+            if (ids == room.things.index(thing) + 1).any():
+                first.setdefault(thing.name, number)
+    assert len(set(first.values())) == 3
+    assert chosen(row) == ", ".join(sorted(first, key=first.get))
+    assert len(row["options"]) == len(set(row["options"])) == 4
+
+
+CHECKS = {
+    "object size": check_size,
+    "absolute distance": check_distance,
+    "relative distance": check_nearest,
+    "relative direction": check_side_of_person,
+    "object count": check_count,
+    "room size": check_room,
+    "appearance order": check_order,
+}
+
+
 def test_answers_from_the_scene(made):
     """Every answer, recomputed from the stored room without the functions that made it."""
-    seen = Counter()
+    seen = set()
     for room, pictures, row, numbers, _ in questions(made):
+        kind = row["question_type"]
         things = [room.things[ks[0]] for ks in numbers]
-        kind, family, answer = row["question_type"], row["data_type"], row["answer"]
-        seen[kind, family] += 1
         if kind != "object count":
-            assert all(len(ks) == 1 for ks in numbers)  # unique referents
-        if kind == "object size":
-            assert answer == str(max(round(100 * float(v)) for v in things[0].dims))
-        elif kind == "absolute distance":
-            assert (
-                float(answer) == pytest.approx(brute_distance(*things), abs=0.06)
-                and float(answer) >= 0.2
-            )
-        elif kind == "relative distance":
-            *others, target = things
-            gaps = sorted((brute_distance(o, target), o.name) for o in others)
-            assert chosen(row) == gaps[0][1] and gaps[1][0] - gaps[0][0] > 0.25
-            assert sorted(o[3:] for o in row["options"]) == sorted(o.name for o in others)
-        elif kind == "relative direction" and family == "single_image":
-            camera = room.cameras[int(row["image"][0][-5])]
-            c, s = math.cos(camera.yaw), math.sin(camera.yaw)
-            (xa, za), (xb, zb) = (
-                np.array([[s, -c], [c, s]]) @ (t.center - (camera.x, camera.y)) for t in things
-            )
-            assert (
-                chosen(row) == f"{'left' if xa < xb else 'right'}-{'front' if za < zb else 'back'}"
-            )
-            assert abs(xa - xb) > 0.34 and abs(za - zb) > 0.34 and (xa / za < xb / zb) == (xa < xb)
-        elif kind == "relative direction":
-            stand, face, target = (complex(*t.center) for t in things)
-            turned = (target - stand) / (
-                face - stand
-            )  # the facing direction turned onto the real axis
-            degrees = math.degrees(math.atan2(turned.imag, turned.real))
-            assert chosen(row) == (
-                "back" if abs(degrees) > 135 else "left" if degrees > 0 else "right"
-            )
-            assert min(abs(degrees), abs(abs(degrees) - 135)) >= 15 - 1e-6
-        elif kind == "object count":
-            assert (
-                int(answer)
-                == len(numbers[0])
-                == Counter(t.name for t in room.things)[things[0].name]
-            )
-        elif kind == "room size":
-            assert float(answer) == pytest.approx(np.prod(room.sides), abs=0.05 + 1e-9)
-        else:
-            first = [
-                min(i for i, (_, ids, _) in enumerate(pictures) if (ids == ks[0] + 1).any())
-                for ks in numbers
-            ]
-            assert len(set(first)) == 3
-            assert chosen(row) == ", ".join(
-                t.name for _, t in sorted(zip(first, things), key=lambda pair: pair[0])
-            )
-            assert len(row["options"]) == len(set(row["options"])) == 4
-    assert {t for t, _ in seen} == set(scenes.WEIGHTS)
+            assert all(len(ks) == 1 for ks in numbers)  # the only ones of their category
+        check = CHECKS[kind]
+        if check is check_side_of_person and row["data_type"] == "single_image":
+            check = check_side_of_camera
+        check(room, row, things, pictures)
+        seen.add(check)
+    assert seen == {*CHECKS.values(), check_side_of_camera}
 
 
 def test_named_things_are_visible(made):
     """A question about something that no picture shows well could not be answered."""
-    for room, pictures, row, numbers, _ in questions(made):
-        shown = (
-            pictures if row["data_type"] != "single_image" else [pictures[int(row["image"][0][-5])]]
-        )
+    for _, pictures, row, numbers, _ in questions(made):
+        shown = pictures
+        if row["data_type"] == "single_image":
+            shown = [pictures[view_of(row)]]
         for k in itertools.chain(*numbers):
             sights = [(p[2][k], (p[1] == k + 1).sum()) for p in shown]
             assert any(n >= 0.005 * SIZE**2 and s.ratio >= 0.5 for s, n in sights)
 
 
 def test_localization_rows(made):
-    """Boxes of the visible pixels of everything of the kinds named, in the question's order, then from left to right.
+    """Boxes of the visible pixels of all things named: by the question's order, then left to right.
 
-    A spatial question's twin names things that are the only ones of their kind in the room, and shares its id."""
+    A spatial question's twin shares its id, and names things that are the only ones of their kind.
+    """
     sizes = Counter()
     for _, room, pictures, rows, files in made:
         spatial = {row["question_id"]: row for row in rows["spatial"]}
         for row in rows["grounding"]:
-            _, ids, sights = pictures[int(row["image"][0][-5])]
+            _, ids, sights = pictures[view_of(row)]
             expected = []
             for name in re.findall("|".join(FURNITURE), row["question"]):
                 kind = [k for k, t in enumerate(room.things) if t.name == name]
@@ -287,89 +324,108 @@ def test_localization_rows(made):
     assert {1, 2, 3, 4} <= set(sizes)
 
 
-def test_chains_state_the_scene(made):
-    """A cold-start chain with wrong boxes, places or sums would teach the model to ignore what it sees."""
-    clause = re.compile(
-        r"The (\w+)(?: in (?:view|frame) (\d))? from (\d+) (\d+) to (\d+) (\d+), "
-        r"(left|right) (\d+) (ahead|behind) (\d+)\."
-    )
+# What a chain states of a thing: name, picture, four ends in it, place on the floor.
+CLAUSE = re.compile(
+    r"The (\w+)(?: in (?:view|frame) (\d))? from (\d+) (\d+) to (\d+) (\d+), "
+    r"(left|right) (\d+) (ahead|behind) (\d+)\."
+)
+
+
+def signed(number, word, negative):
+    """A number that stands with a word in a chain."""
+    return -int(number) if word == negative else int(number)
+
+
+def chains(made, kind=None):
+    """(room, pictures, row, the one thing of each name, chain) of the spatial rows of a type."""
     for room, pictures, row, numbers, solution in questions(made):
+        if kind in (None, row["question_type"]):
+            things = [room.things[ks[0]] for ks in numbers]
+            yield room, pictures, row, things, re.fullmatch("<think>(.*)</think>.*", solution)[1]
+
+
+def test_solutions_end_with_the_answer(made):
+    """The chain ends with the answer's text, and with its letter if there are options."""
+    for _, _, row, _, solution in questions(made):
         chain, answer = re.fullmatch("<think>(.*)</think><answer>(.*)</answer>", solution).groups()
-        assert answer == row["answer"] and len(chain.split()) <= 75
-        offset = int(row["image"][0][-5]) if row["data_type"] == "single_image" else 0
-        camera, left = room.cameras[offset], [k for ks in numbers for k in ks]
-        assert len(clause.findall(chain)) == len(left)
-        for name, picture, *rest in clause.findall(chain):
-            number = int(picture or 1) - 1 + offset
-            box, (side, x, order, y) = tuple(map(int, rest[:4])), rest[4:]
-            (k,) = [
-                k for k in left if room.things[k].name == name and pictures[number][2][k].box == box
-            ]
-            left.remove(k)
-            assert picture == "" or not any(p[2][k].clear for p in pictures[:number])
-            toward = (complex(*room.things[k].center) - complex(camera.x, camera.y)) * np.exp(
-                -1j * camera.yaw
-            )
-            assert abs(int(x) * (1 if side == "right" else -1) + 10 * toward.imag) <= 0.51
-            assert abs(int(y) * (1 if order == "ahead" else -1) - 10 * toward.real) <= 0.51
-        if row["question_type"] == "absolute distance":
-            apart, gap = re.search(r"(\d+) apart: ([\d.]+)$", chain).groups()
-            centers = (room.things[k].center for ks in numbers for k in ks)
-            assert gap == answer and abs(int(apart) / 10 - math.dist(*centers)) < 0.12
+        assert answer == row["answer"]
+        assert len(chain.split()) <= 75
         if row["options"]:
             assert chain.endswith(f": {chosen(row)} {answer}")
-        elif row["question_type"] != "object count":
+        elif row["question_type"] == "object count":
+            assert chain.endswith(f" it holds {answer}")
+            assert len(CLAUSE.findall(chain)) == int(answer)
+        else:
             assert chain.endswith(f": {answer}")
-        if row["question_type"] == "object size":
-            sides = [int(side) for side in re.search(r"(\d+) by (\d+) by (\d+): ", chain).groups()]
-            assert (
-                sides == [round(100 * side) for side in room.things[numbers[0][0]].dims]
-                and str(max(sides)) == answer
-            )
-        if row["question_type"] == "relative distance":
-            *others, target = (room.things[k] for (k,) in numbers)
-            past = [
-                (name, int(gap))
-                for name, gap in re.findall(r"(\w+) (\d+)[,:]", chain[chain.index("Past") :])
-            ]
-            gaps = sorted((brute_distance(other, target), other.name) for other in others)
-            assert [name for name, _ in past] == [name for _, name in gaps]
-            assert all(abs(gap - 10 * true) < 0.9 for (_, gap), (true, _) in zip(past, gaps))
-        if row["question_type"] == "appearance order":
-            firsts = re.findall(r"(\w+) in frame (\d)(?=[.:])", chain)
-            assert ", ".join(name for name, _ in firsts) == chosen(row)
-            assert dict(firsts) == {name: picture for name, picture, *_ in clause.findall(chain)}
-        if row["question_type"] == "relative direction" and row["data_type"] == "single_image":
-            a, b = [
-                (int(x) * (-1) ** (side == "left"), int(y))
-                for *_, side, x, _, y in clause.findall(chain)
-            ]
-            said = re.search(r"it is (left|right) (\d+) (front|back) (\d+): ", chain).groups()
-            assert (a[0] - b[0], a[1] - b[1]) == (
-                int(said[1]) * (-1) ** (said[0] == "left"),
-                int(said[3]) * (-1) ** (said[2] == "front"),
-            )
-        if row["question_type"] == "relative direction" and row["data_type"] != "single_image":
-            a, b, c = (complex(*room.things[k].center) for (k,) in numbers)
+
+
+def test_chains_state_where_things_are(made):
+    """With wrong boxes or places a chain would teach the model to ignore what it sees."""
+    for room, pictures, row, numbers, solution in questions(made):
+        offset = view_of(row) if row["data_type"] == "single_image" else 0
+        camera = room.cameras[offset]
+        left = [*itertools.chain(*numbers)]
+        clauses = CLAUSE.findall(solution)
+        assert len(clauses) == len(left)
+        for name, picture, x0, y0, x1, y1, side, x, order, y in clauses:
+            number = int(picture or 1) - 1 + offset
+            _, _, sights = pictures[number]
+            box = (int(x0), int(y0), int(x1), int(y1))
+            (k,) = [k for k in left if (room.things[k].name, sights[k].box) == (name, box)]
+            left.remove(k)
+            assert picture == "" or not any(p[2][k].clear for p in pictures[:number])
+            toward = complex(*room.things[k].center) - complex(camera.x, camera.y)
+            toward *= np.exp(-1j * camera.yaw)
+            assert abs(signed(x, side, "left") + 10 * toward.imag) <= 0.51
+            assert abs(signed(y, order, "behind") - 10 * toward.real) <= 0.51
+
+
+def test_chains_of_sizes_distances_and_rooms(made):
+    """The numbers before the answer, from the scene."""
+    for _, _, row, (thing,), chain in chains(made, "object size"):
+        sides = [int(side) for side in re.search(r"(\d+) by (\d+) by (\d+): ", chain).groups()]
+        assert sides == [round(100 * side) for side in thing.dims]
+        assert str(max(sides)) == row["answer"]
+    for _, _, row, (a, b), chain in chains(made, "absolute distance"):
+        apart, gap = re.search(r"(\d+) apart: ([\d.]+)$", chain).groups()
+        assert gap == row["answer"]
+        assert abs(int(apart) / 10 - math.dist(a.center, b.center)) < 0.12
+    for _, _, _, (*others, target), chain in chains(made, "relative distance"):
+        past = re.findall(r"(\w+) (\d+)[,:]", chain[chain.index("Past") :])
+        gaps = sorted((brute_distance(other, target), other.name) for other in others)
+        assert [name for name, _ in past] == [name for _, name in gaps]
+        for (_, gap), (true, _) in zip(past, gaps):
+            assert abs(int(gap) - 10 * true) < 0.9
+    for _, _, row, _, chain in chains(made, "room size"):
+        w, d = map(int, re.search(r"(\d+) by (\d+): ", chain).groups())
+        assert f"{w * d / 100:.1f}" == row["answer"]
+
+
+def test_chains_of_directions_and_orders(made):
+    """What follows from the places and pictures that the chain states, or from the scene."""
+    for _, _, row, things, chain in chains(made, "relative direction"):
+        if row["data_type"] == "single_image":
+            spots = []
+            for *_, side, x, order, y in CLAUSE.findall(chain):
+                spots.append((signed(x, side, "left"), signed(y, order, "behind")))
+            (xa, ya), (xb, yb) = spots
+            side, x, order, y = re.search(
+                r"it is (left|right) (\d+) (front|back) (\d+): ", chain
+            ).groups()
+            assert (xa - xb, ya - yb) == (signed(x, side, "left"), signed(y, order, "front"))
+        else:
+            a, b, c = (complex(*thing.center) for thing in things)
             side, degrees = re.search(r"turn (left|right) (\d+): ", chain).groups()
-            assert (
-                abs(
-                    np.angle((c - a) / (b - a), deg=True) - int(degrees) * (-1) ** (side == "right")
-                )
-                <= 0.51
-            )
-        if row["question_type"] == "object count":
-            assert (
-                chain.endswith(f" it holds {len(clause.findall(chain))}")
-                and str(len(clause.findall(chain))) == answer
-            )
-        if row["question_type"] == "room size":
-            w, d = map(int, re.search(r"(\d+) by (\d+): ", chain).groups())
-            assert f"{w * d / 100:.1f}" == answer
+            true = np.angle((c - a) / (b - a), deg=True)
+            assert abs(true - signed(degrees, side, "right")) <= 0.51
+    for _, _, row, _, chain in chains(made, "appearance order"):
+        firsts = re.findall(r"(\w+) in frame (\d)(?=[.:])", chain)
+        assert ", ".join(name for name, _ in firsts) == chosen(row)
+        assert dict(firsts) == {name: picture for name, picture, *_ in CLAUSE.findall(chain)}
 
 
 def test_answers_are_balanced():
-    """A letter, side or position that is right more often than others would be learned instead of the scene."""
+    """No letter, side or position is right more often: else it would be learned, not the scene."""
     letters, sides = {n: Counter() for n in (2, 3, 4)}, Counter()
     for row in itertools.chain(
         *(scenes.make_files(9, "train", i, 28)[1]["spatial"] for i in range(160))
@@ -417,19 +473,18 @@ def test_avi_is_read_by_decord(tmp_path):
         assert read.shape == (56, 56, 3) and abs(read.astype(int) - frame).max() <= 3
 
 
+def contents(folder):
+    """{path: bytes} of all files."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {path.relative_to(folder): path.read_bytes() for path in files}
+
+
 def test_files_do_not_depend_on_processes(tmp_path):
-    """Same request, same bytes; the rows load, the pictures have the size asked for, an .avi is among the videos."""
+    """Same request, same bytes; the rows load, pictures have their size, a video is an .avi."""
     data = pytest.importorskip("data")
     for n in (1, 2):
         scenes.write_rooms(tmp_path / str(n), 32, 4, test_scenes=4, size=56, processes=n)
-    one, two = (
-        {
-            p.relative_to(tmp_path / n): p.read_bytes()
-            for p in (tmp_path / n).rglob("*")
-            if p.is_file()
-        }
-        for n in "12"
-    )
+    one, two = (contents(tmp_path / n) for n in "12")
     assert one == two and len(list(tmp_path.iterdir())) == 2
     train = tmp_path / "1" / "train"
     assert not (tmp_path / "1" / "val" / "spld_coldstart_data.jsonl").exists()
@@ -448,7 +503,7 @@ def test_files_do_not_depend_on_processes(tmp_path):
 
 
 def test_difficulty_is_what_is_asked_for():
-    """Walls, categories and sizes of rooms stay within the pairs that are given, and reach beyond the default's."""
+    """Walls, categories and sizes of rooms stay within the pairs that are given."""
     hard = DIFFICULTY | {"view_sides": (6.0, 7.0), "view_categories": (6, 8), "scale": (0.2, 0.4)}
     for seed in range(20):
         room = make_room(np.random.default_rng(seed), False, False, hard)
@@ -480,7 +535,7 @@ def test_rooms_that_cannot_be_are_given_up(tmp_path, name, pair, expected):
 
 
 def test_folder_mistakes(tmp_path, capsys, monkeypatch):
-    """A folder of other data is never touched; the same request is not made twice; each mistake is one line."""
+    """A folder of other data is not touched; the same rooms are not made twice; one line each."""
     out = tmp_path / "rooms"
     scenes.write_rooms(out, 1, 0, test_scenes=0, size=28, processes=1)
     before = (out / "meta.json").stat().st_mtime_ns

@@ -28,7 +28,7 @@ from rooms.talk import (
 
 @pytest.fixture(scope="module")
 def said():
-    """[(world, ids, [(task, question, answer)])] of all pictures of some rooms, caught in make_files."""
+    """[(world, ids, [(task, question, answer)])] of all pictures of some rooms."""
     caught = []
 
     def keep(rng, world):
@@ -43,12 +43,11 @@ def said():
 
 
 def answers(said, *tasks):
-    found = [
-        (world, ids, question, answer)
-        for world, ids, turns in said
-        for task, question, answer in turns
-        if task in tasks
-    ]
+    found = []
+    for world, ids, turns in said:
+        for task, question, answer in turns:
+            if task in tasks:
+                found.append((world, ids, question, answer))
     assert len(found) > 5
     return found
 
@@ -60,7 +59,7 @@ def thing(world, name):
 
 
 def worked_world(ids=None):
-    """A lamp 2 m ahead and 1 m to the left of a camera, a bed 3 m ahead and 0.5 m to its right, boxes made up."""
+    """A lamp 2 m ahead and 1 m to the left of a camera, a bed 3 m ahead and 0.5 m to its right."""
     things = [
         make_thing("lamp", (3, 2), 0, (0.6, 0.6, 1.3)),
         make_thing("bed", (4, 0.5), 0, (1, 1.6, 0.8)),
@@ -80,7 +79,8 @@ def worked_world(ids=None):
         ("reach", "From 8 16 to 24 56 reaches the lamp. From 60 40 to 92 64 reaches the bed."),
         (
             "show",
-            "The lamp from 8 16 to 24 56, left 10 ahead 20. The bed from 60 40 to 92 64, right 5 ahead 30.",
+            "The lamp from 8 16 to 24 56, left 10 ahead 20. "
+            "The bed from 60 40 to 92 64, right 5 ahead 30.",
         ),
         ("measure", "60 by 60 by 130: 130 at the most."),
         ("measure", "130 at the most: 60 by 60 by 130."),
@@ -115,7 +115,7 @@ def test_a_picture_is_read_block_by_block():
 
 
 def test_pixels_hold_what_is_said(said):
-    """What is at a pixel is what the picture's ids show there; everything of the kinds asked for reaches as far as its box."""
+    """A pixel shows what the ids say; everything of some categories reaches as far as its box."""
     for world, ids, question, answer in answers(said, "look"):
         spots = re.findall(r"(\d+) (\d+)", question)
         names = re.findall(r"the (\w+)|(nothing)", answer)
@@ -123,7 +123,7 @@ def test_pixels_hold_what_is_said(said):
         for (x, y), (name, nothing) in zip(spots, names):
             k = ids[0][int(y), int(x)]
             assert nothing if k == 0 else world.room.things[k - 1].name == name
-    for world, ids, question, answer in answers(said, "reach"):
+    for world, _, question, answer in answers(said, "reach"):
         found = re.findall(r"From (\d+) (\d+) to (\d+) (\d+) reaches the (\w+)", answer)
         named = re.findall(r"\w+", question)
         true = [
@@ -134,11 +134,16 @@ def test_pixels_hold_what_is_said(said):
         assert sorted((*map(int, numbers), name) for *numbers, name in found) == sorted(true)
 
 
+def signed(number, word, negative):
+    """A number that stands with a word."""
+    return -int(number) if word == negative else int(number)
+
+
 def on_the_floor(world, text):
     """Every place that a text states, as right + ahead * 1j in decimeters."""
+    found = re.findall(r"(left|right) (\d+) (ahead|behind) (\d+)", text)
     return [
-        int(x) * (-1) ** (side == "left") + 1j * int(y) * (-1) ** (order == "behind")
-        for side, x, order, y in re.findall(r"(left|right) (\d+) (ahead|behind) (\d+)", text)
+        signed(x, side, "left") + 1j * signed(y, order, "behind") for side, x, order, y in found
     ]
 
 
@@ -154,7 +159,7 @@ def true_place(world, name):
 def test_what_is_shown_is_there(said):
     """The first picture with a clear view of the thing, the box in it, the place on the floor."""
     pattern = r"The (\w+)(?: in (?:view|frame) (\d))? from (\d+) (\d+) to (\d+) (\d+), (.*?)\."
-    for world, ids, question, answer in answers(said, "show"):
+    for world, ids, _, answer in answers(said, "show"):
         for name, picture, *corners, floor in re.findall(pattern, answer):
             k, number = thing(world, name), int(picture or 1)
             assert not any(sights[k].clear for sights in world.sights[: number - 1])
@@ -169,7 +174,7 @@ def test_what_is_shown_is_there(said):
 
 
 def test_ways_on_the_floor_agree_with_the_scene(said):
-    """Differences and free floor, from the true centers; what they are worked out from is where the things are."""
+    """Differences and free floor, from the true centers, and the places that are stated first."""
     for world, _, question, answer in answers(said, "compare", "gap"):
         asked = re.findall(r"the (\w+)", question)
         a, b = (true_place(world, name) for name in asked)
@@ -179,14 +184,8 @@ def test_ways_on_the_floor_agree_with_the_scene(said):
             side, x, order, y = re.search(
                 r"is (left|right) (\d+) (front|back) (\d+)", answer
             ).groups()
-            assert (
-                abs(
-                    int(x) * (-1) ** (side == "left")
-                    + 1j * int(y) * (-1) ** (order == "front")
-                    - (a - b)
-                )
-                < 1.42
-            )
+            stated = signed(x, side, "left") + 1j * signed(y, order, "front")
+            assert abs(stated - (a - b)) < 1.42
         else:
             gap = world.room.gaps[thing(world, asked[0]), thing(world, asked[1])]
             assert float(re.search(r"([\d.]+) meters", answer)[1]) == round(gap, 1)
@@ -208,28 +207,23 @@ def test_turns_are_angles_of_the_scene(said):
             complex(*world.room.things[thing(world, name)].center)
             for name in re.findall(r"the (\w+)", question)
         )
-        turn = np.degrees(
-            np.angle((c - a) / (b - a))
-        )  # counter-clockwise, as the room's y axis is left of its x axis
+        # Counter-clockwise, as the room's y axis is left of its x axis.
+        turn = np.angle((c - a) / (b - a), deg=True)
         side, degrees = re.search(r"turn (left|right) (\d+)", answer).groups()
-        off = turn - int(degrees) * (1 if side == "left" else -1)
-        assert abs((off + 180) % 360 - 180) < 25 / min(
-            abs(b - a), abs(c - a)
-        )  # places are rounded to 10 cm
+        off = turn - signed(degrees, side, "right")
+        # Places are rounded to 10 cm.
+        assert abs((off + 180) % 360 - 180) < 25 / min(abs(b - a), abs(c - a))
 
 
 def test_totals_and_entrances(said):
     """Counted over all pictures' ids; a thing comes in where it is first clear."""
     for world, ids, question, answer in answers(said, "total"):
         kind = re.search(r"every (\w+)", question)[1]
-        seen = {
-            k
-            for picture in ids
-            for k in np.unique(picture[picture > 0])
-            if world.room.things[k - 1].name == kind
-        }
+        kinds = {k: thing.name for k, thing in enumerate(world.room.things, 1)}
+        shown = set().union(*(np.unique(picture) for picture in ids))
+        seen = [k for k in shown if kinds.get(k) == kind]
         assert int(re.search(r"holds (\d+)", answer)[1]) == len(seen)
-    for world, _, question, answer in answers(said, "enter"):
+    for world, _, _, answer in answers(said, "enter"):
         for name, number in re.findall(r"(\w+) in \w+ (\d)", answer):
             clear = [sights[thing(world, name)].clear for sights in world.sights]
             assert clear.index(True) + 1 == int(number)
@@ -244,31 +238,25 @@ def test_sums_by_other_routes():
         kinds_met.add(question.split()[0])
         if question.startswith("Compare"):
             side, x, order, y = answer[6:-1].split()
-            assert spots[0] - spots[1] == int(x) * (-1) ** (side == "left") + 1j * int(y) * (
-                -1
-            ) ** (order == "front")
+            expected = signed(x, side, "left") + 1j * signed(y, order, "front")
+            assert spots[0] - spots[1] == expected
         elif question.startswith("How far"):
             assert abs(int(answer.split()[0]) - abs(spots[0] - spots[1])) <= 0.5
         elif question.startswith("At"):
             a, b, c = spots
-            turn = np.degrees(np.angle((c - a) / (b - a))) if abs(b - a) * abs(c - a) else None
             side, degrees = answer[5:-1].split()
-            assert (
-                turn is None
-                or abs(turn - int(degrees) * (1 if side == "left" else -1)) % 360 < 0.51
-            )
+            if b != a != c:
+                turn = np.angle((c - a) / (b - a), deg=True)
+                assert abs(turn - signed(degrees, side, "right")) % 360 < 0.51
         elif question.startswith("Pace"):
             w, d = map(int, re.findall(r"\d+", question))
             assert answer == f"{w * d / 100:.1f} in all."
         else:
             pairs = sorted((int(n), word) for word, n in re.findall(r"(\w+) (\d+)", question))
-            assert (
-                answer
-                == ", ".join(
-                    word for _, word in pairs[: 1 if question.startswith("Least") else None]
-                )
-                + "."
-            )
+            words = [word for _, word in pairs]
+            if question.startswith("Least"):
+                words = words[:1]
+            assert answer == ", ".join(words) + "."
     assert kinds_met == {"Compare", "How", "At", "Pace", "In", "Least"}
 
 
@@ -279,7 +267,7 @@ def test_recall_says_what_was_told():
         told, asked, said = re.fullmatch(
             "Told (.*), say (.*)\\.Told (.*)\\.", "".join(recall(rng, None))
         ).groups()
-        letters = {word: letter for letter, word in (item.split() for item in told.split(", "))}
+        letters = dict(item.split()[::-1] for item in told.split(", "))
         assert said == ", ".join(f"{word} {letters[word]}" for word in asked.split(", "))
         assert len(letters) == len(set(letters.values())) == len(said.split(", ")) <= 8
         same += [*letters] == asked.split(", ")
@@ -288,52 +276,46 @@ def test_recall_says_what_was_told():
 
 def test_nothing_is_said_in_the_ladders_words(said):
     """No boxes as JSON, no chains, no options, and none of its questions."""
-    ladder = [
-        re.escape(text).replace(r"\{\}", r"\w+")
-        for _, texts in [*VIDEO.values(), *scenes.SINGLE_IMAGE.values()]
-        for text in texts
-    ]
+    questions = [*VIDEO.values(), *scenes.SINGLE_IMAGE.values()]
+    texts = itertools.chain(*(texts for _, texts in questions))
+    ladder = [re.escape(text).replace(r"\{\}", r"\w+") for text in texts]
     done = set()
     for world, _, turns in said:
         for task, question, answer in turns:
             done.add((world.word, task))
-            assert (
-                parse_boxes(answer) is None
-                and "<" not in answer
-                and not re.search(r"\b[A-D]\. ", question + answer)
-            )
-            assert (
-                not any(re.search(pattern, question) for pattern in ladder)
-                and "Where in the picture" not in question
-            )
-    tried = {
-        (word, task.__name__)
-        for task, times in TASKS.items()
-        for word, count in zip(QUESTIONS, times)
-        if count
-    }
+            assert parse_boxes(answer) is None
+            assert "<" not in answer
+            assert not re.search(r"\b[A-D]\. ", question + answer)
+            assert not re.search("|".join(ladder), question)
+            assert "Where in the picture" not in question
+    tried = set()
+    for task, times in TASKS.items():
+        tried |= {(word, task.__name__) for word, count in zip(QUESTIONS, times) if count}
     assert done == tried
     rng = np.random.default_rng(0)
-    for text in (part for _ in range(200) for task in TOLD for part in task(rng, None)):
-        assert not re.search(r"\b[A-D]\. |\n|[<{]", text) and not any(
-            re.search(pattern, text) for pattern in ladder
-        )
+    for _ in range(200):
+        for task in TOLD:
+            text = "".join(task(rng, None))
+            assert not re.search(r"\b[A-D]\. |\n|[<{]", text)
+            assert not re.search("|".join(ladder), text)
 
 
 def test_the_bases_rooms_are_not_the_ladders():
     """Same seed, same split, same index: another room."""
     for split in scenes.SPLITS:
-        pictures = [
-            set(make_files(0, split, index, 28, tasks=tasks)[0].values())
-            for tasks in FILES
-            for index in range(3)
-        ]
-        assert not set.union(*pictures[:3]) & set.union(*pictures[3:])
+        pictures = {}
+        for tasks in FILES:
+            files = [make_files(0, split, index, 28, tasks=tasks)[0] for index in range(3)]
+            pictures[tasks] = set().union(*(file.values() for file in files))
+        assert not pictures["ladder"] & pictures["base"]
 
 
 def test_rows_are_one_question_each(tmp_path):
-    """Of every split: one question and its answer, its task for its type; what is told is about no picture; recall comes
-    first, then what one picture shows, fewer things before many, what follows from it and sums, several pictures."""
+    """One question and its answer, with its task for a type; what is told is about no picture.
+
+    Recall comes first, then what one picture shows, fewer things before many, then what follows
+    from it and sums, then several pictures.
+    """
     scenes.write_rooms(tmp_path / "rooms", 8, 0, test_scenes=8, processes=1, tasks="base")
     for split in scenes.SPLITS:
         folder = tmp_path / "rooms" / split
@@ -345,19 +327,19 @@ def test_rows_are_one_question_each(tmp_path):
         assert all(
             (s.question_type.removeprefix("chat: ") in told) == (not s.media) for s in samples
         )
-        assert {(m.kind, len(m.sources) > 1) for s in samples for m in s.media} >= {
-            ("image", False)
-        }
+        media = itertools.chain(*(sample.media for sample in samples))
+        assert ("image", False) in {(m.kind, len(m.sources) > 1) for m in media}
         rows = [json.loads(line) for line in (folder / "base_data.jsonl").read_text().splitlines()]
         assert all(set(row) == {"messages", "question_type"} for row in rows)
-        levels = [
-            3
-            if len(s.media) > 1 or any(media.kind == "video" for media in s.media)
-            else 0
-            if s.question_type == "chat: recall"
-            else 1 + (s.question_type.removeprefix("chat: ") in ("compare", "gap", "near", "sums"))
-            for s in samples
-        ]
+        levels = []
+        for sample in samples:
+            task = sample.question_type.removeprefix("chat: ")
+            if len(sample.media) > 1 or any(media.kind == "video" for media in sample.media):
+                levels.append(3)
+            elif task == "recall":
+                levels.append(0)
+            else:
+                levels.append(2 if task in ("compare", "gap", "near", "sums") else 1)
         assert levels == sorted(levels) and set(levels) == {0, 1, 2, 3}
         counts = [
             row["messages"][1]["content"].count(",")

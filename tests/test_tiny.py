@@ -9,7 +9,7 @@ from rooms.tiny import NUMBERS, train_tokenizer
 
 
 def test_first_heads_look_back(tiny_model):
-    """Those of the first key head attend most to the token before, whatever the words; the others do not."""
+    """Those of the first key head attend most to the token before, the others do not."""
     model = load_model(tiny_model, torch.float32)
     config, decoder = model.config.text, model.model
     ids = torch.randint(config.vocab_size, (1, 60), generator=torch.Generator().manual_seed(0))
@@ -31,7 +31,7 @@ def test_first_heads_look_back(tiny_model):
 
 
 def test_words_that_are_one_token(tiny_model):
-    """Numbers, sides with a hyphen, an option's letter; but not what a user or the model begins to say."""
+    """Numbers, sides with a hyphen, an option's letter; but not the first words of a turn."""
 
     def tokens(tokenizer, text):
         return [tokenizer.decode([i]) for i in tokenizer.encode(text, add_special_tokens=False).ids]
@@ -58,11 +58,12 @@ def test_options_are_named_by_letters(tiny_model):
     """What a model knows of a letter then holds for an option."""
     tokenizer = Tokenizer.from_file(str(tiny_model / "tokenizer.json"))
     embedding = load_model(tiny_model, torch.float32).model.embed_tokens.weight
-    pairs = [
-        [tokenizer.encode(text).ids for text in (f"\n{letter}.", f" {letter}")] for letter in "ABC"
-    ]
-    assert all(len(option) == len(letter) == 1 and option != letter for option, letter in pairs)
-    assert all(torch.equal(embedding[option], embedding[letter]) for option, letter in pairs)
+    for letter in "ABC":
+        option = tokenizer.encode(f"\n{letter}.").ids
+        plain = tokenizer.encode(f" {letter}").ids
+        assert len(option) == len(plain) == 1
+        assert option != plain
+        assert torch.equal(embedding[option], embedding[plain])
 
 
 def test_numbers_begin_in_order(tiny_model):
@@ -70,7 +71,8 @@ def test_numbers_begin_in_order(tiny_model):
     tokenizer = Tokenizer.from_file(str(tiny_model / "tokenizer.json"))
     embedding = load_model(tiny_model, torch.float32).model.embed_tokens.weight.detach()
     ids = [tokenizer.token_to_id(str(number)) for number in range(NUMBERS)]
-    rows = torch.nn.functional.normalize(embedding[[i for i in ids if i is not None]], dim=1)
+    ids = [i for i in ids if i is not None]
+    rows = torch.nn.functional.normalize(embedding[ids], dim=1)
     alike = rows @ rows.T
     assert len(rows) > 300
     assert alike.diagonal(1).mean() > 0.4 > 0.1 > alike.diagonal(200).mean()
