@@ -1,9 +1,8 @@
 """Supervised fine-tuning: stage 1 (see), stage 2 (understand), the cold start (reason).
 
-    python train_sft.py --stage 1                                  # the tiny model, procedural rooms
-    python train_sft.py --stage base                               # hours: before the ladder begins
-    torchrun --nproc-per-node 4 train_sft.py --stage 2 --preset paper --model DIR --data FILE.jsonl \\
-        --out DIR
+    python train_sft.py --stage 1                        # the tiny model on procedural rooms
+    python train_sft.py --stage base                     # hours: before the ladder begins
+    torchrun --nproc-per-node 4 train_sft.py --stage 2 --preset paper --model DIR ...
 
 One loop; the stages differ in their row of ladder.RECIPES only. A row of the data decides how it is
 prompted and what is answered: boxes as JSON for a localization row, the bare answer for a question,
