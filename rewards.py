@@ -60,7 +60,10 @@ def parse_choice(text):
     The authors want the letter alone (either case, dots after it): no "(B)", no "B. chair".
     """
     match = CHOICE.fullmatch(text.strip())
-    return (match[1] or match[2]).upper() if match else None
+    if match is None:
+        return None
+    letter = match[1] or match[2]  # in brackets, or without
+    return letter.upper()
 
 
 def parse_number(text):
@@ -72,7 +75,9 @@ def parse_number(text):
     The authors call float(): no commas, no units, but 1_000 (and nan and inf, which then earn 0).
     """
     match = NUMBER.fullmatch(text.strip())
-    return float(match[1].replace(",", "")) if match else None
+    if match is None:
+        return None
+    return float(match[1].replace(",", ""))  # without the unit
 
 
 def parse_boxes(text):
@@ -85,11 +90,13 @@ def parse_boxes(text):
     [{'bbox_2d': [1.0, 2.0, 30.0, 40.0], 'label': 'bed'}]
     """
     fenced = FENCE.search(text)
-    body = (fenced[1] if fenced else text).strip().removesuffix(",")
-    if body.startswith("{"):  # objects one after another: make them a list
-        body = "[" + re.sub(r"}\s*{", "},{", body) + "]"
+    if fenced:
+        text = fenced[1]
+    text = text.strip().removesuffix(",")
+    if text.startswith("{"):  # objects one after another: make them a list
+        text = "[" + re.sub(r"}\s*{", "},{", text) + "]"
     try:  # parse_int=float: an integer of thousands of digits becomes inf, which is_box refuses
-        boxes = json.loads(body, parse_int=float)
+        boxes = json.loads(text, parse_int=float)
     except (ValueError, RecursionError):
         return None
     if isinstance(boxes, list) and all(is_box(box) for box in boxes):
@@ -133,7 +140,9 @@ def box_iou(a, b):
     """
     shared = box_area(max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3]))
     union = box_area(*a) + box_area(*b) - shared
-    return shared / union if union > 0 else 0.0
+    if union > 0:
+        return shared / union
+    return 0.0  # no area, or inf - inf = nan for absurd corners
 
 
 def box_area(x1, y1, x2, y2):
@@ -160,6 +169,7 @@ def localization_scores(predicted, true, match_iou=0.5):
                 iou = box_iou(t["bbox_2d"], p["bbox_2d"])
                 ious[i] = max(ious[i], iou)
                 pairs.append((iou, i, j))
+    # Greedy: the best pair first, then the best of those whose boxes are both free.
     matches = {}  # true index -> predicted index
     for iou, i, j in sorted(pairs, reverse=True):
         if iou >= match_iou and i not in matches and j not in matches.values():
@@ -191,6 +201,7 @@ def format_reward(completions, sample=None):
 
 def is_well_formed(text):
     match = WELL_FORMED.fullmatch(text)
+    # The pattern lets tags stand inside the two parts: count them.
     if match is None or len(TAG.findall(text)) != 4:
         return False
     return all(part.strip() for part in match.groups())
