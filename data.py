@@ -732,7 +732,7 @@ class Processor:
         pad = self.special["<|image_pad|>"]
         if None in self.special.values() or size > rows or pad != config.image_token_id:
             raise UserError(
-                f"{directory}: tokenizer and model have other vocabularies: {size} words with "
+                f"{directory}: tokenizer and model have other vocabularies: {size} tokens with "
                 f"<|image_pad|> at {pad}, the model {rows} and {config.image_token_id}"
             )
 

@@ -578,6 +578,26 @@ def test_a_mixed_batch_equals_its_rows_one_by_one(tmp_path, images, processor, m
     torch.testing.assert_close(together, alone, rtol=0, atol=2e-5)
 
 
+# ------------------------------------------------------------ tokenizer
+
+
+def test_banned_tokens_are_those_of_the_chat_format_and_rows_without_a_token(processor, model):
+    """The sampler must be able to end its turn, and to write everything that is text."""
+    banned = processor.banned("cpu")
+    size = processor.tokenizer.get_vocab_size()
+    assert banned.shape == (model.config.text.vocab_size,) and banned[size:].all()
+    names = {processor.tokenizer.id_to_token(i) for i in banned[:size].nonzero()[:, 0].tolist()}
+    vision = {"<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"}
+    assert names == vision | {"<|im_start|>"}
+
+
+def test_another_models_tokenizer_is_refused(tiny_model, model):
+    """Its ids would mean something else, and nothing would say so."""
+    other = replace(model.config, image_token_id=model.config.image_token_id + 1)
+    with pytest.raises(UserError, match="tokenizer and model have other vocabularies"):
+        Processor(tiny_model, other)
+
+
 # ------------------------------------------------------------ prompts
 
 
