@@ -1,24 +1,26 @@
-"""Timings: a checkpoint's load, prefill and decode; the same work here and in transformers; reading the data.
+"""Timings of a model, of the data path, and of the same work in other libraries.
 
-    python bench.py load --model Qwen2.5-VL-3B-Instruct --dtype bfloat16   # loading it and answering a question
-    python bench.py peers                            # against transformers (pip install transformers) on random weights
-    python bench.py peers --task train --side ours   # one task of one side alone, as `peers` does for peak memory
-    python bench.py data --workers 1                 # index of 26,610 rows, waiting for pictures, memory over 2,000 videos
+    python tests/bench.py load --model DIR --dtype bfloat16    # loading, prefill, decoding
+    python tests/bench.py data                 # 26,610 rows, 2,000 videos, waiting for pictures
+    python tests/bench.py peers                # beside transformers (pip install transformers)
+    python tests/bench.py grpo --peer-python TRL_VENV/bin/python      # a GRPO step beside TRL's
+    python tests/bench.py shared               # a group with one prompt, and with a copy for each
 
-Every figure but loading, which is done once, is the median of --repeat runs; `peers` runs both sides in turn on the
-same weights, dtype and inputs. Seconds depend on the shapes alone: any weights of the same config.json will do.
+Seconds are medians of --repeat runs. Weights are random: seconds depend on the shapes alone.
+`peers` and `grpo` start a process for each run of each side, in turn. It works once to warm up and
+once for the clock; its peak is the largest resident memory, mapped files included. To compare two
+checkouts, run the same command in both.
 """
 
-import argparse
 import io
 import json
+import math
 import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-import tracemalloc
 from functools import partial
 from pathlib import Path
 
@@ -27,426 +29,549 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from checkpoint import build_model, load_config, load_model, parse_config, save_model
-from data import Media, Processor, Sample, collate, mrope_positions, read_all, to_patches
-from files import UserError
-from model import Batch, generate
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import grpo
+from checkpoint import load_model
+from data import (
+    IGNORE,
+    NO_PATCHES,
+    Example,
+    Media,
+    Processor,
+    Sample,
+    collate,
+    mrope_positions,
+    read_all,
+    to_patches,
+)
+from files import read_jsonl, write_json, write_jsonl
+from model import generate
 from rooms.render import mjpeg_avi
-from rooms.tiny import initialize
+from rooms.tiny import CONFIG, train_tokenizer, write_model
 from runtime import main_guard
-from settings import Parser
+from settings import Parser, positive
 from train_sft import Rows, train_step
 
-PEER = {  # about 110 million weights, 78 of them the words
-    "architectures": ["Qwen2_5_VLForConditionalGeneration"],
-    "model_type": "qwen2_5_vl",
-    "torch_dtype": "float32",
+TEXT = "How many chairs stand in the room? Think of each of them before you answer."
+TEXT_IDS = 250  # smaller ids are no special tokens in any tokenizer here
+NEVER = (-1,)  # no token ends a completion
+SMALL = CONFIG | {  # 44 million weights, 39 of them the embeddings
+    "vocab_size": 151936,
+    "hidden_size": 256,
+    "intermediate_size": 704,
+    "num_hidden_layers": 4,
+    "rope_theta": 1e6,
+    "rope_scaling": {"type": "mrope", "mrope_section": [8, 12, 12]},
+    "vision_config": CONFIG["vision_config"]
+    | {"hidden_size": 160, "intermediate_size": 440, "out_hidden_size": 256},
+}
+MIDDLE = SMALL | {  # 113 million weights, 78 of them the embeddings
     "hidden_size": 512,
     "intermediate_size": 1408,
     "num_hidden_layers": 8,
     "num_attention_heads": 8,
-    "num_key_value_heads": 2,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1e6,
-    "max_position_embeddings": 32768,
-    "rope_scaling": {"type": "mrope", "mrope_section": [8, 12, 12]},
-    "hidden_act": "silu",
-    "vocab_size": 151936,
-    "tie_word_embeddings": True,
-    "image_token_id": 151655,
-    "video_token_id": 151656,
-    "vision_start_token_id": 151652,
-    "vision_end_token_id": 151653,
-    "vision_config": {
+    "vision_config": SMALL["vision_config"]
+    | {
         "depth": 8,
         "hidden_size": 320,
-        "num_heads": 4,
         "intermediate_size": 880,
-        "in_chans": 3,
         "out_hidden_size": 512,
-        "patch_size": 14,
-        "spatial_merge_size": 2,
-        "temporal_patch_size": 2,
         "window_size": 112,
         "fullatt_block_indexes": [3, 7],
-        "tokens_per_second": 2,
-        "hidden_act": "silu",
     },
+}
+LARGE = SMALL | {  # 611 million weights, 1.2 GB in bf16: far more than any cache holds
+    "torch_dtype": "bfloat16",
+    "hidden_size": 1536,
+    "intermediate_size": 8960,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 12,
+    "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+    "vision_config": SMALL["vision_config"] | {"out_hidden_size": 1536},
 }
 TASKS = {
     "images": "vision encoder, 8 pictures of 640x480",
     "video": "vision encoder, 32 frames of 336x252",
-    "prefill": "prefill, one 640x480 picture and text, 1,000 tokens",
-    "decode 1": "64 tokens prefill, 32 decode, 1 row",
-    "decode 16": "64 tokens prefill, 32 decode, 16 rows sampled",
-    "train": "forward + backward, 1,500 tokens, 64 supervised",
+    "prefill": "prefill of 1,000 tokens with a picture of 640x480",
+    "decode": "64 tokens of prefill, 32 decoded, 1 row",
+    "sample": "64 tokens of prefill, 32 sampled, 16 rows",
+    "train": "forward and backward, 1,500 tokens with a picture, 64 of them trained",
 }
+DECODED = {"prefill": (1, 1), "decode": (1, 32), "sample": (16, 32)}  # rows, tokens
+GROUP, LENGTH = 8, 128  # completions of a prompt, tokens of a completion
+GROUPS = (1, 4, 16)  # of the command shared
 
-
-def peak_gib():
-    """Largest resident memory of this process so far, mapped files included, in GiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def measure_load(args):
-    """Load a checkpoint, look at a picture, answer with 16 tokens. Prints one line each."""
-    device, began = args.device, time.time()
-    model = load_model(args.model, getattr(torch, args.dtype), device)
-    weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**30
-    print(
-        f"load         {time.time() - began:8.2f} s   peak {peak_gib():6.2f} GiB, weights {weights:.2f} GiB",
-        flush=True,
-    )
-    processor = Processor(
-        args.model,
-        model.config,
-        argparse.Namespace(
-            min_pixels=None,
-            max_pixels=None,
-            num_frames=16,
-            fps=None,
-            video_seconds="grid",
-            prompts=None,
-        ),
-    )
-    picture = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (480, 640, 3), dtype=np.uint8)).save(
-        picture, "PNG"
-    )
-    sample = Sample(
-        "bench",
-        "0",
-        "",
-        "",
-        "",
-        media=(Media("image", picture.getvalue()),),
-        prompt="What is in the picture?",
-    )
-    batch = collate([processor.example(sample, "direct", answer=False)], model.config).to(device)
-    ends, runs = [], []  # when each forward of a run ended; (prefill, decode per token) of each run
-    model.register_forward_hook(lambda *_: ends.append(time.time()))
-    for _ in range(args.repeat):
-        began = time.time()
-        ends.clear()
-        generate(model, batch, 16, (-1,), banned=processor.banned(device))
-        runs.append((ends[0] - began, (ends[-1] - ends[0]) / 15))
-    prefill, decode = (statistics.median(times) for times in zip(*runs))
-    print(
-        f"prefill      {prefill:8.2f} s   {batch.ids.shape[1]} tokens, a picture of 640x480 among them"
-    )
-    print(f"decode       {decode:8.3f} s   per token, of 16; peak {peak_gib():6.2f} GiB")
-
-
-def inputs(task, config):
-    """Patches, grids and token ids of a task, random but the same on both sides."""
-    rng = np.random.default_rng(0)
-    pictures = [
-        Image.fromarray(rng.integers(0, 255, (480, 640, 3), dtype=np.uint8)) for _ in range(8)
-    ]
-    if task == "video":
-        seen = [to_patches([picture.resize((336, 252)) for picture in pictures * 4], (252, 336))]
-    else:
-        count = {"images": 8, "prefill": 1, "train": 1}.get(task, 0)
-        seen = [to_patches([picture, picture], (476, 644)) for picture in pictures[:count]]
-    grids = [grid for _, grid in seen]
-    pads = sum(t * h * w // 4 for t, h, w in grids)
-    length = {"prefill": 1000, "train": 1500}.get(task, pads + 64)
-    words = torch.from_numpy(rng.integers(0, 151000, length - pads))
-    ids = torch.cat((torch.full((pads,), config.image_token_id), words))
-    return torch.cat([patches for patches, _ in seen] or [torch.zeros(4, 1176)]), grids, ids
-
-
-def ours(directory, task, dtype):
-    """A function that does the task once."""
-    model = load_model(directory, dtype)
-    patches, grids, ids = inputs(task, model.config)
-    if task in ("images", "video"):
-        return lambda: torch.no_grad()(model.visual)(patches, grids, model.run)
-    positions = mrope_positions(ids, grids, [None] * len(grids), model.config)[:, None]
-    places = torch.arange(len(ids) - 65, len(ids) - 1) if task == "train" else torch.arange(0)
-    batch = Batch(
-        ids[None],
-        positions,
-        torch.tensor([len(ids)]),
-        patches,
-        grids or [(1, 2, 2)],
-        (ids == model.config.image_token_id).nonzero()[:, 0],
-        places,
-        ids[places + 1],
-    )
-    if task == "train":
-
-        def step():
-            model.zero_grad()
-            (-model(batch)[0].mean()).backward()
-
-        return step
-    if task == "decode 16":  # sampled, as their 16 rows are
-        return lambda: generate(model, batch, 32, (-1,), group=16, uniforms=torch.rand(16, 32))
-    return lambda: generate(model, batch, 1 if task == "prefill" else 32, (-1,))
-
-
-def theirs(directory, task, dtype):
-    """The same in transformers."""
-    try:
-        from transformers import Qwen2_5_VLForConditionalGeneration
-    except ImportError as error:
-        raise UserError(
-            f"transformers cannot be imported ({error}): pip install transformers"
-        ) from None
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(directory, dtype=dtype).eval()
-    patches, grids, ids = inputs(task, parse_config(PEER))
-    grids = torch.tensor(grids)
-    if task in ("images", "video"):
-        return lambda: torch.no_grad()(model.model.visual)(patches.to(dtype), grids)
-    given = {"input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None]}
-    if len(grids):
-        given |= {
-            "pixel_values": patches,
-            "image_grid_thw": grids,
-            "mm_token_type_ids": (ids == 151655).int()[None],
-        }
-    if task == "train":
-        labels = ids.clone()[None]
-        labels[:, :-64] = -100
-
-        def step():
-            model.zero_grad()
-            model(**given, labels=labels).loss.backward()
-
-        return step
-    tokens, rows = 1 if task == "prefill" else 32, 16 if task == "decode 16" else 1
-    return lambda: model.generate(
-        **given,
-        max_new_tokens=tokens,
-        min_new_tokens=tokens,
-        do_sample=rows > 1,
-        top_k=0,
-        num_return_sequences=rows,
-        pad_token_id=0,
-    )
+# ---------------------------------------------------------------------------------- shared
 
 
 def seconds_of(work):
-    began = time.time()
+    began = time.perf_counter()
     work()
-    return time.time() - began
+    return time.perf_counter() - began
 
 
 def median_seconds(work, repeat):
-    """Median of `repeat` runs after one that warms up."""
-    return statistics.median([seconds_of(work) for _ in range(repeat + 1)][1:])
+    """Median of `repeat` runs, after one that warms up."""
+    work()
+    return statistics.median(seconds_of(work) for _ in range(repeat))
 
 
-def measure_peers(args):
-    dtype = getattr(torch, args.dtype)
-    with tempfile.TemporaryDirectory() as folder:
-        directory = args.model or folder
-        if args.model is None:
-            model = build_model(parse_config(PEER)).to_empty(device="cpu")
-            initialize(model, 0)
-            save_model(folder, model.named_parameters(), model.config)
-            print(
-                f"{sum(p.numel() for p in model.parameters()) / 1e6:.0f} million random weights, {args.dtype}, "
-                f"{torch.get_num_threads()} threads, torch {torch.__version__}",
-                flush=True,
-            )
-        if args.side:  # one side alone, for its peak memory
-            work = {"ours": ours, "theirs": theirs}[args.side](directory, args.task, dtype)
-            print(json.dumps({"seconds": seconds_of(work), "peak": peak_gib()}))
-            return
-        # Peaks come first: a child's largest memory counts from what its parent held when it was started.
-        peaks = [
-            json.loads(
-                subprocess.run(
-                    [
-                        sys.executable,
-                        __file__,
-                        "peers",
-                        "--task",
-                        "train",
-                        "--side",
-                        side,
-                        "--model",
-                        directory,
-                        "--dtype",
-                        args.dtype,
-                    ],
-                    stdout=subprocess.PIPE,
-                    text=True,
-                    check=True,
-                ).stdout.splitlines()[-1]
-            )["peak"]
-            for side in ("ours", "theirs")
-            if args.task in (None, "train")
-        ]
-        print(f"{'':<52}{'ours':>9}{'peer':>9}{'ratio':>8}")
-        if peaks:
-            print(
-                f"{'peak memory of training':<52}{peaks[0]:>7.2f}Gi{peaks[1]:>7.2f}Gi{peaks[1] / peaks[0]:>7.2f}x",
-                flush=True,
-            )
-        for task in [args.task] if args.task else TASKS:
-            sides = [make(directory, task, dtype) for make in (ours, theirs)]
-            runs = [[seconds_of(work) for work in sides] for _ in range(args.repeat + 1)][
-                1:
-            ]  # the first warms up
-            mine, peer = (statistics.median(run[i] for run in runs) for i in (0, 1))
-            print(f"{TASKS[task]:<52}{mine:>8.2f}s{peer:>8.2f}s{peer / mine:>7.2f}x", flush=True)
-            del sides
+def peak_gib():
+    """Largest resident memory of this process so far, in GiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def write_data_set(folder):
-    """SpatialLadder-26k in size and kinds of rows, over 64 pictures of 1296x968 and a video file of 16 frames."""
-    rng, names = np.random.default_rng(0), [f"scene0000_00/{n}.jpg" for n in range(64)]
-    (folder / "images" / "scene0000_00").mkdir(parents=True)
+def noise(width, height):
+    """A picture of noise."""
+    pixels = np.random.default_rng(0).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
 
-    def jpeg(width, height):  # soft noise, about as many bytes as a photograph
-        file = io.BytesIO()
-        noise = rng.integers(0, 255, (height // 8, width // 8, 3), dtype=np.uint8)
-        Image.fromarray(noise).resize((width, height)).save(file, "JPEG", quality=90)
-        return file.getvalue()
 
-    for name in names:
-        (folder / "images" / name).write_bytes(jpeg(1296, 968))
-    (folder / "images" / "video.avi").write_bytes(
-        mjpeg_avi([jpeg(640, 640) for _ in range(16)], 640, 2)
+def encoded(picture, kind):
+    """The bytes of a picture's file."""
+    file = io.BytesIO()
+    picture.save(file, kind)
+    return file.getvalue()
+
+
+def write_random(folder, config):
+    """Write a model directory of random weights that never ends a completion."""
+    weights = write_model(folder, config, train_tokenizer([TEXT]), 1024 * 28 * 28, 0)
+    # The sampler does not use ids beyond the tokenizer's.
+    write_json(Path(folder, "generation_config.json"), {"eos_token_id": config["vocab_size"] - 1})
+    threads = torch.get_num_threads()
+    print(
+        f"{weights / 1e6:.0f} million random weights, {threads} threads, torch {torch.__version__}"
     )
-    kinds = [("single_image", 1, 5929), ("multi_view", 8, 5752), ("video", 16, 9000)]
-    with open(folder / "spld_grounding_data.jsonl", "w") as file:
-        for n in range(5929):
-            answer = [{"bbox_2d": [296, 166, 408, 277], "label": "whiteboard"}]
-            file.write(
-                json.dumps(
-                    {
-                        "question_id": n,
-                        "question": "Is the whiteboard to the door's left or right?",
-                        "answer": answer,
-                        "image": [names[n % 64]],
-                        "data_type": "single_image",
-                    }
-                )
-                + "\n"
+
+
+def prompt_with_picture(directory, config, width, height):
+    """An Example up to where the assistant begins."""
+    media = (Media("image", encoded(noise(width, height), "PNG")),)
+    sample = Sample("bench", "0", TEXT, "object count", "3", media=media)
+    return Processor(directory, config).example(sample, "thinking", answer=False)
+
+
+# ---------------------------------------------------------------------------------- load
+
+
+def measure_load(args, folder):
+    """Load a checkpoint, read a picture, decode; how fast weights are read beside a memory copy."""
+    if args.model is None:
+        args.model = folder
+        write_random(folder, LARGE)
+    dtype = getattr(torch, args.dtype)
+    began = time.perf_counter()
+    model = load_model(args.model, dtype, args.device)
+    size = sum(p.nbytes for p in model.parameters()) / 1e9
+    print(f"load     {time.perf_counter() - began:8.2f} s   {size:.2f} GB of weights", flush=True)
+    example = prompt_with_picture(args.model, model.config, 640, 480)
+    batch = collate([example], model.config).to(args.device)
+    prefill, whole = (
+        median_seconds(partial(generate, model, batch, tokens, NEVER), args.repeat)
+        for tokens in (1, 17)
+    )
+    token = (whole - prefill) / 16
+    print(f"prefill  {prefill:8.2f} s   {len(example.ids)} tokens with a picture of 640x480")
+    read = sum(p.nbytes for p in model.model.parameters()) / 1e9  # a tied head is in there
+    print(f"decode   {token:8.3f} s   a token; reads {read / token:.1f} GB/s of weights")
+    print(f"peak     {peak_gib():8.2f} GiB")
+    source = torch.ones(2**27, dtype=dtype, device=args.device)
+    target = torch.empty_like(source)
+    copied = source.nbytes / 1e9 / median_seconds(partial(target.copy_, source), 5)
+    print(f"copy              a copy in memory moves {copied:.1f} GB/s")
+
+
+# ---------------------------------------------------------------------------------- peers
+
+
+def example_of(task, config):
+    """The input of a task: noise, and random tokens of which the last 64 are trained."""
+    pictures = []
+    if task == "video":
+        pictures = [to_patches([noise(336, 252)] * 32, (252, 336))]
+    elif task not in ("decode", "sample"):
+        count = 8 if task == "images" else 1
+        pictures = [to_patches([noise(640, 480)], (476, 644))] * count
+    grids = [grid for _, grid in pictures]
+    pads = sum(map(math.prod, grids)) // 4
+    length = {"prefill": 1000, "train": 1500}.get(task, pads + 64)
+    text = np.random.default_rng(0).integers(TEXT_IDS, size=length - pads)
+    ids = torch.cat((torch.full((pads,), config.image_token_id), torch.from_numpy(text)))
+    labels = ids.clone()
+    labels[:-64] = IGNORE
+    positions = mrope_positions(ids, grids, [None] * len(grids), config)
+    patches = torch.cat([patches for patches, _ in pictures] or [NO_PATCHES])
+    return Example(ids, labels, positions, patches, grids)
+
+
+def our_work(directory, task, dtype):
+    """A function that does a task once."""
+    model = load_model(directory, dtype)
+    batch = collate([example_of(task, model.config)], model.config)
+
+    def work():
+        if task in ("images", "video"):
+            with torch.no_grad():
+                model.visual(batch.patches, batch.grids, model.run)
+        elif task == "train":
+            model.zero_grad()
+            (-model(batch)[0].mean()).backward()
+        else:
+            rows, tokens = DECODED[task]
+            uniforms = torch.rand(rows, tokens) if rows > 1 else None
+            generate(model, batch, tokens, NEVER, rows, uniforms)
+
+    return work
+
+
+def their_work(directory, task, dtype):
+    """The same in transformers."""
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    from checkpoint import load_config
+
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(directory, dtype=dtype).eval()
+    config = load_config(directory)
+    example = example_of(task, config)
+    ids = example.ids[None]
+    grids = torch.tensor(example.grids)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if len(grids):
+        inputs["pixel_values"] = example.patches
+        inputs["image_grid_thw"] = grids
+        inputs["mm_token_type_ids"] = (ids == config.image_token_id).int()
+
+    def work():
+        if task in ("images", "video"):
+            with torch.no_grad():
+                model.model.visual(example.patches.to(dtype), grids)
+        elif task == "train":
+            model.zero_grad()
+            model(**inputs, labels=example.labels[None]).loss.backward()
+        else:
+            rows, tokens = DECODED[task]
+            model.generate(
+                **inputs,
+                max_new_tokens=tokens,
+                min_new_tokens=tokens,
+                do_sample=rows > 1,
+                top_k=0,
+                num_return_sequences=rows,
+                pad_token_id=0,
             )
-    with open(folder / "spld_spatial_data.jsonl", "w") as file:
-        for kind, pictures, count in kinds:
-            for n in range(count):
-                images = [names[(n + i) % 64] for i in range(pictures)]
-                file.write(
-                    json.dumps(
-                        {
-                            "question_id": n,
-                            "question": "From the camera's perspective, is the whiteboard to the door's left "
-                            "or right?",
-                            "options": ["A. left", "B. right"],
-                            "answer": "B",
-                            "question_type": "relative direction",
-                            "data_type": kind,
-                            "image": ["video.avi"] if kind == "video" and n % 2 else images,
-                        }
-                    )
-                    + "\n"
-                )
-    return [folder / f"spld_{kind}_data.jsonl" for kind in ("grounding", "spatial")]
+
+    return work
 
 
-def measure_data(args):
-    """What the data path costs: the index of a data set, waiting for pictures in training, memory over many videos."""
-    with tempfile.TemporaryDirectory() as folder:
-        files = write_data_set(Path(folder))
-        began = time.time()
-        samples = read_all(files, None)
-        print(
-            f"index        {time.time() - began:8.2f} s   {len(samples):,} rows", end="", flush=True
+def measure_side(args, folder):
+    """One process of one side: prints its seconds and its peak memory as JSON."""
+    if args.task == "grpo":
+        step = {"ours": our_step, "trl": trl_step}[args.side]
+        seconds = step(Path(args.model), Path(folder))
+    else:
+        work = {"ours": our_work, "transformers": their_work}[args.side]
+        work = work(args.model, args.task, getattr(torch, args.dtype))
+        work()  # warms up
+        seconds = seconds_of(work)
+    print(json.dumps({"seconds": seconds, "peak": peak_gib()}))
+
+
+def run_sides(title, task, pythons, args):
+    """Run the sides of a task in turn, and print their medians. pythons: {side: python}."""
+    runs = {side: [] for side in pythons}
+    for _ in range(args.repeat):
+        for side, python in pythons.items():
+            command = [python, __file__, "side", "--side", side, "--task", task]
+            command += ["--model", args.model, "--dtype", args.dtype]
+            output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+            runs[side].append(json.loads(output.splitlines()[-1]))
+    print(title)
+    for side, results in runs.items():
+        seconds = statistics.median(result["seconds"] for result in results)
+        peak = statistics.median(result["peak"] for result in results)
+        print(f"    {side:<14}{seconds:8.2f} s{peak:8.2f} GiB", flush=True)
+
+
+def measure_peers(args, folder):
+    if args.model is None:
+        args.model = folder
+        write_random(folder, MIDDLE)
+    sides = [args.side] if args.side else ["ours", "transformers"]
+    for task in [args.task] if args.task else TASKS:
+        run_sides(TASKS[task], task, dict.fromkeys(sides, sys.executable), args)
+
+
+# ---------------------------------------------------------------------------------- GRPO
+
+
+def write_questions(folder):
+    """Two prompts for each of two steps."""
+    rows = []
+    (folder / "images").mkdir()
+    for number in range(4):
+        noise(364, 280).save(folder / "images" / f"{number}.png")
+        row = {"question_id": number, "question": TEXT, "question_type": "object count"}
+        rows.append(row | {"answer": "3", "image": [f"{number}.png"], "data_type": "single_image"})
+    write_jsonl(folder / "rows.jsonl", rows)
+
+
+def measure_grpo(args, folder):
+    """A step on two prompts; without --peer-python ours alone."""
+    args.model = folder
+    write_random(folder, SMALL)
+    write_questions(Path(folder))
+    pythons = {"ours": sys.executable}
+    if args.peer_python:
+        pythons["trl"] = args.peer_python
+    title = (
+        f"GRPO step, 2 prompts with a picture of 364x280, {GROUP} completions of {LENGTH} tokens"
+    )
+    run_sides(title, "grpo", pythons, args)
+
+
+def our_step(directory, folder):
+    """Seconds of the second step of grpo.py."""
+    flags = {
+        "model": directory,
+        "data": directory / "rows.jsonl",
+        "out": folder / "out",
+        "prompts-per-step": 2,
+        "max-steps": 2,
+        "num-generations": GROUP,
+        "max-completion-length": LENGTH,
+        "beta": 0.01,
+        "learning-rate": 1e-6,
+        "device": "cpu",
+    }
+    sys.argv = ["grpo.py"]
+    for name, value in flags.items():
+        sys.argv += [f"--{name}", str(value)]
+    grpo.main()
+    *_, (_, row) = read_jsonl(folder / "out" / "log.jsonl")
+    assert row["completions/mean_length"] == LENGTH
+    return row["step_time"]
+
+
+def trl_step(directory, folder):
+    """Seconds of the second step of TRL's GRPOTrainer."""
+    from datasets import Dataset
+    from transformers import (
+        ProcessorMixin,
+        Qwen2_5_VLForConditionalGeneration,
+        Qwen2_5_VLProcessor,
+        Qwen2Tokenizer,
+        TrainerCallback,
+    )
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+    from trl import GRPOConfig, GRPOTrainer
+
+    class PictureProcessor(Qwen2_5_VLProcessor):
+        """The class itself needs a processor of videos, and for that torchvision."""
+
+        def __init__(self, image_processor=None, tokenizer=None, chat_template=None):
+            self.image_token = "<|image_pad|>"
+            self.video_token = "<|video_pad|>"
+            self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
+            self.video_token_id = tokenizer.convert_tokens_to_ids(self.video_token)
+            ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            self.began = time.perf_counter()
+
+        def on_step_end(self, *_, **__):
+            self.seconds = time.perf_counter() - self.began
+
+    def rewards(completions, **_):
+        return [float(number % 3) for number in range(len(completions))]
+
+    template = json.loads((directory / "tokenizer_config.json").read_text())["chat_template"]
+    processor = PictureProcessor(
+        Qwen2VLImageProcessorPil.from_pretrained(directory),
+        Qwen2Tokenizer.from_pretrained(directory),
+        template,
+    )
+    content = [{"type": "image"}, {"type": "text", "text": TEXT}]
+    rows = []
+    for _, row in read_jsonl(directory / "rows.jsonl"):
+        picture = Image.open(directory / "images" / row["image"][0])
+        rows.append({"prompt": [{"role": "user", "content": content}], "image": picture})
+    clock = Clock()
+    trainer = GRPOTrainer(
+        Qwen2_5_VLForConditionalGeneration.from_pretrained(directory, dtype=torch.float32),
+        rewards,
+        GRPOConfig(
+            output_dir=str(folder),
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            report_to="none",
+            save_strategy="no",
+            logging_strategy="no",
+            disable_tqdm=True,
+            max_steps=2,
+            learning_rate=1e-6,
+            per_device_train_batch_size=2 * GROUP,
+            num_generations=GROUP,
+            max_completion_length=LENGTH,
+            beta=0.01,
+            loss_type="grpo",
+            temperature=1.0,
+            generation_kwargs={"min_new_tokens": LENGTH},
+        ),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=processor,
+        callbacks=[clock],
+    )
+    trainer.train()
+    return clock.seconds
+
+
+def measure_shared(args, folder):
+    """Prefill and update of a group that shares its prompt, and of a copy for each completion."""
+    write_random(folder, SMALL)
+    model = load_model(folder, torch.float32)
+    example = prompt_with_picture(folder, model.config, 364, 280)
+    prompt = collate([example], model.config)
+    P = len(example.ids)
+    following = example.positions.max() + 1 + torch.arange(LENGTH)
+    positions = torch.cat((example.positions, following.expand(3, -1)), dim=1)
+    ignored = torch.full((P,), IGNORE)
+
+    def update(batch):
+        model.zero_grad()
+        (-model(batch)[0].mean()).backward()
+
+    print(f"P = {P} tokens, completions of {LENGTH}: seconds with one prompt, and with copies")
+    print("   G   prefill    copies    update    copies")
+    for G in GROUPS:
+        ids = torch.randint(TEXT_IDS, (G, LENGTH))
+        shared = grpo.group_batch(prompt, ids, torch.full((G,), LENGTH))
+        rows = []
+        for row in ids:
+            tokens, labels = torch.cat((example.ids, row)), torch.cat((ignored, row))
+            rows.append(Example(tokens, labels, positions, example.patches, example.grids))
+        copies = collate([example] * G, model.config)
+        work = (
+            partial(generate, model, prompt, 1, NEVER, G),
+            partial(generate, model, copies, 1, NEVER),
+            partial(update, shared),
+            partial(update, collate(rows, model.config)),
         )
-        tracemalloc.start()
-        read_all(files, None)
-        print(f", peak {tracemalloc.get_traced_memory()[1] / 1e6:.0f} MB", flush=True)
-        tracemalloc.stop()
+        seconds = [median_seconds(one, args.repeat) for one in work]
+        print(f"{G:4}" + "".join(f"{number:10.2f}" for number in seconds), flush=True)
 
-        small, tiny = Path(folder) / "small", Path(folder) / "tiny"  # for a tokenizer
-        small.mkdir()
-        (small / "spld_data.jsonl").write_text("".join(file.open().readline() for file in files))
-        subprocess.run(
-            [sys.executable, Path(__file__).parent / "tiny.py", "--data", small, "--out", tiny],
-            check=True,
-            stdout=subprocess.DEVNULL,
-        )
-        config = load_config(tiny)
-        processor = Processor(
-            tiny,
-            config,
-            argparse.Namespace(
-                min_pixels=16 * 28 * 28,
-                max_pixels=128 * 28 * 28,
-                num_frames=16,
-                fps=None,
-                video_seconds="grid",
-                prompts=None,
-            ),
-        )
 
-        videos = [sample for sample in samples if sample.data_type == "video"]
-        for n, sample in enumerate(videos[: args.videos], 1):
-            processor.example(sample, "direct")
-            if n in (args.videos // 10, args.videos):
-                print(
-                    f"videos       {peak_gib():8.3f} GiB peak after {n:,}: 16 frames, half of them files",
-                    flush=True,
-                )
+# ---------------------------------------------------------------------------------- data
 
-        tokens = {key: value for key, value in config.source.items() if key.endswith("token_id")}
-        model = build_model(parse_config(PEER | tokens)).to_empty(device="cpu")
-        initialize(model, 0)
 
-        order = [
-            [(row, True)] for row in range(8 * (args.steps + 1))
-        ]  # rows of one picture, 8 to a step
-        loader = iter(
-            DataLoader(
-                Rows(samples, processor),
-                batch_sampler=order,
-                num_workers=args.workers,
-                collate_fn=partial(collate, config=model.config),
-            )
-        )
-        waited, trained = 0.0, 0.0
-        for step in range(args.steps + 1):
-            began = time.time()
-            batches = [next(loader) for _ in range(8)]
-            got = time.time()
-            train_step(model, batches, sum(len(batch.targets) for batch in batches))
-            if step:  # the first step starts the workers
-                waited, trained = waited + got - began, trained + time.time() - got
-        print(
-            f"wait         {waited / args.steps:8.3f} s   of {(waited + trained) / args.steps:.2f} s a step of 8 "
-            f"pictures of 1296x968, {100 * waited / (waited + trained):.1f}%, {args.workers} workers",
-            flush=True,
-        )
+def write_data_set(folder, size):
+    """SpatialLadder-26k in kinds of rows and size: 64 pictures of 1296x968, a file of 16 frames.
+
+    size: share of its 26,610 rows. Returns: the two jsonl files.
+    """
+    images = folder / "images"
+    images.mkdir()
+    names = [f"{number}.jpg" for number in range(64)]
+    photo = encoded(noise(162, 121).resize((1296, 968)), "JPEG")  # soft: as large as a photograph
+    for name in names:
+        (images / name).write_bytes(photo)
+    frame = encoded(noise(80, 80).resize((640, 640)), "JPEG")
+    (images / "video.avi").write_bytes(mjpeg_avi([frame] * 16, 640, 2))
+    question = "From the camera's perspective, is the whiteboard to the door's left or right?"
+    box = {"bbox_2d": [296, 166, 408, 277], "label": "whiteboard"}
+    direction = {
+        "options": ["A. left", "B. right"],
+        "answer": "B",
+        "question_type": "relative direction",
+    }
+    grounding, spatial = [], []
+    for number in range(int(5929 * size)):
+        row = {"question_id": number, "question": question, "image": [names[number % 64]]}
+        grounding.append(row | {"answer": [box], "data_type": "single_image"})
+    for kind, pictures, count in (
+        ("single_image", 1, 5929),
+        ("multi_view", 8, 5752),
+        ("video", 16, 9000),
+    ):
+        for number in range(int(count * size)):
+            image = [names[(number + i) % 64] for i in range(pictures)]
+            if kind == "video" and number % 2:
+                image = ["video.avi"]
+            row = {"question_id": number, "question": question, "image": image, "data_type": kind}
+            spatial.append(row | direction)
+    files = [folder / f"spld_{kind}_data.jsonl" for kind in ("grounding", "spatial")]
+    for file, rows in zip(files, (grounding, spatial)):
+        write_jsonl(file, rows)
+    return files
+
+
+def measure_data(args, folder):
+    """The index of a data set, memory over many videos, how long training waits for pictures."""
+    files = write_data_set(Path(folder), args.size)
+    began, before = time.perf_counter(), peak_gib()
+    samples = read_all(files, None)
+    seconds, grown = time.perf_counter() - began, peak_gib() - before
+    print(f"index   {seconds:8.2f} s   {len(samples):,} rows, {1024 * grown:.0f} MiB", flush=True)
+
+    write_random(folder, MIDDLE)
+    model = load_model(folder, torch.float32)
+    pixels = {"min_pixels": 16 * 28 * 28, "max_pixels": 128 * 28 * 28}
+    processor = Processor(folder, model.config, **pixels)
+    videos = [sample for sample in samples if sample.data_type == "video"]
+    videos = videos[: int(2000 * args.size)]
+    for number, sample in enumerate(videos, 1):
+        processor.example(sample, "direct")
+        if number in (len(videos) // 10, len(videos)):
+            print(f"videos  {peak_gib():8.2f} GiB peak after {number:,} of 16 frames", flush=True)
+
+    steps = args.repeat + 1
+    order = [[(row, True)] for row in range(8 * steps)]  # 8 rows of one picture to a step
+    loader = DataLoader(
+        Rows(samples, processor),
+        batch_sampler=order,
+        num_workers=1,
+        collate_fn=partial(collate, config=model.config),
+    )
+    batches = iter(loader)
+    waits, whole = [], []
+    for _ in range(steps):
+        began = time.perf_counter()
+        step = [next(batches) for _ in range(8)]
+        waits.append(time.perf_counter() - began)
+        train_step(model, step, sum(len(batch.targets) for batch in step))
+        whole.append(time.perf_counter() - began)
+    wait, step = np.mean(waits[1:]), np.mean(whole[1:])  # the first step starts the worker
+    print(f"wait    {wait:8.3f} s   of {step:.2f} s a step of 8 pictures of 1296x968, one worker")
+
+
+COMMANDS = {
+    "load": measure_load,
+    "data": measure_data,
+    "peers": measure_peers,
+    "grpo": measure_grpo,
+    "shared": measure_shared,
+    "side": measure_side,
+}
 
 
 def main():
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("load", "peers", "data"))
-    parser.add_argument("--model", help="model directory (peers: random weights if not given)")
+    parser = Parser(__doc__)
+    parser.add_argument("command", choices=COMMANDS, help="side: what peers and grpo start")
+    parser.add_argument("--model", help="load, peers: model directory (default: random weights)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="cpu", help="load: where")
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--task", choices=tuple(TASKS))
-    parser.add_argument("--side", choices=("ours", "theirs"))
-    parser.add_argument(
-        "--workers", type=int, default=1, help="data: processes that read and resize pictures"
-    )
-    parser.add_argument(
-        "--steps", type=int, default=20, help="data: optimizer steps that are timed"
-    )
-    parser.add_argument("--videos", type=int, default=2000, help="data: videos that are read")
+    parser.add_argument("--task", choices=(*TASKS, "grpo"), help="peers: one of its tasks")
+    parser.add_argument("--side", help="peers: ours or transformers alone")
+    parser.add_argument("--peer-python", help="grpo: python of an environment that has trl")
+    parser.add_argument("--size", type=float, default=1.0, help="data: share of the rows")
+    parser.checks |= {"repeat": positive, "size": positive}
     args = parser.parse_args()
-    if args.what == "load" and not args.model:
-        parser.error("load needs --model, a model directory")
-    if args.side and not args.task:
-        parser.error("--side needs --task")
-    {"load": measure_load, "peers": measure_peers, "data": measure_data}[args.what](args)
+    with tempfile.TemporaryDirectory() as folder:
+        COMMANDS[args.command](args, folder)
 
 
 if __name__ == "__main__":
