@@ -125,7 +125,8 @@ def build(thing, sides, x, y, z, taper=1, tint=1):
     """
     radius, start = CORNERS[sides]
     angles = (np.arange(sides) + start) * 2 * math.pi / sides
-    outline = np.stack([np.cos(angles), np.sin(angles)], 1) * radius
+    outline = np.stack([np.cos(angles), np.sin(angles)], 1)  # (sides, 2)
+    outline *= radius
     outline *= (2 * x, y[1] - y[0])
     middle = (0, sum(y) / 2)
     ends = []
@@ -211,9 +212,10 @@ def view_cameras(rng, sides):
         yaw = wall * math.pi / 2
         c = np.cos(yaw)
         s = np.sin(yaw)
-        back = abs(sides @ [c, s]) / 2 - 0.2  # from the middle of the room almost to the wall
-        aside = rng.uniform(-0.3, 0.3)
-        place = sides / 2 - back * np.array([c, s]) + aside * np.array([-s, c])
+        forward = np.array([c, s])
+        left = np.array([-s, c])
+        back = abs(sides @ forward) / 2 - 0.2  # from the middle of the room almost to the wall
+        place = sides / 2 - back * forward + rng.uniform(-0.3, 0.3) * left
         cameras.append(Camera(*place, yaw + rng.uniform(-0.1, 0.1)))
     return cameras
 
@@ -325,7 +327,8 @@ def camera_axes(yaw):
 def pixel_rays(size):
     """(3, size, size): through the centre of each pixel; right, down, and forward = 1."""
     u = (np.arange(size) + 0.5 - size / 2) / focal_length(size)
-    return np.stack([*np.meshgrid(u, u), np.ones((size, size))]).astype(np.float32)
+    right, down = np.meshgrid(u, u)
+    return np.stack([right, down, np.ones_like(right)]).astype(np.float32)
 
 
 @lru_cache
@@ -366,8 +369,9 @@ def cast_rays(solid, origin, rays):
     facing = np.tensordot(solid.normals.astype(np.float32), rays, 1)  # (K, h, w)
     front = reach[:, 0, 0] < 0  # the origin is beyond these planes: a hit enters through them all
     with np.errstate(divide="ignore"):
-        enter = np.where(facing[front] < 0, reach[front] / facing[front], np.inf)
-        leave = np.where(facing[~front] > 0, reach[~front] / facing[~front], np.inf).min(0)
+        length = reach / facing
+    enter = np.where(facing[front] < 0, length[front], np.inf)
+    leave = np.where(facing[~front] > 0, length[~front], np.inf).min(0)
     face = np.flatnonzero(front)[enter.argmax(0)]
     enter = enter.max(0)
     return np.where(enter < leave, enter, np.inf), face
@@ -405,7 +409,9 @@ def render(room, camera, size=SIZE, cast=CAST):
             image[window][nearer] = solid.colours[face[nearer]]
         extents.append((int(alone.sum()), rectangles))
     image = np.clip(image + lens_cast(size, cast), 0, 255).astype(np.uint8)
-    sights = [look(ids == number, *extent) for number, extent in enumerate(extents, 1)]
+    sights = []
+    for number, (alone, rectangles) in enumerate(extents, 1):
+        sights.append(look(ids == number, alone, rectangles))
     return image, ids, sights
 
 
@@ -428,7 +434,8 @@ def look(mask, alone, rectangles):
     size = len(mask)
     low = np.min(rectangles, 0)[:2]
     high = np.max(rectangles, 0)[2:]
-    inside = np.prod(np.clip(high, 0, size) - np.clip(low, 0, size)) / np.prod(high - low)
+    inner = np.clip(high, 0, size) - np.clip(low, 0, size)
+    inside = inner.prod() / (high - low).prod()
     clear = (
         pixels >= MIN_PIXELS * mask.size
         and np.subtract(beyond, corner).min() >= MIN_SIDE * size

@@ -398,7 +398,10 @@ def write_rooms(
     if claim(out, request):
         print(f"{out} already holds these rooms")
         return
-    with writing(out), tempfile.TemporaryDirectory(dir=out.parent) as folder:
+    with (
+        writing(out),
+        tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder,
+    ):
         beside = Path(folder) / out.name
         with multiprocessing.Pool(processes) as pool:
             for split, count in rooms.items():

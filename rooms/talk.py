@@ -163,15 +163,19 @@ def differ(a, b):
     return f"{way(a[0] - b[0], 'left', 'right')} {way(a[1] - b[1], 'front', 'back')}"
 
 
+def heading(a, b):
+    """Radians counter-clockwise from the x axis of the way from a to b."""
+    return math.atan2(b[1] - a[1], b[0] - a[0])
+
+
 def turn_angle(a, b, c):
     """Degrees in (-180, 180] to turn to the left at a, from facing b to facing c.
 
     >>> turn_angle((0, 0), (0, 1), (-2, 0))
     90.0
     """
-    facing = math.atan2(b[1] - a[1], b[0] - a[0])
-    target = math.atan2(c[1] - a[1], c[0] - a[0])
-    return 180 - (180 - math.degrees(target - facing)) % 360
+    turn = math.degrees(heading(a, c) - heading(a, b))
+    return 180 - (180 - turn) % 360
 
 
 def turned(a, b, c):
@@ -408,7 +412,7 @@ def sums(rng, world):
         return f"Pace out {w} by {d}.", f"{area(w, d)} in all."
     words = some(rng, [*FURNITURE], 2)
     most = 8 if kind == 4 else 49
-    numbers = rng.choice(np.arange(1, most + 1), size=len(words), replace=False)
+    numbers = rng.choice(most, size=len(words), replace=False) + 1
     pairs = ", ".join(f"{word} {number}" for word, number in zip(words, numbers))
     order = [words[i] for i in numbers.argsort()]
     if kind == 4:
@@ -476,7 +480,8 @@ def base_rows(rng, world, images):
     """Rows of chat messages: questions about some pictures, and some about no picture."""
     media = [{"type": "image", "image": path} for path in images]
     if world.word == "frame":
-        media = [{"type": "video", "video": images if len(images) > 1 else images[0]}]
+        video = images if len(images) > 1 else images[0]  # frames, or one .avi file
+        media = [{"type": "video", "video": video}]
     turns = talk(rng, world) if most_seen(world) else []
     told = [(task.__name__, *task(rng, world)) for task in TOLD]
     rows = []
