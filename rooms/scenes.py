@@ -1,7 +1,7 @@
 """Procedural 3D rooms with exact geometry, in SpatialLadder-26k's own file format.
 
-    python -m rooms.scenes --out DIR --scenes 3600 --seed 0  # writes DIR/{train,val,test}
-    python -m rooms.scenes --out DIR --scenes 40 --cast 0       # few, without the lens's tint
+    python -m rooms.scenes --out DIR --scenes 3600 --seed 0   # writes DIR/{train,val,test}
+    python -m rooms.scenes --out DIR --scenes 40 --cast 0     # few, without the lens's tint
 
 Three of four rooms are compact and pictured by four cameras, one at each wall: every picture gives
 localization and single-image rows, the four together multi-view rows. Every fourth room is of any
