@@ -44,16 +44,43 @@ from PIL import Image, ImageDraw, ImageOps
 from ask import draw_boxes
 from benchmarks import bootstrap_interval
 from checkpoint import load_model
-from data import IGNORE, Media, Processor, collate, open_picture, read_all, style_of
+from data import (
+    IGNORE,
+    Media,
+    Processor,
+    collate,
+    open_picture,
+    read_all,
+    style_of,
+)
 from eval import answer_rows, model_hash, our_files, subset
-from files import CONFIG, UserError, read_json, text_table, write_json, writing
+from files import (
+    CONFIG,
+    UserError,
+    read_json,
+    text_table,
+    write_json,
+    writing,
+)
 from grpo import noise, sample_completions
 from ladder import BASE, RECIPES, RUNGS
 from look.charts import dots, join, save
 from model import KVCache
-from rewards import CHOICE_TYPES, NUMBER_TYPES, SCORES, accuracy_reward, extract_answer
+from rewards import (
+    CHOICE_TYPES,
+    NUMBER_TYPES,
+    SCORES,
+    accuracy_reward,
+    extract_answer,
+)
 from runtime import choose_device, compute_dtype, main_guard
-from settings import PICTURES, Parser, add_flags, positive, values
+from settings import (
+    PICTURES,
+    Parser,
+    add_flags,
+    positive,
+    values,
+)
 
 PAPER = {  # arXiv 2510.08531
     "hints": {
@@ -78,18 +105,38 @@ PAPER = {  # arXiv 2510.08531
 }
 CONDITIONS = ("none", "location", "full")
 PANELS = {  # probe -> panels of its chart: title, figures of each model, figures that they share
-    "hints": [("share of directions answered right", CONDITIONS, ("chance",))],
+    "hints": [
+        (
+            "share of directions answered right",
+            CONDITIONS,
+            ("chance",),
+        ),
+    ],
     "attention": [
         (
             "IoU of the most attended cells and the true boxes",
             ("iou", "another's map", "locating: iou", "locating: another's map"),
             ("random cells", "best cells"),
         ),
-        ("entropy of the map / ln(cells)", ("entropy", "locating: entropy"), ()),
+        (
+            "entropy of the map / ln(cells)",
+            ("entropy", "locating: entropy"),
+            (),
+        ),
     ],
-    "entropy": [("semantic entropy, nats", ("entropy",), ())],
+    "entropy": [
+        (
+            "semantic entropy, nats",
+            ("entropy",),
+            (),
+        ),
+    ],
 }
-LIMITS = {"hints": 200, "attention": 200, "entropy": 40}  # questions; for entropy of each type
+LIMITS = {  # questions that are asked
+    "hints": 200,
+    "attention": 200,
+    "entropy": 40,  # of each type
+}
 COLOURS = {  # the name in a question -> what is drawn
     "red": "#ff0000",
     "blue": "#0000ff",
@@ -99,8 +146,13 @@ COLOURS = {  # the name in a question -> what is drawn
     "turquoise": "#00ffff",
 }
 USED = (  # settings that the results depend on
-    *("images", "dtype", *PICTURES, "seed"),
-    *("num_generations", "max_completion_length", "temperature"),
+    "images",
+    "dtype",
+    *PICTURES,
+    "num_generations",
+    "max_completion_length",
+    "temperature",
+    "seed",
 )
 TOLERANCE = 0.1  # numbers that differ by so little mean the same
 RANDOM_MAPS = 20  # drawn for each question
@@ -134,7 +186,8 @@ def meaning(text, sample):
 
 
 def batches(items, size):
-    """
+    """Slices of `size` items.
+
     >>> batches(["a", "b", "c"], 2)
     [['a', 'b'], ['c']]
     """
@@ -156,7 +209,8 @@ def direction(a, b):
     >>> direction(bin, bed), direction(bed, bin), direction(bed, bed)
     ('left of and above', 'right of and below', 'at')
     """
-    (xa, ya), (xb, yb) = centre(a), centre(b)
+    xa, ya = centre(a)
+    xb, yb = centre(b)
     words = []
     if xa != xb:
         words.append("left of" if xa < xb else "right of")
@@ -317,8 +371,9 @@ def attended_iou(heat, truth):
     0.3333333333333333
     """
     count = max(1, round(heat.size * truth.mean()))
+    order = np.argsort(-heat, axis=None, kind="stable")
     cells = np.zeros(heat.shape, bool)
-    cells.flat[np.argsort(-heat, axis=None, kind="stable")[:count]] = True
+    cells.flat[order[:count]] = True
     seen = in_pixels(cells, truth.shape)
     return float((seen & truth).sum() / (seen | truth).sum())
 
@@ -345,8 +400,9 @@ def overlay(picture, heat, boxes):
     """The map in yellow over a grey picture that is large enough to look at; true boxes in red."""
     scale = math.ceil(SIDE / max(picture.size))
     painted = ImageOps.scale(picture.convert("L"), scale).convert("RGB")
-    strength = in_pixels(170 * heat / heat.max(), painted.size[::-1])
-    painted.paste("#ffe128", mask=Image.fromarray(np.uint8(strength)))
+    heat = (heat - heat.min()) / max(np.ptp(heat), 1e-9)  # from the least to the most
+    opacity = np.uint8(170 * in_pixels(heat, painted.size[::-1]))
+    painted.paste("#ffe128", mask=Image.fromarray(opacity))
     draw_boxes(painted, boxes, (1 / scale, 1 / scale))
     return painted
 
@@ -507,9 +563,9 @@ def questions_for(what, samples, args):
 
 def probe(what, models, pairs, args):
     """Run one probe on all models. The results are written after each model."""
-    path = Path(args.out, what + ".json")
-    pictures = path.with_suffix("")
-    pictures.mkdir(parents=True, exist_ok=True)
+    folder = Path(args.out, what)  # of its pictures
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder.with_suffix(".json")
     settings = {"data": str(args.data), "questions": len(pairs), **values(args, USED)}
     result = {"what": what, "settings": settings, "rows": [], "paper": PAPER[what]}
     earlier = []
@@ -518,7 +574,7 @@ def probe(what, models, pairs, args):
     device = choose_device(args.device)
     for name, directory, style in models:
         args.prompt_style = "direct" if what == "attention" else style
-        args.pictures = pictures / name
+        args.pictures = folder / name
         row = {"name": name, "style": args.prompt_style, "model": model_hash(directory)}
         same = [old for old in earlier if row.items() <= old.items()]
         if same:
