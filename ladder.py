@@ -42,15 +42,15 @@ class Rung:
     start: str  # the rung whose model it starts from
     files: tuple  # what it is trained on
     style: str  # evaluation asks for a chain of thought ("thinking") or the bare answer ("direct")
-    what: str  # what it teaches, in a few words
+    what: str  # what the model has learned, in a few words
 
 
 RUNGS = (
-    Rung("base", None, None, (), "direct", "can see and speak, but does not know the tasks"),
-    Rung("stage1", "1", "base", (GROUNDING,), "direct", "learned to see: where objects are"),
-    Rung("stage2", "2", "stage1", (SPATIAL,), "direct", "learned to understand: seven questions"),
-    Rung("cold", "cold", "stage2", (COLDSTART,), "thinking", "learned to reason before it answers"),
-    Rung("grpo", "grpo", "cold", (SPATIAL,), "thinking", "learned from its own attempts"),
+    Rung("base", None, None, (), "direct", "can see and speak, but knows no task yet"),
+    Rung("stage1", "1", "base", (GROUNDING,), "direct", "says where objects are, as boxes"),
+    Rung("stage2", "2", "stage1", (SPATIAL,), "direct", "answers seven kinds of question"),
+    Rung("cold", "cold", "stage2", (COLDSTART,), "thinking", "writes its reasoning first"),
+    Rung("grpo", "grpo", "cold", (SPATIAL,), "thinking", "has learned from its own attempts"),
 )
 
 # ---------------------------------------------------------------------------------- preset tiny

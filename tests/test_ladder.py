@@ -362,7 +362,7 @@ def test_table_and_lesson_say_what_the_scores_say():
         ["mean", "0.100", "0.400", "0.300"],
     ]
     said = lesson(RUNGS[1], scores(0.4))
-    assert said.startswith("--> stage1 learned to see")
+    assert said.startswith("--> stage1 says where objects are")
     assert [number in said for number in ("0.25", "0.400", "0.300")] == [True] * 3
 
 
@@ -448,5 +448,9 @@ def test_smoke_climbs_everything(tmp_path):
     again = launch(REPOSITORY / "ladder.py", "--smoke", "--out", out)
     assert again.returncode == 0, again.stderr[-2000:]
     assert again.stdout.count("finished already") == 4
-    assert json.loads((out / "results.json").read_text())["rungs"] == results["rungs"]
+    now = json.loads((out / "results.json").read_text())
+    for rung in (*now["rungs"], *results["rungs"]):
+        # To find all answers done may take longer on a busy machine than to make these few.
+        del rung["seconds"], rung["scores"]["seconds"]
+    assert now["rungs"] == results["rungs"]
     assert all(path.read_bytes() == before for path, before in weights.items())
