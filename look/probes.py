@@ -623,6 +623,8 @@ def main():
         micro_batch=32,
     )
     args = parser.parse_args()
+    if args.run and args.model:
+        parser.error("expected the folder of a ladder or --model, found both")
     if args.run:
         models = use_ladder(args)
     else:

@@ -390,9 +390,14 @@ def test_any_checkpoints_and_one_file(tiny_model, rooms, call, tmp_path):
 def test_what_is_missing_is_one_line(rooms, run, call, tmp_path, capsys):
     with pytest.raises(UserError, match=r"config_run.json: no such file"):
         call(probes, "hints", tmp_path)
-    with pytest.raises(SystemExit):
-        call(probes, "hints", "--model", "m", "--data", rooms)
-    assert "--out is missing" in capsys.readouterr().err
+    for flags, line in (
+        (("--model", "m", "--data", rooms), "--out is missing"),
+        ((), "--model is missing"),
+        ((run, "--model", "m"), "expected the folder of a ladder or --model, found both"),
+    ):
+        with pytest.raises(SystemExit):
+            call(probes, "hints", *flags)
+        assert line in capsys.readouterr().err
     boxes = rooms / "train" / "spld_grounding_data.jsonl"
     with pytest.raises(UserError, match="no rows for entropy"):
         call(probes, "entropy", run, "--data", boxes)
