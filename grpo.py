@@ -47,7 +47,6 @@ from runtime import (
     need_inputs,
     recipe_settings,
     rows_of_step,
-    scheduled_rate,
     update_weights,
 )
 from settings import PICTURES, values
@@ -539,9 +538,8 @@ def main():
         # update
         sums = ranks.sum(**update(model, groups, counts, args, banned, ranks.device))
         loss = sums["policy"] + sums["kl_loss"]
-        rate = scheduled_rate(step, steps, args)
-        places = [samples[row].where for row in rows]
-        norm = update_weights(model, optimizer, rate, args.max_grad_norm, loss, places)
+        places = [samples[row].where for row in sorted(rows)]
+        rate, norm = update_weights(model, optimizer, step, steps, args, loss, places)
         updated = time.perf_counter()
 
         # held-out questions, log, save

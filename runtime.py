@@ -49,7 +49,7 @@ from files import (
     writing,
 )
 from ladder import MADE_BY, RECIPES, launch
-from settings import GRPO, SETTINGS, SFT, Parser, add_flags, check_number, flag
+from settings import GRPO, SETTINGS, SFT, Parser, add_flags
 
 # NCCL ends a run whose ranks wait longer for one another: one rank may make rooms meanwhile, or
 # write a large model to a slow disk.
@@ -322,22 +322,26 @@ def clip_gradients(model, max_norm):
     return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 
 
-def update_weights(model, optimizer, rate, max_norm, loss, places):
+def update_weights(model, optimizer, step, steps, args, loss, places):
     """Clip the gradients and take one step of the optimizer.
 
     Args:    places: where this step's rows stand ("file.jsonl:17"), for the error.
-    Returns: the global gradient norm before it was clipped.
+    Returns: the learning rate, and the global gradient norm before it was clipped.
     Raises:  UserError, with the weights as they were, if loss or norm is not finite.
     """
-    norm = clip_gradients(model, max_norm)
+    norm = clip_gradients(model, args.max_grad_norm)
     if not (math.isfinite(loss) and math.isfinite(norm)):
-        rows = ", ".join(sorted(set(places)))
-        raise UserError(f"loss {loss}, gradient norm {norm}; not applied. Rows of this step: {rows}")
+        rows = ", ".join(dict.fromkeys(places))
+        raise UserError(
+            f"step {step}: loss {loss}, gradient norm {norm}; not applied. "
+            f"Rows of this step: {rows}"
+        )
+    rate = scheduled_rate(step, steps, args)
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()
     optimizer.zero_grad()
-    return norm
+    return rate, norm
 
 
 # ---------------------------------------------------------------------------------- rows

@@ -28,7 +28,6 @@ from runtime import (
     own_group,
     recipe_settings,
     rows_of_step,
-    scheduled_rate,
     update_weights,
 )
 from settings import PICTURES, values
@@ -154,9 +153,8 @@ def main():
         loss = ranks.sum(loss=train_step(model, batches, counts["targets"]))["loss"]
 
         # update
-        rate = scheduled_rate(step, steps, args)
-        places = [samples[row].where for row in rows]
-        norm = update_weights(model, optimizer, rate, args.max_grad_norm, loss, places)
+        places = [samples[row].where for row in sorted(rows)]
+        rate, norm = update_weights(model, optimizer, step, steps, args, loss, places)
 
         # log, save
         row = {
