@@ -596,7 +596,7 @@ class TokenScores(torch.autograd.Function):
                dz = g * ([v == target] - share_i * p)
                and from z = hidden @ head^T follow d hidden = dz @ head and d head = dz^T @ hidden.
 
-    Why not autograd with a checkpoint for each piece: all that is needed here is the softmax kernel.
+    Why not autograd with a checkpoint for each piece: all that is needed is the softmax kernel.
     logsumexp's backward calls exp, which on a CPU takes long where the result underflows, as it
     does for most tokens of a trained model. docs/speed.md has the figures.
     """
