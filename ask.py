@@ -12,8 +12,9 @@ import numpy as np
 from PIL import ImageDraw
 
 from checkpoint import load_model
-from data import Media, Processor, Sample, collate, open_picture
+from data import Processor, Sample, collate
 from model import generate
+from pictures import Media, open_picture
 from rewards import extract_answer, parse_boxes
 from runtime import choose_device, compute_dtype, main_guard
 from settings import PICTURES, Parser, add_flags, values

@@ -21,8 +21,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data import Media, Sample
+from data import Sample
 from files import UserError, read_json, read_jsonl, text_table
+from pictures import Media
 from rewards import (
     MRA_CONFIDENCES,
     accuracy_reward,

@@ -14,8 +14,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from checkpoint import load_config
-from data import Processor, Sample, check_media, open_header, open_picture, parse_row, style_of
+from data import Processor, Sample, check_media, parse_row, style_of
 from files import UserError, parse_line, read_lines
+from pictures import open_header, open_picture
 from rewards import NUMBER_TYPES, parse_number
 from runtime import main_guard
 from settings import PICTURES, Parser, add_flags, values

@@ -44,15 +44,7 @@ from PIL import Image, ImageDraw, ImageOps
 from ask import draw_boxes
 from benchmarks import bootstrap_interval
 from checkpoint import load_model
-from data import (
-    IGNORE,
-    Media,
-    Processor,
-    collate,
-    open_picture,
-    read_all,
-    style_of,
-)
+from data import IGNORE, Processor, collate, read_all, style_of
 from eval import answer_rows, model_hash, our_files, subset
 from files import (
     CONFIG,
@@ -66,6 +58,7 @@ from grpo import noise, sample_completions
 from ladder import BASE, RECIPES, RUNGS
 from look.charts import dots, join, save
 from model import KVCache
+from pictures import Media, open_picture
 from rewards import (
     CHOICE_TYPES,
     NUMBER_TYPES,

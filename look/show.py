@@ -14,9 +14,10 @@ from pathlib import Path
 from PIL import Image
 
 from checkpoint import load_config
-from data import MEAN, STD, Processor, parse_row, style_of
+from data import Processor, parse_row, style_of
 from files import UserError, parse_line, read_lines, write_text
 from look.charts import boxed, data_uri, page
+from pictures import MEAN, STD
 from runtime import main_guard
 from settings import PICTURES, Parser, add_flags, values
 

@@ -33,20 +33,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import grpo
 from checkpoint import load_model
-from data import (
-    IGNORE,
-    NO_PATCHES,
-    Example,
-    Media,
-    Processor,
-    Sample,
-    collate,
-    mrope_positions,
-    read_all,
-    to_patches,
-)
+from data import IGNORE, NO_PATCHES, Example, Processor, Sample, collate, mrope_positions, read_all
 from files import read_jsonl, write_json, write_jsonl
 from model import generate
+from pictures import Media, to_patches
 from rooms.render import mjpeg_avi
 from rooms.tiny import CONFIG, train_tokenizer, write_model
 from runtime import main_guard

@@ -234,7 +234,8 @@ def random_picture(random, width, height):
 
 def make_samples():
     """One row of each kind: a picture, two pictures, a video, boxes, text alone."""
-    from data import Media, Sample
+    from data import Sample
+    from pictures import Media
 
     random = np.random.default_rng(0)
     a = Media("image", random_picture(random, 140, 112))

@@ -10,8 +10,9 @@ from PIL import Image
 
 import benchmarks as evaluation
 from benchmarks import BENCHES, OURS
-from data import Media, Sample
+from data import Sample
 from files import UserError
+from pictures import Media
 from rewards import mean_relative_accuracy
 
 RAW = "raw"  # the completion is the text as it is; otherwise the text stands in <answer>
@@ -700,7 +701,7 @@ def test_a_benchmark_in_its_distributed_layout_reaches_its_headline(name, tmp_pa
 
 def test_the_pictures_of_a_benchmark_open(tmp_path):
     """Paths exist, bytes are whole files: what the model will be given."""
-    from data import open_picture, read_video
+    from pictures import open_picture, read_video
 
     for name, (write, *_) in LAYOUTS.items():
         root = tmp_path / name

@@ -15,13 +15,10 @@ from checkpoint import load_model
 from data import (
     IGNORE,
     PROMPTS,
-    Media,
     Processor,
     check_media,
     collate,
     mrope_positions,
-    open_header,
-    open_picture,
     prompt_text,
     read_all,
     read_prompts,
@@ -29,6 +26,7 @@ from data import (
     style_of,
 )
 from files import UserError
+from pictures import Media, open_header, open_picture
 
 REPO = Path(__file__).resolve().parents[1]
 BOX = {"bbox_2d": [30, 20, 150, 100], "label": "door"}

@@ -39,6 +39,7 @@ from grpo import (
     update,
 )
 from model import generate
+from pictures import Media
 from rooms.render import mjpeg_avi
 from runtime import recipe_settings
 
@@ -81,7 +82,7 @@ def world(rooms, tiny_model, tmp_path_factory):
         mjpeg_avi([Path(frame).read_bytes() for frame in film.media[0].source], 112, 2)
     )
     rows["video file"] = len(samples)
-    samples.append(dataclasses.replace(film, media=(data.Media("video", str(path)),)))
+    samples.append(dataclasses.replace(film, media=(Media("video", str(path)),)))
     processor = Processor(tiny_model, model.config)
     return SimpleNamespace(
         model=model,

@@ -12,7 +12,8 @@ import pytest
 import torch
 from PIL import Image, features
 
-from data import (
+from files import UserError
+from pictures import (
     Media,
     measure,
     open_frames,
@@ -22,7 +23,6 @@ from data import (
     smart_resize,
     to_patches,
 )
-from files import UserError
 
 av = pytest.importorskip("av")
 LIMITS = (56 * 56, 1280 * 28 * 28)  # Qwen2.5-VL's own
@@ -330,9 +330,9 @@ def test_frames_of_a_file_are_measured_as_they_are_opened(video):
     """Tokens are counted from `measure`, patches are cut from `open_frames`."""
     media = Media("video", str(video))
     frames, size, between = measure(media, 4, None)
-    pictures = open_frames(media, 4, None)
+    pictures, interval = open_frames(media, 4, None)
     assert (frames, size) == (len(pictures), pictures[0].size) == (4, (64, 48))
-    assert between == pytest.approx(0.75)
+    assert between == interval == pytest.approx(0.75)
 
 
 def numbers(pictures):

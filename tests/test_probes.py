@@ -15,9 +15,10 @@ from PIL import Image, ImageColor
 
 import model as model_module
 from checkpoint import load_model
-from data import Media, Processor, Sample, collate
+from data import Processor, Sample, collate
 from files import UserError
 from look import probes
+from pictures import Media
 
 QUESTION = Sample(
     "rows.jsonl:1",

@@ -10,8 +10,9 @@ from conftest import launch
 from PIL import Image
 
 from checkpoint import load_config
-from data import Processor, open_picture, read_samples
+from data import Processor, read_samples
 from look import show
+from pictures import open_picture
 
 PICTURE = "room/1760.jpg"
 LOCALIZE = {
