@@ -11,8 +11,9 @@ from xml.etree import ElementTree
 import pytest
 from PIL import Image
 
-from data import Media, read_prompts, read_samples
+from data import read_prompts, read_samples
 from files import write_jsonl
+from pictures import Media
 
 REPOSITORY = Path(__file__).parent.parent
 README = REPOSITORY / "README.md"
