@@ -100,7 +100,7 @@ def make_missing(paths):
         if " -m rooms." not in command:  # a training: it takes long and is not started unasked
             raise UserError(f"{folder}: no model there yet; make it with: {command}")
         words = shlex.split(command)
-        make_missing(words)
+        make_missing([word for word in words if word != folder])
         print(f"$ {command}", flush=True)
         if launch(words).wait():
             raise UserError(f"{folder}: could not be made with: {command}")

@@ -114,7 +114,9 @@ SETTINGS = {
         bool, False, "leave completions that hit the length limit out of the loss"
     ),
     "reward_funcs": Setting([str], ["format", "accuracy"], "rewards, by name in rewards.REWARDS"),
-    "reward_weights": Setting([float], [1.0, 1.0], "their weights, in the same order"),
+    "reward_weights": Setting(
+        [float], [1.0, 1.0], "their weights, in the same order", not_negative
+    ),
     "eval_every": Setting(
         int, 0, "optimizer steps between answers to held-out questions; 0: never", not_negative
     ),
@@ -188,9 +190,11 @@ class Parser(argparse.ArgumentParser):
         words = [with_dashes(word) for word in (sys.argv[1:] if argv is None else argv)]
         args, unknown = self.parse_known_args(words)
         if unknown:
-            names = [name for action in self._actions for name in action.option_strings]
-            near = difflib.get_close_matches(unknown[0].split("=")[0], names, 1, 0)
-            hint = f", did you mean {near[0]}?" if near else ""
+            hint = ""
+            if unknown[0].startswith("-"):
+                names = [name for action in self._actions for name in action.option_strings]
+                near = difflib.get_close_matches(unknown[0].split("=")[0], names, 1, 0)
+                hint = f", did you mean {near[0]}?"
             self.error(f"unknown argument {unknown[0]}{hint}")
         try:
             for name, check in self.checks.items():
