@@ -1,4 +1,6 @@
-"""Shared by the tests: the repository on the path, and tiny checkpoints written by transformers, the oracle."""
+"""Shared by the tests: the repository on the path, and tiny checkpoints written by transformers,
+the oracle.
+"""
 
 import sys
 from pathlib import Path
@@ -24,8 +26,10 @@ WORDS, VISION_START, VISION_END, IMAGE, VIDEO = (
 )  # text ids are those below WORDS
 
 
-def flat_config(vision={}, **text):
-    """A tiny model's config.json as published: text fields at the top level, vision_config complete."""
+def flat_config(vision=None, **text):
+    """A tiny model's config.json as published: text fields at the top level, vision_config
+    complete.
+    """
     return (
         {
             "architectures": ["Qwen2_5_VLForConditionalGeneration"],
@@ -68,13 +72,15 @@ def flat_config(vision={}, **text):
                 "tokens_per_second": 2,
                 "hidden_act": "silu",
             }
-            | vision
+            | (vision or {})
         }
     )
 
 
 def hf_model(source, seed=0):
-    """transformers' model of a config.json, in fp32, with weights large enough that every part of it matters."""
+    """transformers' model of a config.json, in fp32, with weights large enough that every part of
+    it matters.
+    """
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**source)).float().eval()
@@ -91,7 +97,9 @@ def hf_model(source, seed=0):
 
 @pytest.fixture(scope="session")
 def pair(tmp_path_factory):
-    """(directory, ours, theirs) of a config: transformers writes the checkpoint, checkpoint.load_model reads it."""
+    """(directory, ours, theirs) of a config: transformers writes the checkpoint,
+    checkpoint.load_model reads it.
+    """
     made = {}
 
     def make(source, seed=0):
@@ -108,7 +116,7 @@ def pair(tmp_path_factory):
     return make
 
 
-# ---------------------------------------------------------------------------------------------- rooms and scripts
+# -------------------------------------------------------------------------- rooms and scripts
 
 
 @pytest.fixture(scope="session")
@@ -137,7 +145,9 @@ def tiny_model(rooms, tmp_path_factory):
 
 @pytest.fixture
 def call(monkeypatch):
-    """Call a script's main with flags as its command line would, in this process; leaves no process group behind."""
+    """Call a script's main with flags as its command line would, in this process; leaves no process
+    group behind.
+    """
     import signal
 
     import torch.distributed as dist
@@ -157,7 +167,9 @@ def call(monkeypatch):
 
 
 def varied_reward(texts, sample):
-    """An accuracy reward that differs within a group even for an untrained model, which never answers right."""
+    """An accuracy reward that differs within a group even for an untrained model, which never
+    answers right.
+    """
     return [len(text) % 5 / 4 for text in texts]
 
 

@@ -1,8 +1,10 @@
-"""model.py against transformers 5.23 in fp32, against itself computed the long way, and against worked examples.
+"""model.py against transformers 5.23 in fp32, against itself computed the long way, and against
+worked examples.
 
-The oracle's weights are random but large, so that every norm, bias, window and position moves the logits. Where
-transformers continues text after a long video at other positions than the model was trained with (README of the
-release, and issues 45325 and 45381), it is given ours; those are tested on worked vectors below.
+The oracle's weights are random but large, so that every norm, bias, window and position moves the
+logits. Where transformers continues text after a long video at other positions than the model was
+trained with (README of the release, and issues 45325 and 45381), it is given ours; those are tested
+on worked vectors below.
 """
 
 import dataclasses
@@ -29,7 +31,7 @@ BANNED = (torch.arange(V) >= WORDS) & (
 )  # the vision tokens: a picture is not a word to say
 
 
-# ---------------------------------------------------------------------------------------------- random rows
+# -------------------------------------------------------------------------- random rows
 
 
 def random_config(rng):
@@ -65,7 +67,9 @@ def random_config(rng):
 
 
 def random_media(rng):
-    """What one prompt shows: nothing, one to four pictures of any size, a video, or pictures beside a video."""
+    """What one prompt shows: nothing, one to four pictures of any size, a video, or pictures beside
+    a video.
+    """
 
     def image():
         return "image", (1, *(2 * rng.integers(1, 8, 2)).tolist()), None
@@ -116,7 +120,9 @@ def make_example(config, media, seed=0, text=5):
 
 
 def extend(example, completion):
-    """The example with a completion that is scored: what a sampled row looks like to the training forward."""
+    """The example with a completion that is scored: what a sampled row looks like to the training
+    forward.
+    """
     new = int(example.positions.max()) + 1 + torch.arange(len(completion))
     return dataclasses.replace(
         example,
@@ -143,11 +149,13 @@ def tiny(pair):
     return ours, [make_example(ours.config, media, seed) for seed, media in enumerate(MIXED)]
 
 
-# ---------------------------------------------------------------------------------------------- against transformers
+# -------------------------------------------------------------------------- against transformers
 
 
 def all_log_probs(model, batch):
-    """Log-probabilities of every word after every token that is not padding, (places, V), and those places."""
+    """Log-probabilities of every word after every token that is not padding, (places, V), and those
+    places.
+    """
     places = (torch.arange(batch.ids.shape[1]) < batch.lengths[:, None]).flatten().nonzero()[:, 0]
     scored = dataclasses.replace(
         batch, predict_at=places.repeat_interleave(V), targets=torch.arange(V).repeat(len(places))
@@ -156,7 +164,9 @@ def all_log_probs(model, batch):
 
 
 def their_inputs(examples, batch):
-    """The same batch as transformers takes it: pictures and videos apart, a mask for the padding, our positions."""
+    """The same batch as transformers takes it: pictures and videos apart, a mask for the padding,
+    our positions.
+    """
     inputs = {
         "input_ids": batch.ids,
         "position_ids": batch.positions,
@@ -180,7 +190,9 @@ def their_inputs(examples, batch):
 
 
 def compare_with_transformers(pair, seed):
-    """One random model and batch. Returns the differences seen: logits relative to their spread, vision features."""
+    """One random model and batch. Returns the differences seen: logits relative to their spread,
+    vision features.
+    """
     rng = np.random.default_rng(seed)
     _, ours, theirs = pair(random_config(rng), seed)
     examples = [
@@ -197,7 +209,8 @@ def compare_with_transformers(pair, seed):
         logits = max(logits, (ours(batch, KVCache(batch.lengths)) - last).abs().max() / spread)
         features = ours.visual(batch.patches, batch.grids, ours.run)
         vision = theirs.model.visual(batch.patches, torch.tensor(batch.grids)).pooler_output
-        # Greedy: transformers, fed prompt + our completion, must choose our next token everywhere in it.
+        # Greedy: transformers, fed prompt + our completion, must choose our next token everywhere
+        # in it.
         rollout = generate(ours, batch, 32, NEVER, banned=BANNED)
         longer = [extend(e, c) for e, c in zip(examples, completions(rollout))]
         continued = data.collate(longer, ours.config)
@@ -213,7 +226,9 @@ def compare_with_transformers(pair, seed):
     "seed", [s if s < 40 else pytest.param(s, marks=pytest.mark.slow) for s in range(240)]
 )
 def test_logits_features_and_greedy_tokens_are_transformers(pair, seed):
-    """Any difference in architecture, rotary tables, windows, masks, positions of the cache or weight loading."""
+    """Any difference in architecture, rotary tables, windows, masks, positions of the cache or
+    weight loading.
+    """
     logits, vision = compare_with_transformers(pair, seed)
     assert logits <= 1e-4 and vision <= 1e-4
 
@@ -225,7 +240,9 @@ def test_logits_features_and_greedy_tokens_are_transformers(pair, seed):
 @pytest.mark.parametrize("window", [28, 56, 112])
 @pytest.mark.parametrize("full", [[], [0], [1, 2], [0, 1, 2]])
 def test_vision_encoder_is_transformers(pair, grids, window, full):
-    """Windows cut off at the picture's edges, thin pictures, several pictures at once, blocks of full attention."""
+    """Windows cut off at the picture's edges, thin pictures, several pictures at once, blocks of
+    full attention.
+    """
     _, ours, theirs = pair(
         flat_config(vision={"window_size": window, "fullatt_block_indexes": full})
     )
@@ -241,7 +258,9 @@ def test_vision_encoder_is_transformers(pair, grids, window, full):
 
 
 def test_greedy_is_transformers_generate(pair):
-    """Their own cached generation with their own positions, for text and pictures, where both agree on positions."""
+    """Their own cached generation with their own positions, for text and pictures, where both agree
+    on positions.
+    """
     _, ours, theirs = pair(flat_config())
     for seed, media in enumerate(MIXED[:3]):
         example = make_example(ours.config, media, seed)
@@ -263,8 +282,9 @@ def test_greedy_is_transformers_generate(pair):
 def test_bfloat16_chooses_the_words_of_float32(pair):
     """The same bf16 weights computed in both precisions, against transformers' own rounding errors.
 
-    Random weights leave the best two of 150 words close: transformers, too, agrees with itself in 98% to 99%. A cast in
-    the wrong place (rotary angles of a late frame, norms, logits) more than doubles the error.
+    Random weights leave the best two of 150 words close: transformers, too, agrees with itself in
+    98% to 99%. A cast in the wrong place (rotary angles of a late frame, norms, logits) more than
+    doubles the error.
     """
     same, total, ours, theirs = 0, 0, 0.0, 0.0
     for seed in range(12):
@@ -292,11 +312,13 @@ def test_bfloat16_chooses_the_words_of_float32(pair):
     assert ours <= 1.2 * theirs
 
 
-# ---------------------------------------------------------------------------------------------- positions
+# -------------------------------------------------------------------------- positions
 
 
-def text_positions(*parts, config=parse_config(flat_config())):
-    """Positions of rows built from numbers of words and (kind, grid, seconds), as lists of (time, height, width)."""
+def text_positions(*parts, config=None):
+    """Positions of rows built from numbers of words and (kind, grid, seconds), as lists of (time,
+    height, width).
+    """
     ids, media = [], []
     for part in parts:
         if isinstance(part, int):
@@ -306,7 +328,10 @@ def text_positions(*parts, config=parse_config(flat_config())):
             ids += [IMAGE if kind == "image" else VIDEO] * (t * h * w // 4)
             media.append(part)
     return mrope_positions(
-        torch.tensor(ids), [m[1] for m in media], [m[2] for m in media], config
+        torch.tensor(ids),
+        [m[1] for m in media],
+        [m[2] for m in media],
+        config or parse_config(flat_config()),
     ).T.tolist()
 
 
@@ -328,7 +353,9 @@ def test_positions_of_a_picture():
 
 
 def test_text_continues_after_the_largest_position():
-    """Issue 45381: 15 words, a video from 15 to 347 on the time axis, so text at 348; transformers 5.23 says 17."""
+    """Issue 45381: 15 words, a video from 15 to 347 on the time axis, so text at 348; transformers
+    5.23 says 17.
+    """
     rows = text_positions(
         15, ("video", (84, 4, 4), 2.0), 3
     )  # 2 positions a second: steps of 4, 83 * 4 = 332
@@ -390,7 +417,9 @@ def test_several_pictures_and_a_video():
 
 @pytest.mark.parametrize("seed", range(20))
 def test_positions_of_pictures_are_transformers(pair, seed):
-    """Random words and one to four pictures: where the two conventions are the same, so are the numbers."""
+    """Random words and one to four pictures: where the two conventions are the same, so are the
+    numbers.
+    """
     _, ours, theirs = pair(flat_config())
     rng = np.random.default_rng(seed)
     media = [
@@ -422,11 +451,13 @@ def test_placeholders_without_pictures_are_refused(words, grids):
         )
 
 
-# ---------------------------------------------------------------------------------------------- decoding
+# -------------------------------------------------------------------------- decoding
 
 
 def test_rows_of_a_batch_are_the_rows_alone(tiny):
-    """Prompts of different lengths and kinds: padding, the cache's row lengths and picture order must not leak."""
+    """Prompts of different lengths and kinds: padding, the cache's row lengths and picture order
+    must not leak.
+    """
     model, examples = tiny
     together = generate(model, data.collate(examples, model.config), 32, NEVER)
     alone = [generate(model, data.collate([e], model.config), 32, NEVER).ids[0] for e in examples]
@@ -483,7 +514,9 @@ def test_groups_sample_the_same_however_they_are_batched(tiny):
 
 
 def test_rows_that_end_leave_without_a_trace(tiny, monkeypatch):
-    """Every row is what it is in a run where none ever ends, cut after its first stop id; then zeros."""
+    """Every row is what it is in a run where none ever ends, cut after its first stop id; then
+    zeros.
+    """
     model, examples = tiny
     batch, uniforms, stops = (
         data.collate(examples, model.config),
@@ -514,7 +547,9 @@ def test_rows_that_end_leave_without_a_trace(tiny, monkeypatch):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 1.5])
 def test_sampled_log_probs_are_the_scored_ones(tiny, temperature):
-    """The policy's forward must see the distribution that was sampled from: same banned words, same temperature."""
+    """The policy's forward must see the distribution that was sampled from: same banned words, same
+    temperature.
+    """
     model, examples = tiny
     banned = BANNED | (torch.arange(V) % 3 == 0)
     rollout = generate(
@@ -541,11 +576,13 @@ def test_sampled_log_probs_are_the_scored_ones(tiny, temperature):
     )
 
 
-# ---------------------------------------------------------------------------------------------- drawing and scoring
+# -------------------------------------------------------------------------- drawing and scoring
 
 
 def test_pick_is_the_inverse_cdf():
-    """Probabilities 1/2, 0, 1/4, 1/8, 1/8: which word each uniform number draws, on both sides of every boundary."""
+    """Probabilities 1/2, 0, 1/4, 1/8, 1/8: which word each uniform number draws, on both sides of
+    every boundary.
+    """
     logits = torch.tensor([0.5, 0.0, 0.25, 0.125, 0.125]).log()
     for low, high, word in ((0, 0.5, 0), (0.5, 0.75, 2), (0.75, 0.875, 3), (0.875, 1, 4)):
         for u in (low if low == 0 else low + 1e-6, (low + high) / 2, high - 1e-6):
@@ -566,7 +603,9 @@ def test_pick_draws_each_word_as_often_as_it_is_likely():
 
 @pytest.mark.parametrize("spread", [0.0, 0.5, 1.0, 2.0, 100.0])
 def test_banned_words_are_never_drawn(spread):
-    """Not by the smallest uniform when the first words are banned, nor by the largest when the last ones are."""
+    """Not by the smallest uniform when the first words are banned, nor by the largest when the last
+    ones are.
+    """
     banned = torch.zeros(97, dtype=torch.bool)
     banned[:5] = banned[50:53] = banned[-5:] = True
     lowest = torch.finfo(torch.float32).min
@@ -581,7 +620,9 @@ def test_banned_words_are_never_drawn(spread):
 @pytest.mark.parametrize("rows", [1, 5, 7, 8, 23])
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
 def test_tiled_scores_are_the_full_softmax(monkeypatch, rows, temperature):
-    """Log-probs, entropies and both gradients, over the edges of tiles, of which the first is banned as a whole."""
+    """Log-probs, entropies and both gradients, over the edges of tiles, of which the first is
+    banned as a whole.
+    """
     monkeypatch.setattr(model_py, "HEAD_LOGITS", 7 * rows)
     generator = torch.Generator().manual_seed(rows)
     hidden, head = (torch.randn(n, 16, generator=generator, requires_grad=True) for n in (rows, 50))
@@ -611,7 +652,7 @@ def test_no_target_keeps_the_graph():
     assert head.grad.shape == head.shape and not head.grad.any()
 
 
-# ---------------------------------------------------------------------------------------------- training
+# -------------------------------------------------------------------------- training
 
 
 def gradients(model, batches, weights):
@@ -629,7 +670,9 @@ def gradients(model, batches, weights):
 )
 @pytest.mark.parametrize("tied", [True, False])
 def test_group_that_shares_its_prompt_is_the_rows_apart(pair, media, tied):
-    """[prompt | c1 | ... | cG] with completions of unequal length: log-probs and every gradient of separate rows."""
+    """[prompt | c1 | ... | cG] with completions of unequal length: log-probs and every gradient of
+    separate rows.
+    """
     model = pair(flat_config(tie_word_embeddings=tied))[1]
     example, generator = make_example(model.config, media, seed=3), torch.Generator().manual_seed(1)
     G, C, P = 4, 7, len(example.ids)
@@ -678,7 +721,9 @@ def test_activation_checkpointing_changes_no_gradient(tiny):
 
 
 def test_a_batch_without_pictures_still_reaches_the_vision_tower(tiny):
-    """Sharded weights are gathered and reduced by all ranks together: every one needs a gradient, here of zeros."""
+    """Sharded weights are gathered and reduced by all ranks together: every one needs a gradient,
+    here of zeros.
+    """
     model, examples = tiny
     batch = data.collate([extend(examples[0], torch.arange(4))], model.config)
     _, grads = gradients(model, [batch], torch.ones(4))
@@ -686,7 +731,9 @@ def test_a_batch_without_pictures_still_reaches_the_vision_tower(tiny):
 
 
 def test_padding_and_neighbours_change_no_score(tiny):
-    """A row's log-probs alone and in a batch of longer rows; and what stands in the padding does not matter."""
+    """A row's log-probs alone and in a batch of longer rows; and what stands in the padding does
+    not matter.
+    """
     model, examples = tiny
     rows = [extend(e, torch.arange(5) + i) for i, e in enumerate(examples)]
     batch = data.collate(rows, model.config)
