@@ -485,7 +485,7 @@ def noise(rows, length, seed=0):
 
 
 def test_groups_sample_the_same_however_they_are_batched(tiny):
-    """Row b * G + g is completion g of prompt b, and its tokens depend on its own uniforms alone."""
+    """Row b * G + g is completion g of prompt b; its tokens depend on its own uniforms alone."""
     model, examples = tiny
     examples, uniforms = examples[1:4], noise(12, 20)
     stops = tuple(range(0, 150, 15))
@@ -656,7 +656,7 @@ def test_no_target_keeps_the_graph():
 
 
 def gradients(model, batches, weights):
-    """Log-probs of all batches in order and the gradient of their weighted sum, by parameter name."""
+    """Log-probs of all batches in order; the gradient of their weighted sum, by parameter."""
     model.zero_grad()
     log_probs = torch.cat([model(batch)[0] for batch in batches])
     (log_probs * weights).sum().backward()
