@@ -1,10 +1,11 @@
-"""kill -9 a training run at random moments, go on each time with the same command, and look at what is left.
+"""kill -9 a training run at random moments, go on each time with the same command, and look at it.
 
-    python tests/kill_resume.py --kills 50                          # makes a few rooms and a tiny model first
+    python tests/kill_resume.py --kills 50          # makes a few rooms and a tiny model first
     python tests/kill_resume.py --kills 20 --nproc-per-node 2 --script grpo
 
-Every time: the directory continues without help; a model directory, once visible, is whole; no more than --save-every
-steps are done again; and a run that is done has the very weights and log of one that nobody disturbed.
+Every time: the directory continues without help; a model directory, once visible, is whole; no more
+than --save-every steps are done again; and a run that is done has the very weights and log of one
+that nobody disturbed.
 """
 
 import argparse
@@ -16,26 +17,31 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 SAVE_EVERY, STEPS = 2, 16
 FLAGS = {
-    "train_sft": ["--stage", "1", "--batch-size", "4", "--data", "spld_grounding_data.jsonl"],
-    "grpo": [
-        "--prompts-per-step",
-        "2",
-        "--num-generations",
-        "3",
-        "--max-completion-length",
-        "8",
-        "--num-iterations",
-        "2",
-        "--data",
-        "spld_spatial_data.jsonl",
-    ],
+    "train_sft": (*("--stage", "1", "--batch-size", "4"), "--data", "spld_grounding_data.jsonl"),
+    "grpo": (
+        *("--prompts-per-step", "2", "--num-generations", "3", "--max-completion-length", "8"),
+        *("--num-iterations", "2", "--data", "spld_spatial_data.jsonl"),
+    ),
 }
 CLOCK = ("time", "per_second")  # endings of the log's keys that depend on it
+
+
+# ---------------------------------------------------------------------------------- processes
+
+
+def command(processes, script, *flags):
+    """The words that start a script, under torchrun where there are several processes."""
+    torchrun = []
+    if processes > 1:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    return [sys.executable, *torchrun, *map(str, (script, *flags))]
 
 
 def tree(pid):
@@ -47,90 +53,103 @@ def tree(pid):
     return pids
 
 
-def log_of(out):
-    lines = (
-        (out / "log.jsonl").read_text().split("\n")[:-1] if (out / "log.jsonl").is_file() else []
-    )
-    return [
-        {key: value for key, value in json.loads(line).items() if not key.endswith(CLOCK)}
-        for line in lines
-    ]
+def kill(process):
+    """kill -9 it and all that it has started. Returns: whether it was killed in time."""
+    for pid in tree(process.pid):
+        with suppress(ProcessLookupError):  # ended by itself in the meantime
+            os.kill(pid, signal.SIGKILL)
+    return process.wait() == -signal.SIGKILL
 
 
-def start(command, said):
-    """Start the command and wait until it has looked at its directory."""
+def start(words, said):
+    """Start a training and wait until it has looked at its directory. said: file of its output."""
     with open(said, "w") as file:
-        process = subprocess.Popen(
-            command,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
+        process = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT, env=ENVIRONMENT)
     while process.poll() is None and "settings:" not in said.read_text():
         time.sleep(0.01)
     return process
 
 
+# ---------------------------------------------------------------------------------- what is left
+
+
+def log_of(out):
+    """The whole lines of the log but for what depends on the clock."""
+    if not (out / "log.jsonl").is_file():
+        return []
+    rows = []
+    for line in (out / "log.jsonl").read_text().split("\n")[:-1]:
+        row = json.loads(line)
+        rows.append({key: value for key, value in row.items() if not key.endswith(CLOCK)})
+    return rows
+
+
+def steps_ahead(out):
+    """How many steps of the log stand behind the newest trainer state."""
+    steps = [row["step"] for row in log_of(out)]
+    assert steps == list(range(1, len(steps) + 1)), steps
+    states = sorted((out / "resume").glob("step-??????"))
+    saved = int(states[-1].name[-6:]) if states else 0
+    return len(steps) - saved
+
+
+def assert_whole(out, undisturbed, model):
+    """A directory with config.json in it has everything, the same as a run that was left alone."""
+    assert log_of(out) == log_of(undisturbed)
+    weights, expected = (folder / "model.safetensors" for folder in (out, undisturbed))
+    assert weights.read_bytes() == expected.read_bytes()
+    files = {path.name for path in out.iterdir()}
+    assert {path.name for path in model.iterdir()} <= files, files
+
+
+# ---------------------------------------------------------------------------------- the disturbance
+
+
 def disturb(folder, train, model, kills, script="train_sft", processes=1, seed=0):
-    """Kill `kills` runs of a script. train, model: rooms and model directory. AssertionError if anything is lost."""
-    rng, killed, finished, repeated = random.Random(seed), 0, 0, 0
-    torchrun = (
-        ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        if processes > 1
-        else []
-    )
+    """Kill `kills` runs of a script, one after another, each in an --out until that is finished.
+
+    Args:    train, model: rooms and model directory.
+    Returns: a sentence. AssertionError if anything is lost.
+    """
+    rng = random.Random(seed)
     flags = [train / word if word.endswith(".jsonl") else word for word in FLAGS[script]]
-    command = list(
-        map(
-            str,
-            (
-                sys.executable,
-                *torchrun,
-                REPOSITORY / f"{script}.py",
-                *flags,
-                "--model",
-                model,
-                "--resume",
-                "auto",
-                "--max-steps",
-                STEPS,
-                "--save-every",
-                SAVE_EVERY,
-                "--out",
-            ),
-        )
-    )
-    whole, out, said = folder / "whole", folder / "run0", folder / "said.txt"
-    process, began = start([*command, str(whole)], said), time.time()
+    flags += ["--model", model, "--resume", "auto"]
+    flags += ["--max-steps", STEPS, "--save-every", SAVE_EVERY, "--out"]
+    words = command(processes, REPOSITORY / f"{script}.py", *flags)
+
+    whole, said = folder / "whole", folder / "said.txt"
+    process = start([*words, str(whole)], said)
+    began = time.time()
     assert process.wait() == 0, said.read_text()
     lasts = time.time() - began  # from the look at the directory to the end
-    weights = (whole / "model.safetensors").read_bytes()
+
+    killed = finished = repeated = 0
     while killed < kills:
-        process = start([*command, str(out)], said)
+        out = folder / f"run{finished}"
+        process = start([*words, str(out)], said)
         moment = time.time() + rng.uniform(0, lasts)
         while process.poll() is None and time.time() < moment:
             time.sleep(0.002)
         if process.poll() is None:
-            for pid in tree(process.pid):
-                try:
-                    os.kill(pid, signal.SIGKILL)
-                except ProcessLookupError:  # ended by itself in the meantime
-                    pass
-            killed += process.wait() == -signal.SIGKILL
-        assert process.returncode in (0, -signal.SIGKILL), (
-            said.read_text()
-        )  # it came as far as it was let
-        steps, states = log_of(out), sorted((out / "resume").glob("step-??????"))
-        ahead = len(steps) - (int(states[-1].name[-6:]) if states else 0)
-        repeated = max(repeated, ahead * (not (out / "config.json").exists()))
-        assert repeated <= SAVE_EVERY, (ahead, states)
-        assert [row["step"] for row in steps] == list(range(1, len(steps) + 1))
-        if (out / "config.json").exists():  # all is visible, so all is there
-            assert (out / "model.safetensors").read_bytes() == weights and steps == log_of(whole)
-            assert {path.name for path in model.iterdir()} <= {path.name for path in out.iterdir()}
+            killed += kill(process)
+        # It came as far as it was let.
+        assert process.returncode in (0, -signal.SIGKILL), said.read_text()
+        ahead = steps_ahead(out)
+        if (out / "config.json").exists():
+            assert_whole(out, whole, model)
             finished += 1
-            out = folder / f"run{finished}"
-    return f"{killed} kills, {finished} runs ended, at most {repeated} steps done again (--save-every {SAVE_EVERY})"
+        else:
+            assert ahead <= SAVE_EVERY, ahead
+            repeated = max(repeated, ahead)
+    return (
+        f"{killed} kills, {finished} runs ended, at most {repeated} steps done again "
+        f"(--save-every {SAVE_EVERY})"
+    )
+
+
+def make(module, *flags):
+    words = [sys.executable, "-m", module, *map(str, flags)]
+    subprocess.run(words, check=True, cwd=REPOSITORY)
 
 
 def main():
@@ -143,25 +162,12 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        rooms, model = Path(folder) / "rooms", Path(folder) / "base"
-        for made in (
-            ["scenes.py", "--out", rooms, "--scenes", "12", "--test-scenes", "2"],
-            ["tiny.py", "--data", rooms / "train", "--out", model],
-        ):
-            subprocess.run(
-                [sys.executable, *map(str, (REPOSITORY / made[0], *made[1:]))], check=True
-            )
-        print(
-            disturb(
-                Path(folder),
-                rooms / "train",
-                model,
-                args.kills,
-                args.script,
-                args.nproc_per_node,
-                args.seed,
-            )
-        )
+        folder = Path(folder)
+        train, model = folder / "rooms" / "train", folder / "base"
+        make("rooms.scenes", "--out", folder / "rooms", "--scenes", 12, "--test-scenes", 2)
+        make("rooms.tiny", "--data", train, "--out", model)
+        processes = args.nproc_per_node
+        print(disturb(folder, train, model, args.kills, args.script, processes, args.seed))
 
 
 if __name__ == "__main__":
