@@ -83,6 +83,8 @@ def recipe_settings(doc, stage=None, argv=None):
     stage = stage or given["stage"]
     defaults = {name: SETTINGS[name].default for name in names}
     recipe = RECIPES[given["preset"]][stage]
+    if "data" in given:  # the preset's own rooms are not mixed into a user's rows, nor made for it
+        recipe = {name: value for name, value in recipe.items() if name != "replay"}
     args = argparse.Namespace(**defaults | recipe | given | {"stage": stage})
     parser.need(args, "model", "data", "out")
     if len(args.betas) != 2:

@@ -218,7 +218,8 @@ def test_wrong_grpo_flags_are_one_line(capsys, flags, expected):
 def test_flags_take_the_place_of_the_recipe(preset, stage):
     """A default, in its place the recipe's value, in its place the flag.
 
-    Dashes and underscores, = and blank are alike.
+    Dashes and underscores, = and blank are alike. Rows that the recipe replays are its own rooms,
+    which are not mixed into rows of --data.
     """
     flags = f"--preset {preset} --model m --data a.jsonl b.jsonl --out=under_score --max_steps=7"
     flags += " --max-pixels 50176 --freeze_vision --no-activation-checkpointing"
@@ -227,10 +228,11 @@ def test_flags_take_the_place_of_the_recipe(preset, stage):
     else:
         args = recipe_settings("", None, f"{flags} --stage {stage}".split())
     names = GRPO if stage == "grpo" else SFT
-    defaults = {name: SETTINGS[name].default for name in names}
+    expected = {name: SETTINGS[name].default for name in names} | ladder.RECIPES[preset][stage]
+    if "replay" in expected:
+        expected["replay"] = None
     assert vars(args) == {
-        **defaults,
-        **ladder.RECIPES[preset][stage],
+        **expected,
         "preset": preset,
         "stage": stage,
         "model": "m",
@@ -241,6 +243,16 @@ def test_flags_take_the_place_of_the_recipe(preset, stage):
         "freeze_vision": True,
         "activation_checkpointing": False,
     }
+
+
+def test_rows_are_replayed_where_nothing_else_is_said():
+    """In the tiny preset's own stages, and where --replay says so."""
+    rooms = ladder.RECIPES["tiny"]["2"]["replay"]
+    assert recipe_settings("", None, ["--stage", "2"]).replay == rooms
+    flags = "--stage 2 --data a.jsonl --replay b.jsonl c.jsonl"
+    args = recipe_settings("", None, flags.split())
+    assert args.replay == ["b.jsonl", "c.jsonl"]
+    assert args.replay_ratio == 0.2
 
 
 def test_every_setting_has_a_flag():
