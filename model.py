@@ -8,15 +8,16 @@ Everything the model takes is one `Batch`; everything it does with it is `QwenVL
 Submodules carry the names of the checkpoint's tensors, so loading needs no table of names.
 There is no distributed code here: runtime.py shards the model from outside.
 
-Nothing in a forward waits for the GPU: what the host must know (grids, lengths of windows, the
-number of keys) it counts itself, and what it makes it sends by `to_device`.
+A forward never waits for the GPU: sizes are computed on the CPU, and tensors that are made there
+are sent with `to_device`.
 
-Letters in shapes: B rows, T tokens, P prompt tokens, C completion tokens, G completions in a group,
-R rows of a rollout or scored tokens, V vocabulary, N patches, M merged vision tokens, H query
-heads, K key-value heads, D head dimension, S keys, W width.
+Letters in shapes: B sequences, T tokens, P prompt tokens, C completion tokens, G completions in a
+group, R = B * G completions of a rollout, n scored tokens, V vocabulary, N patches, M merged vision
+tokens, H query heads, K key-value heads, D head dimension, S keys, W width.
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +26,9 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 HEAD_LOGITS = 2**22  # logits held at once where tokens are scored: 16 MB
-KEY_BLOCK = 128  # decoding attends to this many keys at a time more, not to one more each step
+# While decoding, the number of keys grows in steps of this size: kernels see few shapes, and masks
+# have aligned rows, which CUDA's memory-efficient attention wants.
+KEY_BLOCK = 128
 
 
 # ---------------------------------------------------------------------------------- configuration
@@ -103,21 +106,23 @@ def to_device(tensor, device):
 
 @dataclass
 class Batch:
-    """Right-padded rows of token ids, and the patches of all their pictures in order of appearance.
+    """Right-padded sequences of token ids, and the patches of all their pictures in their order.
 
     A batch without pictures carries one dummy picture whose features go nowhere (`vision_at` is
-    empty). So every rank enters the vision tower, whose sharded weights all ranks gather together.
+    empty). So every rank runs the vision encoder, whose sharded weights all ranks gather together.
     """
 
     ids: torch.Tensor  # (B, T) int64
     positions: torch.Tensor  # (3, B, T) int64: time, height, width
-    lengths: torch.Tensor  # (B,) int64: tokens that are not padding
+    lengths: torch.Tensor  # (B,) int64: tokens that are not padding; of a group, the prompt's
     patches: torch.Tensor  # (N, 3 * 2 * 14 * 14) float32
     grids: list  # [(t, h, w)] in patches, one for each picture or video
-    vision_at: torch.Tensor  # (M,) int64: places in the flattened ids that take the vision features
-    predict_at: torch.Tensor  # (R,) int64: places in the flattened ids whose next token is scored
-    targets: torch.Tensor  # (R,) int64: those next tokens
-    group: tuple | None = None  # (G, C): the one row is [prompt | c1 | ... | cG], see SharedPrompt
+    vision_at: torch.Tensor  # (M,) int64: indices into the flattened ids, of the vision tokens
+    predict_at: (
+        torch.Tensor
+    )  # (n,) int64: indices into the flattened ids whose next token is scored
+    targets: torch.Tensor  # (n,) int64: those next tokens
+    group: tuple | None = None  # (G, C): the one sequence is [prompt | c1 | ... | cG]
 
     def to(self, device):
         tensors = {}
@@ -132,7 +137,7 @@ class Batch:
 
 
 def rotate(x, cos, sin):
-    """Rotary embedding: numbers i of the two halves of x turn as a pair, by angle i.
+    """Rotary embedding: the pair (x[i], x[i + D / 2]) is rotated by angle i.
 
     Args: x (..., D). cos, sin (..., D / 2).
 
@@ -141,6 +146,7 @@ def rotate(x, cos, sin):
     [1.0, -4.0, 3.0, 2.0]
     """
     a, b = x.chunk(2, dim=-1)
+    # a * cos - b * sin and b * cos + a * sin; addcmul saves a kernel and a tensor for each.
     turned_a = torch.addcmul(a * cos, b, sin, value=-1)
     turned_b = torch.addcmul(b * cos, a, sin)
     return torch.cat((turned_a, turned_b), dim=-1)
@@ -172,8 +178,9 @@ class MLP(nn.Module):
 
 
 # ---------------------------------------------------------------------------------- vision encoder
-# Patches come merge block by merge block: the blocks of a frame row by row, then the 2 x 2 patches
-# of a block. Within the encoder the blocks are sorted by attention window, and at its end back.
+# A slice is a pair of frames of a video, or one picture; attention never crosses slices. Patches
+# come merge block by merge block: the blocks of a slice row by row, then the 2 x 2 patches of a
+# block. Within the encoder the blocks are sorted by attention window, and at its end back.
 
 
 def vision_angles(grids, config):
@@ -195,9 +202,9 @@ def vision_angles(grids, config):
 
 
 def window_order(grids, config):
-    """Sort merge blocks by attention window, the windows of a frame row by row.
+    """Sort merge blocks by attention window, the windows of a slice row by row.
 
-    Returns: order (M,): the block that stands at each place. sizes: blocks in each window.
+    Returns: order (M,): order[i] is the block that becomes number i. sizes: blocks in each window.
 
     2 x 6 blocks, windows 4 blocks wide and high: a window of 2 x 4 and one of 2 x 2.
 
@@ -210,12 +217,12 @@ def window_order(grids, config):
     windows = []
     first = 0
     for t, h, w in grids:
-        frame, row, column = torch.meshgrid(
+        slice_, row, column = torch.meshgrid(
             torch.arange(t), torch.arange(h // m), torch.arange(w // m), indexing="ij"
         )
-        down = -(-h // m // side)  # windows of a frame, rounded up
-        across = -(-w // m // side)
-        window = (frame * down + row // side) * across + column // side
+        down = math.ceil(h // m / side)  # windows of a slice
+        across = math.ceil(w // m / side)
+        window = (slice_ * down + row // side) * across + column // side
         windows.append(window.flatten() + first)
         first += t * down * across
     window = torch.cat(windows)  # (M,) number of each block's window
@@ -223,34 +230,35 @@ def window_order(grids, config):
 
 
 class Segments:
-    """Attention within segments of consecutive patches: the windows, or whole frames.
+    """Attention within segments of consecutive patches: the windows, or whole slices.
 
     One SDPA call does all. Equal segments are a view of the patches; unequal ones are padded to one
-    rectangle (S segments, L patches), whose padding is masked.
+    rectangle (E segments, L patches), whose padding is masked.
     """
 
     def __init__(self, lengths, device):
         longest = max(lengths)
-        self.shape = (len(lengths), longest)  # (S, L)
-        self.mask = None
+        self.shape = (len(lengths), longest)  # (E, L)
+        self.mask = self.index = self.unpad = None
         if min(lengths) == longest:
             return
         starts = torch.tensor([0, *lengths[:-1]]).cumsum(0)
         offsets = torch.arange(longest)
-        real = offsets < torch.tensor(lengths)[:, None]  # (S, L), False for padding
-        index = (starts[:, None] + offsets).clamp(max=sum(lengths) - 1)  # (S, L) which patch
-        self.mask = to_device(real, device)[:, None, None, :]  # for (S, H, L, L)
-        self.index = to_device(index.flatten(), device)  # (S*L,)
-        self.places = to_device(real.flatten().nonzero()[:, 0], device)  # (N,) back again
+        real = offsets < torch.tensor(lengths)[:, None]  # (E, L), False for padding
+        # Which patch stands where; padding reads some patch, and the mask hides it.
+        index = (starts[:, None] + offsets).clamp(max=sum(lengths) - 1)  # (E, L)
+        self.mask = to_device(real, device)[:, None, None, :]  # for (E, H, L, L)
+        self.index = to_device(index.flatten(), device)  # (E*L,)
+        self.unpad = to_device(real.flatten().nonzero()[:, 0], device)  # (N,) back again
 
     def attend(self, q, k, v):
         """(N, H, D) each -> (N, H, D)."""
         if self.mask is not None:
-            q, k, v = (x.index_select(0, self.index) for x in (q, k, v))  # (S*L, H, D)
-        q, k, v = (x.unflatten(0, self.shape).transpose(1, 2) for x in (q, k, v))  # (S, H, L, D)
+            q, k, v = (x.index_select(0, self.index) for x in (q, k, v))  # (E*L, H, D)
+        q, k, v = (x.unflatten(0, self.shape).transpose(1, 2) for x in (q, k, v))  # (E, H, L, D)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask)
-        out = out.transpose(1, 2).flatten(0, 1)  # (S*L, H, D)
-        return out if self.mask is None else out.index_select(0, self.places)
+        out = out.transpose(1, 2).flatten(0, 1)  # (E*L, H, D)
+        return out if self.mask is None else out.index_select(0, self.unpad)
 
 
 class VisionAttention(nn.Module):
@@ -317,7 +325,7 @@ class PatchMerger(nn.Module):
 
 
 class VisionEncoder(nn.Module):
-    """A ViT over the patches of all pictures: windows in most blocks, whole frames in a few."""
+    """A ViT over the patches of all pictures: windows in most blocks, whole slices in a few."""
 
     def __init__(self, config):
         super().__init__()
@@ -326,10 +334,10 @@ class VisionEncoder(nn.Module):
         self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.depth))
         self.merger = PatchMerger(config)
 
-    def forward(self, patches, grids, run):
+    def forward(self, patches, grids, call_layer):
         """One feature for each merge block, in the order of the patches.
 
-        Args:    patches (N, 1176). grids: [(t, h, w)]. run: calls a block, see QwenVL.run.
+        Args:    patches (N, 1176). grids: [(t, h, w)]. call_layer: see QwenVL.call_layer.
         Returns: (M, W of the decoder), M = N / 4.
         """
         device = patches.device
@@ -337,27 +345,27 @@ class VisionEncoder(nn.Module):
         per_block = self.config.spatial_merge_size**2
         by_window = (order[:, None] * per_block + torch.arange(per_block)).flatten()  # (N,) patches
 
-        # A patch's place in its frame turns its queries and keys.
+        # Rotary embedding by a patch's row and column.
         angles = to_device(vision_angles(grids, self.config)[by_window], device)[:, None]
         rope = angles.cos(), angles.sin()  # (N, 1, D/2)
 
-        # Who attends to whom: within a window, or within a whole frame.
+        # Who attends to whom: within a window, or within a whole slice.
         windows = Segments([size * per_block for size in sizes], device)
-        frame_sizes = []
+        slice_sizes = []
         for t, h, w in grids:
-            frame_sizes += t * [h * w]
-        frames = Segments(frame_sizes, device)
+            slice_sizes += t * [h * w]
+        slices = Segments(slice_sizes, device)
 
         x = self.patch_embed(patches).index_select(0, to_device(by_window, device))  # (N, W)
         for index, block in enumerate(self.blocks):
             whole = index in self.config.fullatt_block_indexes
-            x = run(block, x, rope, frames if whole else windows)
+            x = call_layer(block, x, rope, slices if whole else windows)
         merged = self.merger(x)  # (M, W of the decoder), by window
         return merged.index_select(0, to_device(order.argsort(), device))
 
 
 # ---------------------------------------------------------------------------------- attention
-# The decoder asks a "layout" to attend: rows of their own (Causal), a group behind its prompt
+# The decoder lets a "layout" attend: sequences of their own (Causal), a group behind its prompt
 # (SharedPrompt), or the keys of earlier steps (KVCache). So its layers hold no mask code.
 
 
@@ -399,7 +407,7 @@ def attend_masked(q, k, v, mask):
 
 
 class Causal:
-    """Rows of their own. A token sees what stands before it, so right padding needs no mask."""
+    """Separate sequences. A token sees what stands before it, so right padding needs no mask."""
 
     def attend(self, layer, q, k, v):
         return attend_causal(q, k, v)
@@ -409,7 +417,8 @@ class SharedPrompt:
     """One row [prompt | c1 | ... | cG]: completions see the prompt and themselves, not each other.
 
     The linear layers run on P + G * C tokens instead of G * (P + C), and attention is two calls
-    without a dense (P + G*C)^2 mask. Equal to G separate rows up to rounding.
+    without a dense (P + G*C)^2 mask. Equal to G separate sequences up to rounding. A completion is
+    padded on the right: its own tokens stand before the padding and never see it.
     """
 
     def __init__(self, group, tokens, device):
@@ -421,10 +430,12 @@ class SharedPrompt:
 
     def attend(self, layer, q, k, v):
         split = (self.P, self.G * self.C)
-        (q_prompt, q), (k_prompt, k), (v_prompt, v) = (x.split(split, dim=2) for x in (q, k, v))
+        q_prompt, q = q.split(split, dim=2)
+        k_prompt, k = k.split(split, dim=2)
+        v_prompt, v = v.split(split, dim=2)
         prompt = attend_causal(q_prompt, k_prompt, v_prompt)  # (1, H, P, D)
 
-        # The completions become rows of a batch, each with the prompt's keys before its own.
+        # The completions become a batch, each with the prompt's keys before its own.
         q, k, v = (x[0].unflatten(1, (self.G, self.C)).transpose(0, 1) for x in (q, k, v))
         k = torch.cat((k_prompt.expand(self.G, -1, -1, -1), k), dim=2)  # (G, K, P + C, D)
         v = torch.cat((v_prompt.expand(self.G, -1, -1, -1), v), dim=2)
@@ -435,22 +446,28 @@ class SharedPrompt:
 
 
 class KVCache:
-    """Keys and values of all layers while decoding; each row keeps its own length.
+    """Keys and values of all layers while decoding; each sequence keeps its own length.
 
-    The first forward (prefill) stores what the prompts need; `expand` copies it to the rows of each
-    group, with room to grow; each further forward brings one token a row, written at the row's own
-    length. Later keys are hidden by a length mask. The host counts the keys in use by itself, and
-    rounds up to KEY_BLOCK: a rollout has few shapes, and a kernel with a plan for each is quick.
+    The first forward (prefill) stores the prompts' keys; `expand` copies them to the completions of
+    each group, with room to grow; each further forward brings one token a sequence, written at the
+    sequence's own length. Later keys are hidden by a length mask. The number of keys in use is
+    counted on the CPU, so that no step waits for the GPU, and rounded up to KEY_BLOCK.
     """
 
     def __init__(self, lengths):
-        self.lengths = lengths  # (R,) tokens held for each row
+        self.lengths = lengths  # (R,) keys of each sequence
         self.keys, self.values = [], []  # of each layer (R, K, S, D)
         self.decoding = False
+        self.used = 0  # keys of the longest sequence, at most
+        # Of the present step, set by begin_step:
+        self.sequences = None  # (R,) 0, 1, 2, ...
+        self.write_at = None  # (R,) where each sequence's new key goes
+        self.seen = 0  # keys that are attended to, masked or not
+        self.mask = None  # (R, 1, 1, seen) True for a key that its sequence has
 
     def expand(self, group, room):
-        """B prompts become B * group rows with room for more keys; decoding begins."""
-        self.used = self.keys[0].shape[2]  # keys in use, at most: the longest row's
+        """B prompts become B * group sequences with room for more keys; decoding begins."""
+        self.used = self.keys[0].shape[2]
 
         def grow(x):  # (B, K, P, D) -> (R, K, P + room, D)
             return F.pad(x, (0, 0, 0, room)).repeat_interleave(group, dim=0)
@@ -460,30 +477,31 @@ class KVCache:
         self.lengths = self.lengths.repeat_interleave(group)
         self.decoding = True
 
-    def keep(self, rows):
-        """Drop all other rows. rows: int64 indices."""
-        self.keys = [k.index_select(0, rows) for k in self.keys]
-        self.values = [v.index_select(0, rows) for v in self.values]
-        self.lengths = self.lengths[rows]
+    def keep(self, kept):
+        """Drop all other sequences. kept: int64 indices."""
+        self.keys = [k.index_select(0, kept) for k in self.keys]
+        self.values = [v.index_select(0, kept) for v in self.values]
+        self.lengths = self.lengths[kept]
 
     def begin_step(self):
         """Once in a decoding step, for all layers: where the new keys go, which keys are seen."""
-        self.rows = torch.arange(len(self.lengths), device=self.lengths.device)
-        self.write_at = self.lengths  # (R,)
+        device = self.lengths.device
+        self.sequences = torch.arange(len(self.lengths), device=device)
+        self.write_at = self.lengths
         self.lengths = self.lengths + 1
         self.used += 1
-        blocks = -(-self.used // KEY_BLOCK)  # rounded up
+        blocks = math.ceil(self.used / KEY_BLOCK)
         self.seen = min(blocks * KEY_BLOCK, self.keys[0].shape[2])
-        places = torch.arange(self.seen, device=self.lengths.device)
-        self.mask = (places < self.lengths[:, None])[:, None, None]  # (R, 1, 1, seen)
+        index = torch.arange(self.seen, device=device)
+        self.mask = (index < self.lengths[:, None])[:, None, None]
 
     def attend(self, layer, q, k, v):
         if not self.decoding:
             self.keys.append(k)
             self.values.append(v)
             return attend_causal(q, k, v)
-        self.keys[layer][self.rows, :, self.write_at] = k[:, :, 0]
-        self.values[layer][self.rows, :, self.write_at] = v[:, :, 0]
+        self.keys[layer][self.sequences, :, self.write_at] = k[:, :, 0]
+        self.values[layer][self.sequences, :, self.write_at] = v[:, :, 0]
         k = self.keys[layer][:, :, : self.seen]
         v = self.values[layer][:, :, : self.seen]
         return attend_masked(q, k, v, self.mask)
@@ -547,7 +565,7 @@ class Decoder(nn.Module):
 def ban(logits, banned):
     """Give banned tokens the lowest finite number, in place: p = 0, and 0 * log 0 = 0.
 
-    Args: logits (R, n) fp32. banned (n,) bool, or None.
+    Args: logits (n, v) fp32. banned (v,) bool, or None.
     """
     if banned is None:
         return logits
@@ -557,17 +575,17 @@ def ban(logits, banned):
 def score_tokens(hidden, targets, head, banned=None, temperature=1.0):
     """Log-probability of each target, and entropy of the distribution that it is drawn from.
 
-    Args:    hidden (R, W), targets (R,), head (V, W), banned (V,) bool: tokens of probability 0.
-    Returns: log_probs (R,), entropies (R,) in nats, both fp32; entropies carry no gradient.
+    Args:    hidden (n, W), targets (n,), head (V, W), banned (V,) bool: tokens of probability 0.
+    Returns: log_probs (n,), entropies (n,) in nats, both fp32; entropies carry no gradient.
     """
     return TokenScores.apply(hidden / temperature, targets, head, banned)
 
 
-def pieces(hidden, targets, head, banned):
-    """Go through the vocabulary, HEAD_LOGITS logits at a time.
+def vocabulary_pieces(hidden, targets, head, banned):
+    """Go through the vocabulary in pieces of v tokens, HEAD_LOGITS logits at a time.
 
-    Yields: span: slice of the piece's n tokens. logits (R, n) fp32. here (R,) bool: the target is
-            in this piece. column (R, 1): where in it; 0 or n - 1 if it is not here.
+    Yields: span: slice of the piece. logits (n, v) fp32. here (n,) bool: the target is in this
+            piece. column (n, 1): where in it; 0 or v - 1 if it is in another.
     """
     size = max(1, HEAD_LOGITS // max(1, len(hidden)))
     for first in range(0, len(head), size):
@@ -582,7 +600,7 @@ def pieces(hidden, targets, head, banned):
 class TokenScores(torch.autograd.Function):
     """score_tokens, a piece of the vocabulary at a time, with its gradient by hand.
 
-    All logits of 151,936 tokens would fill the memory. So a piece's logits z (R, n) are made, used
+    All logits of 151,936 tokens would fill the memory. So a piece's logits z (n, v) are made, used
     and dropped, and made again in the backward. Write p for the softmax of a piece by itself, S_i
     for the log of the sum of exp(z) over piece i, S for the same over the whole vocabulary.
 
@@ -594,7 +612,7 @@ class TokenScores(torch.autograd.Function):
                and softmax over the whole vocabulary is share_i * p. With g the gradient that
                arrives for log p(target), the gradient of piece i's logits is
                dz = g * ([v == target] - share_i * p)
-               and from z = hidden @ head^T follow d hidden = dz @ head and d head = dz^T @ hidden.
+               and from z = hidden @ head^T follow d_hidden = dz @ head and d_head = dz^T @ hidden.
 
     Why not autograd with a checkpoint for each piece: all that is needed is the softmax kernel.
     logsumexp's backward calls exp, which on a CPU takes long where the result underflows, as it
@@ -603,33 +621,34 @@ class TokenScores(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, targets, head, banned):
-        chosen = torch.zeros(len(hidden), device=hidden.device)  # z[target]
-        log_sums, entropies = [], []
-        for _, logits, here, column in pieces(hidden, targets, head, banned):
-            chosen = torch.where(here, logits.gather(1, column)[:, 0], chosen)
-            p = logits.softmax(1)
-            log_sum = logits.amax(1) - p.amax(1).log()  # for every v: log p[v] = z[v] - log_sum
-            log_sums.append(log_sum)
-            entropies.append(log_sum - (p * logits).sum(1))  # -sum of p * log p
-        log_sums = torch.stack(log_sums)  # (pieces, R)
-        total = log_sums.logsumexp(0)
-        shares = (log_sums - total).exp()
+        z_target = torch.zeros(len(hidden), device=hidden.device)
+        S_i, entropies = [], []
+        for _, z, here, column in vocabulary_pieces(hidden, targets, head, banned):
+            z_target = torch.where(here, z.gather(1, column)[:, 0], z_target)
+            p = z.softmax(1)
+            # log p[v] = z[v] - S_i for every v. The likeliest one's log cannot underflow.
+            log_sum = z.amax(1) - p.amax(1).log()
+            S_i.append(log_sum)
+            entropies.append(log_sum - (p * z).sum(1))  # -sum of p * log p
+        S_i = torch.stack(S_i)  # (pieces, n)
+        S = S_i.logsumexp(0)
+        shares = (S_i - S).exp()
         entropy = (torch.special.entr(shares) + shares * torch.stack(entropies)).sum(0)
 
         ctx.save_for_backward(hidden, targets, head, shares)
         ctx.banned = banned
         ctx.mark_non_differentiable(entropy)
-        return chosen - total, entropy
+        return z_target - S, entropy
 
     @staticmethod
     def backward(ctx, g, _):
         hidden, targets, head, shares = ctx.saved_tensors
         d_hidden = torch.zeros_like(hidden, dtype=torch.float32)
         d_head = torch.empty_like(head)
-        scored = pieces(hidden, targets, head, ctx.banned)
-        for (span, logits, here, column), share in zip(scored, shares):
-            dz = logits.softmax(1).mul_((-g * share)[:, None])  # (R, n)
-            dz.scatter_add_(1, column, (g * here)[:, None])
+        pieces = vocabulary_pieces(hidden, targets, head, ctx.banned)
+        for (span, z, here, column), share in zip(pieces, shares):
+            dz = z.softmax(1).mul_((-g * share)[:, None])  # (n, v)
+            dz.scatter_add_(1, column, (g * here)[:, None])  # 0 where the target is elsewhere
             dz = dz.to(head.dtype)
             d_hidden += dz @ head[span]
             d_head[span] = dz.T @ hidden
@@ -651,8 +670,8 @@ class QwenVL(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
 
-    def run(self, layer, *inputs):
-        """A layer's forward; with checkpointing its inner values are computed again later."""
+    def call_layer(self, layer, *inputs):
+        """Call a layer; with checkpointing its activations are computed again in the backward."""
         if self.activation_checkpointing and torch.is_grad_enabled():
             return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
         return layer(*inputs)
@@ -663,43 +682,48 @@ class QwenVL(nn.Module):
         return self.model.embed_tokens.weight if tied else self.lm_head.weight
 
     def embed(self, batch):
-        """Embeddings of the tokens (B, T, W), vision features in the places of their pad tokens."""
+        """Embeddings of the tokens (B, T, W), with vision features in place of pad tokens."""
         x = self.model.embed_tokens(batch.ids)  # (B, T, W)
-        features = self.visual(batch.patches, batch.grids, self.run)  # (M, W)
+        features = self.visual(batch.patches, batch.grids, self.call_layer)  # (M, W)
         features = features[: len(batch.vision_at)]  # none of a dummy picture
         return x.flatten(0, 1).index_copy(0, batch.vision_at, features).view_as(x)
 
     def forward(self, batch, cache=None, banned=None, temperature=1.0):
-        """Score the batch's targets, or, with a cache, give the logits of the next token.
+        """Score the batch's targets, or, with an empty cache, fill it with the prompts (prefill).
 
-        Returns: without a cache (log_probs (R,), entropies (R,)), see score_tokens;
-                 with one, logits (B, V) after each row's last token.
+        Returns: without a cache (log_probs (n,), entropies (n,)), see score_tokens;
+                 with one, logits (B, V) of the token after each prompt.
         """
-        if cache is not None and cache.decoding:
-            return self.decode(batch, cache, banned, temperature)
-        layout = cache or Causal()
-        if batch.group:
+        if cache is not None:
+            layout = cache
+        elif batch.group:
             layout = SharedPrompt(batch.group, batch.ids.shape[1], batch.ids.device)
+        else:
+            layout = Causal()
         x = self.embed(batch)
         rope = text_rope(batch.positions, self.config.text, x.dtype)
         for layer in self.model.layers:
-            x = self.run(layer, x, rope, layout)
+            x = self.call_layer(layer, x, rope, layout)
         x = x.flatten(0, 1)  # (B*T, W)
         if cache is None:
-            x = self.model.norm(x.index_select(0, batch.predict_at))  # (R, W)
+            x = self.model.norm(x.index_select(0, batch.predict_at))  # (n, W)
             return score_tokens(x, batch.targets, self.head(), banned, temperature)
-        rows = torch.arange(len(batch.ids), device=x.device)
-        last = rows * batch.ids.shape[1] + batch.lengths - 1  # (B,)
+        first = torch.arange(len(batch.ids), device=x.device) * batch.ids.shape[1]
+        last = first + batch.lengths - 1  # (B,) each prompt's last token
         return self.logits(x.index_select(0, last), banned, temperature)
 
-    def decode(self, batch, cache, banned, temperature):
-        """One token a row: logits (R, V) of the next. FSDP's weights must be gathered."""
+    def decode(self, tokens, position, cache, banned=None, temperature=1.0):
+        """One more token for each sequence. FSDP's weights must be gathered (runtime.gathered).
+
+        Args:    tokens (R,), position (R,): the same on all three axes.
+        Returns: logits (R, V) of the token that follows.
+        """
         cache.begin_step()
-        x = self.model.embed_tokens(batch.ids)  # (R, 1, W)
-        rope = text_rope(batch.positions, self.config.text, x.dtype)
+        x = self.model.embed_tokens(tokens[:, None])  # (R, 1, W)
+        positions = position.expand(3, -1)[:, :, None]  # (3, R, 1)
+        rope = text_rope(positions, self.config.text, x.dtype)
         for layer in self.model.layers:
-            # layer.forward, not layer(): past FSDP's hooks, which take as long as the layer
-            # itself. The weights are gathered already (runtime.gathered).
+            # layer.forward, not layer(): past FSDP's hooks, which take as long as the layer itself.
             x = layer.forward(x, rope, cache)
         return self.logits(x[:, 0], banned, temperature)
 
@@ -715,25 +739,38 @@ class QwenVL(nn.Module):
 
 @dataclass
 class Rollout:
-    """R = B * G sampled completions; row b * G + g is completion g of prompt b."""
+    """R = B * G sampled completions; number b * G + g is completion g of prompt b."""
 
-    ids: torch.Tensor  # (R, C) int64, zeros after a row's end
+    ids: torch.Tensor  # (R, C) int64, zeros after a completion's end
     lengths: torch.Tensor  # (R,) int64, the end-of-turn token included
-    log_probs: torch.Tensor  # (R, C) fp32, of the sampled tokens; zeros after a row's end
-    finished: torch.Tensor  # (R,) bool, False where max_new_tokens cut the row
+    log_probs: torch.Tensor  # (R, C) fp32, of the sampled tokens; zeros after the end
+    finished: torch.Tensor  # (R,) bool, False where max_new_tokens cut the completion
+
+    def append(self, step, live, tokens, log_probs, stops):
+        """Write the tokens of one step.
+
+        Args:    live: the completion that each of the tokens belongs to.
+        Returns: going, bool for each of live: has not ended with this token or before.
+        """
+        going = ~self.finished[live]
+        self.ids[live, step] = tokens * going
+        self.log_probs[live, step] = log_probs * going
+        self.lengths[live] += going
+        self.finished[live] |= torch.isin(tokens, stops)
+        return ~self.finished[live]
 
 
-def pick(logits, uniform):
-    """Choose one token a row: the most likely, or by inverse CDF from one uniform number a row.
+def choose_tokens(logits, uniform):
+    """One token for each sequence: the likeliest, or by inverse CDF from a uniform number.
 
-    The same uniforms give the same tokens, however rows are batched or spread over processes.
+    The same uniforms give the same tokens, however sequences are batched or spread over processes.
 
     Args:    logits (R, V). uniform (R,) in [0, 1), or None for the most likely.
     Returns: tokens (R,), their log-probabilities (R,).
 
     0.6 lies beyond the first token's 0.5 and within the second's 0.5 to 0.75.
 
-    >>> pick(torch.tensor([0.5, 0.25, 0.25]).log()[None], torch.tensor([0.6]))[0].item()
+    >>> choose_tokens(torch.tensor([0.5, 0.25, 0.25]).log()[None], torch.tensor([0.6]))[0].item()
     1
     """
     p = logits.softmax(-1)
@@ -741,7 +778,7 @@ def pick(logits, uniform):
         tokens = logits.argmax(-1, keepdim=True)
     else:
         cdf = p.cumsum(-1, dtype=torch.float64)
-        drawn = uniform.double()[:, None] * cdf[:, -1:]  # its end is 1 but for rounding
+        drawn = uniform.double()[:, None] * cdf[:, -1:]  # the CDF ends at 1 only up to rounding
         tokens = torch.searchsorted(cdf, drawn, right=True)
     return tokens[:, 0], p.gather(-1, tokens)[:, 0].log()
 
@@ -758,46 +795,39 @@ def generate(
 ):
     """Continue every prompt of the batch `group` times; each prompt is computed once.
 
-    Rows end at any of `stop_ids`; ended rows leave the batch once they are a quarter of it. The
-    host waits for the device once in a step: to know how many rows go on. FSDP's weights must be
+    A completion ends at any of `stop_ids`; ended ones leave the cache once they are a quarter of
+    it. The host waits for the device once in a step: to know how many go on. FSDP's weights must be
     gathered (runtime.gathered).
 
     Args:    uniforms: (B * group, max_new_tokens) in [0, 1), the noise; None decodes greedily.
     Returns: Rollout, on the batch's device.
     """
-    rows, device = len(batch.ids) * group, batch.ids.device
+    R, device = len(batch.ids) * group, batch.ids.device
     rollout = Rollout(
-        ids=torch.zeros(rows, max_new_tokens, dtype=torch.long, device=device),
-        lengths=torch.zeros(rows, dtype=torch.long, device=device),
-        log_probs=torch.zeros(rows, max_new_tokens, device=device),
-        finished=torch.zeros(rows, dtype=torch.bool, device=device),
+        ids=torch.zeros(R, max_new_tokens, dtype=torch.long, device=device),
+        lengths=torch.zeros(R, dtype=torch.long, device=device),
+        log_probs=torch.zeros(R, max_new_tokens, device=device),
+        finished=torch.zeros(R, dtype=torch.bool, device=device),
     )
     stops = to_device(torch.tensor(stop_ids), device)
     cache = KVCache(batch.lengths)
     logits = model(batch, cache, banned, temperature).repeat_interleave(group, dim=0)  # (R, V)
     cache.expand(group, max_new_tokens)
     position = next_positions(batch).repeat_interleave(group)  # (R,)
-    live = torch.arange(rows, device=device)  # the rollout's row of each row in the cache
 
+    # Some sequences leave the cache; live: the completion of each that is still in it.
+    live = torch.arange(R, device=device)
     for step in range(max_new_tokens):
-        tokens, log_probs = pick(logits, None if uniforms is None else uniforms[live, step])
-        going = ~rollout.finished[live]
-        rollout.ids[live, step] = tokens * going
-        rollout.log_probs[live, step] = log_probs * going
-        rollout.lengths[live] += going
-        rollout.finished[live] |= torch.isin(tokens, stops)
-
-        going = ~rollout.finished[live]
-        going_rows = int(going.sum())  # the host waits here
-        if going_rows == 0 or step + 1 == max_new_tokens:
+        uniform = None if uniforms is None else uniforms[live, step]
+        tokens, log_probs = choose_tokens(logits, uniform)
+        going = rollout.append(step, live, tokens, log_probs, stops)
+        count = int(going.sum())  # the host waits here
+        if count == 0 or step + 1 == max_new_tokens:
             break
-        if going_rows <= 0.75 * len(live):
+        if count <= 0.75 * len(live):
             kept = going.nonzero()[:, 0]
             cache.keep(kept)
             live, tokens, position = live[kept], tokens[kept], position[kept]
-        one_each = dataclasses.replace(
-            batch, ids=tokens[:, None], positions=position.expand(3, -1)[:, :, None]
-        )
-        logits = model(one_each, cache, banned, temperature)
+        logits = model.decode(tokens, position, cache, banned, temperature)
         position = position + 1
     return rollout

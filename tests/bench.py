@@ -204,7 +204,7 @@ def our_work(directory, task, dtype):
     def work():
         if task in ("images", "video"):
             with torch.no_grad():
-                model.visual(batch.patches, batch.grids, model.run)
+                model.visual(batch.patches, batch.grids, model.call_layer)
         elif task == "train":
             model.zero_grad()
             (-model(batch)[0].mean()).backward()

@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import model as model_module
 from checkpoint import build_model, parse_config
-from model import Batch, KVCache, pick
+from model import Batch, KVCache, choose_tokens
 from runtime import adamw, gathered, recipe_settings, shard
 
 aten = torch.ops.aten
@@ -206,11 +206,11 @@ class FakeSegments(model_module.Segments):
     def __init__(self, lengths, device):
         longest = max(lengths)
         self.shape = (len(lengths), longest)
-        self.mask = None
+        self.mask = self.index = self.unpad = None
         if min(lengths) < longest:
             self.mask = torch.ones(len(lengths), 1, 1, longest, dtype=torch.bool)
             self.index = torch.zeros(len(lengths) * longest, dtype=torch.long)
-            self.places = torch.zeros(sum(lengths), dtype=torch.long)
+            self.unpad = torch.zeros(sum(lengths), dtype=torch.long)
 
 
 def stand_in_for_cuda():
@@ -255,7 +255,6 @@ def make_group(G, C):
         prompt,
         ids=torch.zeros(1, TOKENS + scored, dtype=torch.long),
         positions=torch.zeros(3, 1, TOKENS + scored, dtype=torch.long),
-        lengths=prompt.lengths + scored,
         predict_at=torch.arange(scored),
         targets=torch.zeros(scored, dtype=torch.long),
         group=(G, C),
@@ -287,13 +286,9 @@ def roll_out(model, prompts, G, C, banned):
         cache.used = TOKENS + C - 3
         rows = prompts * G
         for _ in range(2):
-            tokens, _ = pick(logits, torch.rand(rows))
-            one_each = dataclasses.replace(
-                batch,
-                ids=tokens[:, None],
-                positions=torch.zeros(3, rows, 1, dtype=torch.long),
-            )
-            logits = model(one_each, cache, banned, 1.0)
+            tokens, _ = choose_tokens(logits, torch.rand(rows))
+            position = torch.zeros(rows, dtype=torch.long)
+            logits = model.decode(tokens, position, cache, banned)
         cache.keep(torch.arange(int(rows * 0.75)))
     return live.peak
 

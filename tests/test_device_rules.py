@@ -33,8 +33,8 @@ FAULTS = {  # name -> (file, a text in it, what stands there instead)
     ),
     "decoding mask": (
         "model.py",
-        "places = torch.arange(self.seen, device=self.lengths.device)",
-        "places = torch.arange(self.seen)",
+        "index = torch.arange(self.seen, device=device)",
+        "index = torch.arange(self.seen)",
     ),
     "stop ids": (
         "model.py",
@@ -66,7 +66,7 @@ FAULTS = {  # name -> (file, a text in it, what stands there instead)
     ),
     "boolean index": (
         "model.py",
-        "out.index_select(0, self.places)",
+        "out.index_select(0, self.unpad)",
         "out.unflatten(0, self.shape)[self.mask[:, 0, 0]]",
     ),
 }

@@ -22,7 +22,7 @@ import model as model_py
 from checkpoint import load_model, parse_config
 from data import mrope_positions
 from files import UserError
-from model import KVCache, generate, pick, score_tokens
+from model import KVCache, choose_tokens, generate, score_tokens
 
 NEVER = (-1,)  # stop ids that no model says
 V = 150
@@ -207,7 +207,7 @@ def compare_with_transformers(pair, seed):
         logits = (log_probs - expected.flatten(0, 1)[places].log_softmax(-1)).abs().max() / spread
         last = expected[torch.arange(len(examples)), batch.lengths - 1]
         logits = max(logits, (ours(batch, KVCache(batch.lengths)) - last).abs().max() / spread)
-        features = ours.visual(batch.patches, batch.grids, ours.run)
+        features = ours.visual(batch.patches, batch.grids, ours.call_layer)
         vision = theirs.model.visual(batch.patches, torch.tensor(batch.grids)).pooler_output
         # Greedy: transformers, fed prompt + our completion, must choose our next token everywhere
         # in it.
@@ -251,7 +251,7 @@ def test_vision_encoder_is_transformers(pair, grids, window, full):
     )
     with torch.no_grad():
         features, expected = (
-            ours.visual(patches, grids, ours.run),
+            ours.visual(patches, grids, ours.call_layer),
             theirs.model.visual(patches, torch.tensor(grids)).pooler_output,
         )
     assert (features - expected).abs().max() <= 1e-4
@@ -586,16 +586,16 @@ def test_pick_is_the_inverse_cdf():
     logits = torch.tensor([0.5, 0.0, 0.25, 0.125, 0.125]).log()
     for low, high, word in ((0, 0.5, 0), (0.5, 0.75, 2), (0.75, 0.875, 3), (0.875, 1, 4)):
         for u in (low if low == 0 else low + 1e-6, (low + high) / 2, high - 1e-6):
-            token, log_prob = pick(logits[None], torch.tensor([u], dtype=torch.float64))
+            token, log_prob = choose_tokens(logits[None], torch.tensor([u], dtype=torch.float64))
             assert token.item() == word and abs(log_prob.item() - logits[word].item()) < 1e-6
-    assert pick(logits[None], torch.tensor([0.0]))[0].item() == 0
+    assert choose_tokens(logits[None], torch.tensor([0.0]))[0].item() == 0
 
 
 def test_pick_draws_each_word_as_often_as_it_is_likely():
     """100,000 evenly spread uniforms: every count within one of probability times 100,000."""
     logits = 2.5 * torch.randn(40, generator=torch.Generator().manual_seed(0))
     uniforms = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
-    tokens, log_probs = pick(logits.expand(len(uniforms), -1), uniforms)
+    tokens, log_probs = choose_tokens(logits.expand(len(uniforms), -1), uniforms)
     expected = 100_000 * logits.softmax(-1)
     assert (tokens.bincount(minlength=40) - expected).abs().max() <= 1.1
     assert torch.allclose(log_probs, logits.log_softmax(-1)[tokens])
@@ -613,7 +613,7 @@ def test_banned_words_are_never_drawn(spread):
         spread * torch.randn(200, 97, generator=torch.Generator().manual_seed(0))
     ).masked_fill(banned, lowest)
     for u in (0.0, 1e-300, 1e-9, 0.5, 1 - 2**-24, math.nextafter(1.0, 0.0)):
-        tokens, log_probs = pick(logits, torch.full((200,), u, dtype=torch.float64))
+        tokens, log_probs = choose_tokens(logits, torch.full((200,), u, dtype=torch.float64))
         assert not banned[tokens].any() and log_probs.isfinite().all()
 
 
