@@ -7,6 +7,7 @@ A directory is a model once config.json is in it: saving removes that file first
 """
 
 import dataclasses
+import math
 import os
 import shutil
 from pathlib import Path
@@ -197,7 +198,8 @@ def checkpoint_tensors(directory):
             f"{directory}: no model.safetensors and no model.safetensors.index.json in it"
         )
     files = {str(file) for file in weight_map.values()}
-    missing = [file for file in sorted(files) if not (directory / file).is_file()]
+    # os.path.isfile is False for whatever is no file name; is_file raises for some.
+    missing = [file for file in sorted(files) if not os.path.isfile(directory / file)]
     if missing:
         raise UserError(f"{index}: names files that do not exist: {examples(missing)}")
     tensors = {}
@@ -207,7 +209,7 @@ def checkpoint_tensors(directory):
         ours = ours.replace("model.visual.", "visual.", 1)
         if ours in tensors:
             raise UserError(f"{directory}: {name:.80} and {tensors[ours][1]:.80} are one tensor")
-        tensors[ours] = (directory / file, name)
+        tensors[ours] = (directory / str(file), name)
     return tensors
 
 
@@ -426,7 +428,7 @@ def limits_of(directory, kind):
         value = settings.get(key)  # as Qwen wrote it; transformers 5 writes sizes, which are areas
         if value is None:
             value = size.get(edge) if size else default
-        if type(value) not in (int, float) or value < 1:
+        if type(value) not in (int, float) or not 1 <= value < math.inf:
             found = f"{key} (or size: {edge}) is {value!r:.80}"
             raise UserError(f"{where}: {found}, expected a positive number")
         limits.append(value)
@@ -457,9 +459,11 @@ def set_pixel_limits(directory, limits):
     for kind, files in PREPROCESSOR_FILES.items():
         for name, section in files:
             path = directory / name
-            content = read_object(path) if path.is_file() else {}
-            settings = content.get(section) if section else content
-            if settings is None or not content:
+            if not path.is_file():
+                continue
+            content = read_object(path)
+            settings = content if section is None else content.get(section)
+            if settings is None:
                 continue
             low, high = limits[kind]
             settings |= {"min_pixels": low, "max_pixels": high}
