@@ -525,9 +525,11 @@ def given_answers(path, samples, benchmark):
                 raise UserError(f"{where}: {key} is {row.get(key)!r:.80}, expected a text")
         name = str(row["id"]), row["question_type"]
         if name not in truths:
-            raise UserError(f"{where}: id {name[0]:.80} of {name[1]!r:.80} is not in the benchmark")
+            raise UserError(
+                f"{where}: id {row['id']!r:.80} of {name[1]!r:.80} is not in the benchmark"
+            )
         if name in given:
-            raise UserError(f"{where}: id {name[0]:.80} of {name[1]!r:.80} stands twice")
+            raise UserError(f"{where}: id {row['id']!r:.80} of {name[1]!r:.80} stands twice")
         answer = row.get("answer")
         if answer is None:
             answer = truths[name]
