@@ -9,20 +9,20 @@ a negative truth theirs call every answer right; here the error is relative to t
 """
 
 import json
+import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import chain
 from pathlib import Path
-from types import SimpleNamespace
+from types import NoneType, SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
 
-from data import Sample
-from files import UserError, read_json, read_jsonl, text_table
+from data import Sample, are_texts, located
+from files import UserError, read_json, read_jsonl, reason, text_table
 from pictures import Media
 from rewards import (
     MRA_CONFIDENCES,
@@ -272,24 +272,52 @@ def view_means(means, counts):
 
 
 # ---------------------------------------------------------------------------------- rows of files
-# (row of a file, find: path in the benchmark's folder -> path) -> id, question, question type,
-# answer, options, media
+# (row of a file, find: path in the benchmark's folder -> path) -> question, options, media
+# Id, question, type and answer of the row are checked before.
+
+
+def value(row, key, *kinds):
+    """The value of a column, which must be of one of the kinds."""
+    if key not in row:
+        raise UserError(f"no column {key!r}, found {', '.join(row):.80}")
+    if not isinstance(row[key], kinds) or row[key] == "":
+        names = " or ".join(kind.__name__ for kind in kinds)
+        raise UserError(f"{key} is {row[key]!r:.80}, expected {names}")
+    return row[key]
+
+
+def texts(row, key):
+    """The value of a column of one or more texts."""
+    if not are_texts(value(row, key, list)) or not row[key]:
+        raise UserError(f"{key} is {row[key]!r:.80}, expected a list of texts")
+    return row[key]
+
+
+def stored_picture(image):
+    """A picture that stands in the table itself."""
+    if not isinstance(image, dict) or not isinstance(image.get("bytes"), bytes):
+        raise UserError(f"image is {image!r:.80}, expected the bytes of a file")
+    return Media("image", image["bytes"])
 
 
 def vsi_row(row, find):
     """VSI-Bench shows videos, SPBench pictures."""
+    scene = value(row, "scene_name", str, int)
     if "images" in row:
-        media = [Media("image", find(f"{row['scene_name']}/{name}")) for name in row["images"]]
+        media = [Media("image", find(f"{scene}/{name}")) for name in texts(row, "images")]
     else:
-        media = [Media("video", find(f"{row['dataset']}/{row['scene_name']}.mp4"))]
-    options = row["options"] or ()
-    return row["id"], row["question"], row["question_type"], row["ground_truth"], options, media
+        media = [Media("video", find(f"{value(row, 'dataset', str)}/{scene}.mp4"))]
+    # A question for a number has null, or an empty list.
+    options = texts(row, "options") if value(row, "options", list, NoneType) else ()
+    return row["question"], options, media
 
 
 def cv_row(row, find):
-    options = [f"({name}) {text}" for name, text in zip("ABCDEFGH", row["choices"])]
-    media = [Media("image", row["image"]["bytes"])]
-    return row["idx"], row["question"], row["task"], row["answer"], options, media
+    options = [f"({name}) {text}" for name, text in zip("ABCDEFGH", texts(row, "choices"))]
+    source = value(row, "source", str)
+    if not any(re.search(pattern, source) for pattern in CV.values()):
+        raise UserError(f"source is {source!r:.80}, expected {' or '.join(CV.values())}")
+    return row["question"], options, [stored_picture(value(row, "image", dict))]
 
 
 def spar_row(row, find):
@@ -298,15 +326,14 @@ def spar_row(row, find):
     question = re.sub(r"\n+", "\n", OPTION_LINE.sub("", row["question"])).strip()
     if row["task"] in ("position_matching", "camera_motion_infer"):
         question += SPAR_SCALE
-    media = [Media("image", image["bytes"]) for image in row["image"]]
-    return row["id"], question, row["task"], row["answer"], options, media
+    media = [stored_picture(image) for image in value(row, "image", list)]
+    return question, options, media
 
 
 def view_row(row, find):
-    paths = [path.removeprefix("ViewSpatial-Bench/") for path in row["image_path"]]
+    paths = [path.removeprefix("ViewSpatial-Bench/") for path in texts(row, "image_path")]
     media = [Media("image", find(path)) for path in paths]
-    options = row["choices"].split("\n")
-    return row["id"], row["question"], row["question_type"], row["answer"], options, media
+    return row["question"], value(row, "choices", str).split("\n"), media
 
 
 # ---------------------------------------------------------------------------------- the table
@@ -327,6 +354,8 @@ class Bench:
     hub: str = ""  # the data set on the Hugging Face hub
     files: tuple = ()
     parse: Callable | None = None  # a row of a file; see vsi_row
+    # of a row: its id, question, question type and answer
+    columns: tuple = ("id", "question", "question_type", "answer")
     stratum: str = "question_type"  # what the aggregate takes means by
     split: str = ""  # a column: the headline is given for each of its values too
     extract: Callable = benchmark_answer  # (completion, thinking) -> text of the answer
@@ -334,6 +363,7 @@ class Bench:
     paper: dict = field(default_factory=dict)
 
 
+VSI_COLUMNS = ("id", "question", "question_type", "ground_truth")
 VSI_SCORER = {"spatialladder": Scorer(vsi_match, vsi_means)}
 BENCHES = {
     "vsibench": Bench(
@@ -341,6 +371,7 @@ BENCHES = {
         "nyu-visionx/VSI-Bench",
         ("test-00000-of-00001.parquet",),
         vsi_row,
+        VSI_COLUMNS,
         paper={"overall": (29.4, 45.7), "NQ": (26.0, 50.8), "MCQ": (33.0, 40.5)},
     ),
     "spbench-si": Bench(
@@ -348,6 +379,7 @@ BENCHES = {
         "hongxingli/SPBench",
         ("SPBench-SI.parquet",),
         vsi_row,
+        VSI_COLUMNS,
         paper={"overall": (40.3, 70.2), "NQ": (24.3, 58.6), "MCQ": (56.2, 81.8)},
     ),
     "spbench-mv": Bench(
@@ -355,6 +387,7 @@ BENCHES = {
         "hongxingli/SPBench",
         ("SPBench-MV.parquet",),
         vsi_row,
+        VSI_COLUMNS,
         paper={"overall": (36.6, 70.9), "NQ": (25.6, 68.2), "MCQ": (53.2, 75.0)},
     ),
     "cvbench": Bench(
@@ -362,6 +395,7 @@ BENCHES = {
         "nyu-visionx/CV-Bench",
         ("test_2d.parquet", "test_3d.parquet"),
         cv_row,
+        ("idx", "question", "task", "answer"),
         stratum="source",
         paper={"overall": (70.6, 73.7), "2D": (69.1, 72.4), "3D": (72.2, 74.9)},
     ),
@@ -373,6 +407,7 @@ BENCHES = {
         "jasonzhango/SPAR-Bench",
         ("test-*.parquet",),
         spar_row,
+        ("id", "question", "task", "answer"),
         split="img_type",
         paper={
             "overall": (24.6, 34.4),
@@ -394,12 +429,21 @@ OURS = Bench({"spatialladder": Scorer(our_match, group_means)}, extract=our_answ
 
 # ---------------------------------------------------------------------------------- reading
 
+KINDS = ((str, int, float), (str,), (str,), (str, int, float))  # of the four columns of a Bench
+
 
 def read_table(path):
     """The rows of a parquet file or of a JSON list, as dicts. A list's rows get numbers as ids."""
-    if path.suffix == ".json":
-        return [{"id": number} | row for number, row in enumerate(read_json(path), 1)]
     rows = []
+    if path.suffix == ".json":
+        content = read_json(path)
+        if not isinstance(content, list):
+            raise UserError(f"{path}: expected a list of rows, found {type(content).__name__}")
+        for number, row in enumerate(content, 1):
+            if not isinstance(row, dict):
+                raise UserError(f"{path}:{number}: row is {row!r:.80}, expected an object")
+            rows.append({"id": number} | row)
+        return rows
     try:
         from pyarrow import parquet
 
@@ -407,9 +451,8 @@ def read_table(path):
             rows += batch.to_pylist()
     except ImportError:
         raise UserError(f"{path}: reading parquet needs pyarrow (pip install pyarrow)") from None
-    except (OSError, ValueError) as error:
-        problem = str(error).splitlines()[0]
-        raise UserError(f"{path}: not a readable parquet file ({problem})") from None
+    except (OSError, ValueError, NotImplementedError) as error:
+        raise UserError(f"{path}: not a readable parquet file ({reason(error)})") from None
     return rows
 
 
@@ -422,31 +465,40 @@ def read_bench(name, folder):
     Raises:  UserError for anything missing.
     """
     bench, folder = BENCHES[name], Path(folder)
-
-    def find_all(pattern):
-        paths = sorted(folder.glob(pattern)) or sorted(folder.glob(f"*/{pattern}"))
-        if not paths:
-            origin = f"it comes with {bench.hub} on the Hugging Face hub"
-            raise UserError(f"{name}: no {pattern} in {folder}; {origin}")
-        return paths
+    folders = [folder, *sorted(folder.glob("*/"))]
+    origin = f"it comes with {bench.hub} on the Hugging Face hub"
 
     @cache  # many rows show the same picture
     def find(path):
-        return str(find_all(path)[0])
+        for place in folders:
+            if os.path.isfile(place / path):
+                return str(place / path)
+        raise UserError(f"{name}: no {path!r:.80} in {folder}; {origin}")
+
+    tables = []
+    for pattern in bench.files:
+        paths = sorted(folder.glob(pattern)) or sorted(folder.glob(f"*/{pattern}"))
+        if not paths:
+            raise UserError(f"{name}: no {pattern} in {folder}; {origin}")
+        tables += paths
 
     samples, extras = [], []
-    for path in chain(*map(find_all, bench.files)):
+    for path in tables:
         for number, row in enumerate(read_table(path), 1):
             where = f"{path}:{number}"
-            try:
-                row_id, question, kind, answer, options, media = bench.parse(row, find)
-            except KeyError as error:
-                raise UserError(f"{where}: no column {error}, found {', '.join(row)}") from None
-            except UserError as error:
-                raise UserError(f"{where}: {error}") from None
-            texts = (str(row_id), question, kind, str(answer))
-            samples.append(Sample(where, *texts, tuple(options), tuple(media)))
-            extras.append({key: row[key] for key in (bench.stratum, bench.split) if key in row})
+            with located(where):
+                pairs = zip(bench.columns, KINDS)
+                row_id, _, kind, answer = [value(row, key, *kinds) for key, kinds in pairs]
+                question, options, media = bench.parse(row, find)
+                keys = {bench.stratum, bench.split} - {"question_type", ""}
+                extras.append({key: value(row, key, str) for key in keys})
+                if not media:
+                    raise UserError("no picture in it")
+            row_id, answer = str(row_id), str(answer)
+            sample = Sample(where, row_id, question, kind, answer, tuple(options), tuple(media))
+            samples.append(sample)
+    if not samples:
+        raise UserError(f"{folder}: no rows in {', '.join(bench.files)}")
     return samples, extras
 
 
@@ -470,23 +522,27 @@ def given_answers(path, samples, benchmark):
     for where, row in read_jsonl(path):
         for key in ("id", "question_type", "completion"):
             if not isinstance(row.get(key), (str, int)):
-                raise UserError(f"{where}: {key} is {row.get(key)!r}, expected a text")
+                raise UserError(f"{where}: {key} is {row.get(key)!r:.80}, expected a text")
         name = str(row["id"]), row["question_type"]
         if name not in truths:
-            raise UserError(f"{where}: id {name[0]} of {name[1]!r} is not in the benchmark")
+            raise UserError(
+                f"{where}: id {row['id']!r:.80} of {name[1]!r:.80} is not in the benchmark"
+            )
         if name in given:
-            raise UserError(f"{where}: id {name[0]} of {name[1]!r} stands twice")
-        answer = row.get("answer", truths[name])
+            raise UserError(f"{where}: id {row['id']!r:.80} of {name[1]!r:.80} stands twice")
+        answer = row.get("answer")
+        if answer is None:
+            answer = truths[name]
         if name[1] == "localization":
             boxes = parse_boxes(json.dumps(answer))
             if not boxes:
-                raise UserError(f"{where}: answer is {answer!r}, expected a list of boxes")
+                raise UserError(f"{where}: answer is {answer!r:.80}, expected a list of boxes")
             given[name] = str(row["completion"]), boxes
         elif str(answer) == truths[name]:
             given[name] = str(row["completion"]), truths[name]
         else:
-            expected = f"{truths[name]!r} as in the benchmark"
-            raise UserError(f"{where}: answer is {answer!r}, expected {expected}")
+            expected = f"{truths[name]!r:.80} as in the benchmark"
+            raise UserError(f"{where}: answer is {answer!r:.80}, expected {expected}")
     answers = []
     for sample in samples:
         name = sample.id, sample.question_type

@@ -7,6 +7,7 @@ A directory is a model once config.json is in it: saving removes that file first
 """
 
 import dataclasses
+import math
 import os
 import shutil
 from pathlib import Path
@@ -17,6 +18,7 @@ from safetensors.torch import save_file
 
 from files import UserError, read_json, reason, write_json
 from model import Config, QwenVL, TextConfig, VisionConfig
+from pictures import MEAN, STD
 
 SHARD_BYTES = 5 * 10**9  # a saved file holds at most this much, as on the hub
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -35,6 +37,35 @@ SIDE_FILES = (
     "video_preprocessor_config.json",
     "processor_config.json",
 )
+# What transformers takes for a picture or a video: the first that is there. A section of None is
+# the whole file; a processor_config.json has sections since release 5.
+PREPROCESSOR_FILES = {
+    "video": (
+        ("processor_config.json", "video_processor"),
+        ("video_preprocessor_config.json", None),
+        ("preprocessor_config.json", None),
+        ("processor_config.json", "image_processor"),
+    ),
+    "image": (
+        ("processor_config.json", "image_processor"),
+        ("preprocessor_config.json", None),
+    ),
+}
+# Area of a picture or frame where no file names it, as in the classes of transformers
+PIXEL_LIMITS = {"image": (56 * 56, 1280 * 28 * 28), "video": (128 * 28 * 28, 768 * 28 * 28)}
+# What pictures.py does to every picture
+PREPROCESSING = {
+    "do_resize": True,
+    "resample": 3,  # bicubic
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": list(MEAN),
+    "image_std": list(STD),
+    "patch_size": 14,
+    "temporal_patch_size": 2,
+    "merge_size": 2,
+}
 
 
 # ---------------------------------------------------------------------------------- configuration
@@ -55,6 +86,7 @@ def parse_config(source, where="config.json"):
     defaults), and nested text_config with rope_parameters (transformers 5).
 
     Refused is what would otherwise be wrong in silence. A wrong size shows when weights are loaded.
+    Where two keys have one meaning, transformers' choice is taken.
 
     Args:    source: the parsed JSON object. where: its path, for errors.
     Raises:  UserError for a model, rope type, activation ... that model.py does not implement.
@@ -64,8 +96,8 @@ def parse_config(source, where="config.json"):
     try:
         text = source.get("text_config") or source
         vision = source.get("vision_config") or {}
-        rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-        dtype = source.get("torch_dtype") or source.get("dtype") or "bfloat16"
+        rope = text.get("rope_scaling") or text.get("rope_parameters") or {}
+        dtype = source.get("dtype") or source.get("torch_dtype") or "bfloat16"
         config = Config(
             text=with_defaults(TextConfig, text | rope),  # rope_theta stands in either
             vision=with_defaults(VisionConfig, {"in_channels": vision.get("in_chans", 3)} | vision),
@@ -99,6 +131,7 @@ def refuse_unknown(config, dtype, rope_type, sliding):
         ("vision_config hidden_act", v.hidden_act, ["silu"]),
         ("torch_dtype", dtype, list(DTYPES)),
         (f"vision_config ({patch_name})", patch, [(3, 2, 14, 2)]),
+        ("transformers_weights", config.source.get("transformers_weights"), [None]),
     )
     for name, value, expected in implemented:
         if value not in expected:
@@ -124,6 +157,14 @@ def with_defaults(cls, values):
 # ---------------------------------------------------------------------------------- weights in
 
 
+def read_object(path):
+    """The object of a JSON file."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
 def build_model(config):
     """The model on the meta device: shapes without memory. load_weights fills it."""
     with torch.device("meta"):
@@ -131,35 +172,57 @@ def build_model(config):
 
 
 def checkpoint_tensors(directory):
-    """Where each tensor of a checkpoint lies: {its name in model.py: (file, its name there)}."""
+    """Where each tensor of a checkpoint lies: {its name in model.py: (file, its name there)}.
+
+    A single file is taken before an index, as transformers does.
+    """
     directory = Path(directory)
-    index = directory / "model.safetensors.index.json"
+    if (directory / "adapter_config.json").is_file():
+        raise UserError(
+            f"{directory}: has an adapter_config.json beside config.json: merge the adapter into "
+            "the weights, or take it away"
+        )
     single = directory / "model.safetensors"
-    if index.is_file():
-        weight_map = read_json(index)
-        weight_map = weight_map.get("weight_map") if isinstance(weight_map, dict) else None
+    index = directory / "model.safetensors.index.json"
+    if single.is_file():
+        with open_safetensors(single) as file:
+            weight_map = dict.fromkeys(file.keys(), single.name)
+    elif index.is_file():
+        weight_map = read_object(index).get("weight_map")
         if not isinstance(weight_map, dict):
             raise UserError(
                 f"{index}: expected an object with a 'weight_map' from tensor names to files"
             )
-    elif single.is_file():
-        with open_safetensors(single) as file:
-            weight_map = dict.fromkeys(file.keys(), single.name)
     else:
         raise UserError(
             f"{directory}: no model.safetensors and no model.safetensors.index.json in it"
         )
     files = {str(file) for file in weight_map.values()}
-    missing = [file for file in sorted(files) if not (directory / file).is_file()]
+    # os.path.isfile is False for whatever is no file name; is_file raises for some.
+    missing = [file for file in sorted(files) if not os.path.isfile(directory / file)]
     if missing:
-        raise UserError(f"{index}: names files that do not exist: {', '.join(missing)}")
+        raise UserError(f"{index}: names files that do not exist: {examples(missing)}")
     tensors = {}
     for name, file in weight_map.items():
         # Releases of transformers between 4.52 and 5 wrote the longer prefixes.
         ours = name.replace("model.language_model.", "model.", 1)
         ours = ours.replace("model.visual.", "visual.", 1)
-        tensors[ours] = (directory / file, name)
+        if ours in tensors:
+            raise UserError(f"{directory}: {name:.80} and {tensors[ours][1]:.80} are one tensor")
+        tensors[ours] = (directory / str(file), name)
     return tensors
+
+
+def examples(texts):
+    """A few of many texts, for one line.
+
+    >>> examples(["a", "b"]), examples(["a", "b", "c", "d"])
+    ('a; b', '4, such as a; b; c')
+    """
+    shown = "; ".join(text[:80] for text in texts[:3])[:200]
+    if len(texts) > 3:
+        return f"{len(texts)}, such as {shown}"
+    return shown
 
 
 def open_safetensors(path):
@@ -181,14 +244,16 @@ def load_weights(model, directory, local=whole):
 
     Args:    local: see `whole`; runtime.py passes its own for sharded parameters. fp32, bf16 and
              fp16 on disk are converted to the parameter's dtype.
-    Raises:  UserError listing every tensor that is missing, extra, or has another shape or type.
+    Raises:  UserError that counts the tensors that are missing, extra, or of another shape or type.
     """
+    config = model.config
     stored = checkpoint_tensors(directory)
     wanted = dict(model.named_parameters())
-    if model.config.tie_word_embeddings:
-        stored.pop("lm_head.weight", None)  # a tied head that was saved as well
-    problems = [f"missing {name}" for name in wanted if name not in stored]
-    problems += [f"unexpected {name}" for name in stored if name not in wanted]
+    if config.tie_word_embeddings and "lm_head.weight" in stored:
+        take_tied_head(stored, directory, config.dtype)
+    missing = [f"missing {name}" for name in wanted if name not in stored]
+    extra = [f"unexpected {name}" for name in stored if name not in wanted]
+    misfits = []
     files = {}  # path -> the tensors that are read from it
     for name, (path, key) in stored.items():
         if name in wanted:
@@ -198,22 +263,50 @@ def load_weights(model, directory, local=whole):
             keys = set(file.keys())
             for name, key in names:
                 if key not in keys:
-                    problems.append(f"missing {key} in {path.name}")
+                    missing.append(f"missing {key} in {path.name}")
                     continue
                 data = file.get_slice(key)
                 shape = list(wanted[name].shape)
                 if data.get_shape() != shape:
-                    problems.append(f"{name} has shape {data.get_shape()}, expected {shape}")
+                    misfits.append(f"{name} has shape {data.get_shape()}, expected {shape}")
                 elif data.get_dtype() not in STORED_DTYPES:  # copy_ would convert integers
-                    problems.append(
+                    misfits.append(
                         f"{name} is stored as {data.get_dtype()}, expected F32, BF16 or F16"
                     )
                 else:
                     tensor, first = local(wanted[name])
                     if len(tensor):
                         tensor.copy_(data[first : first + len(tensor)])
+    # The first of each kind, then the second of each: the examples show every kind.
+    problems = sorted([*enumerate(missing), *enumerate(extra), *enumerate(misfits)])
     if problems:
-        raise UserError(f"{directory}: weights do not fit config.json: " + "; ".join(problems))
+        found = examples([problem for _, problem in problems])
+        hint = ""
+        if "quantization_config" in config.source:
+            hint = " (quantized weights are not read)"
+        raise UserError(f"{directory}: weights do not fit config.json{hint}: {found}")
+
+
+def take_tied_head(stored, directory, dtype):
+    """Take lm_head.weight out of the stored tensors of a tied model, where it says nothing new.
+
+    Raises: UserError if it differs from the embedding. (transformers 5 unties such a model.)
+    """
+    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+    if embedding not in stored:  # the one that was saved is both
+        stored[embedding] = stored.pop(head)
+        return
+    tensors = []
+    for path, key in (stored[embedding], stored.pop(head)):
+        with open_safetensors(path) as file:
+            if key not in set(file.keys()):
+                raise UserError(f"{directory}: missing {key} in {path.name}")
+            tensors.append(file.get_tensor(key).to(dtype))
+    if not torch.equal(*tensors):
+        raise UserError(
+            f"{directory}: config.json says tie_word_embeddings, but {head} differs from "
+            f"{embedding}: set it to false to train and use both, or remove {head}"
+        )
 
 
 def load_model(directory, dtype=None, device="cpu"):
@@ -235,7 +328,7 @@ def save_model(directory, tensors, config, side_files=None, pixel_limits=None):
 
     Args:    tensors: iterable of (name, whole tensor), consumed one at a time.
              side_files: the directory whose tokenizer, preprocessor, chat template ... are copied.
-             pixel_limits: {"min_pixels", "max_pixels"} to put into preprocessor_config.json.
+             pixel_limits: as read_pixel_limits gives them, for the saved files to say.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -268,7 +361,7 @@ def save_model(directory, tensors, config, side_files=None, pixel_limits=None):
             if (Path(side_files) / name).is_file():
                 shutil.copyfile(Path(side_files) / name, directory / name)
     if pixel_limits is not None:
-        set_pixel_limits(directory / "preprocessor_config.json", pixel_limits)
+        set_pixel_limits(directory, pixel_limits)
     write_json(directory / "config.json", config.source)
 
 
@@ -293,11 +386,87 @@ def write_shard(path, shard):
     path.chmod(mode)  # save_file lets nobody but the owner read
 
 
-def set_pixel_limits(path, limits):
-    preprocessor = read_json(path)
-    if "size" in preprocessor:  # where transformers 5 reads them
-        preprocessor["size"] = {
-            "shortest_edge": limits["min_pixels"],
-            "longest_edge": limits["max_pixels"],
-        }
-    write_json(path, preprocessor | limits)
+# ---------------------------------------------------------------------------------- side files
+
+
+def read_stop_ids(directory, tokens):
+    """The ids that end a completion, or () where generation_config.json names none.
+
+    Qwen2.5-VL has two, <|im_end|> and <|endoftext|>. tokens: how many tokens there are.
+    """
+    path = Path(directory) / "generation_config.json"
+    stops = read_object(path).get("eos_token_id")
+    if stops is None:
+        return ()
+    ids = tuple(stops) if isinstance(stops, list) else (stops,)
+    valid = [stop for stop in ids if type(stop) is int and 0 <= stop < tokens]
+    if not ids or len(valid) < len(ids):
+        raise UserError(
+            f"{path}: eos_token_id is {stops!r:.80}, expected ids of tokens, below {tokens}"
+        )
+    return ids
+
+
+def read_pixel_limits(directory):
+    """{"image": (smallest, largest) area of a picture, "video": of a frame}, as in transformers."""
+    return {kind: limits_of(directory, kind) for kind in PREPROCESSOR_FILES}
+
+
+def limits_of(directory, kind):
+    """The smallest and the largest area. UserError where a file asks for what pictures.py lacks."""
+    where, settings = preprocessor(directory, kind)
+    for key, expected in PREPROCESSING.items():
+        value = settings.get(key)
+        if value is not None and value != expected:
+            raise UserError(f"{where}: {key} is {value!r:.80}, expected {expected}")
+    size = settings.get("size") or {}
+    if not isinstance(size, dict):
+        raise UserError(f"{where}: size is {size!r:.80}, expected shortest_edge and longest_edge")
+    limits = []
+    names = ("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")
+    for (key, edge), default in zip(names, PIXEL_LIMITS[kind]):
+        value = settings.get(key)  # as Qwen wrote it; transformers 5 writes sizes, which are areas
+        if value is None:
+            value = size.get(edge) if size else default
+        if type(value) not in (int, float) or not 1 <= value < math.inf:
+            found = f"{key} (or size: {edge}) is {value!r:.80}"
+            raise UserError(f"{where}: {found}, expected a positive number")
+        limits.append(value)
+    return tuple(limits)
+
+
+def preprocessor(directory, kind):
+    """(where they stand, settings for a picture or a video)."""
+    for name, section in PREPROCESSOR_FILES[kind]:
+        where = path = Path(directory) / name
+        if not path.is_file():
+            continue
+        settings = read_object(path)
+        if section is not None:
+            where = f"{path}: {section}"
+            settings = settings.get(section)
+        if isinstance(settings, dict):
+            return where, settings
+        if settings is not None:
+            raise UserError(f"{where} is {settings!r:.80}, expected an object")
+    raise UserError(f"{Path(directory) / 'preprocessor_config.json'}: no such file")
+
+
+def set_pixel_limits(directory, limits):
+    """Make every file say these limits, so that no reader takes others."""
+    if read_pixel_limits(directory) == limits:
+        return
+    for kind, files in PREPROCESSOR_FILES.items():
+        for name, section in files:
+            path = directory / name
+            if not path.is_file():
+                continue
+            content = read_object(path)
+            settings = content if section is None else content.get(section)
+            if settings is None:
+                continue
+            low, high = limits[kind]
+            settings |= {"min_pixels": low, "max_pixels": high}
+            if "size" in settings:  # where transformers 5 reads them
+                settings["size"] = {"shortest_edge": low, "longest_edge": high}
+            write_json(path, content)

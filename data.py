@@ -27,6 +27,7 @@ import torch
 from tokenizers import Tokenizer
 from torch.nn.utils.rnn import pad_sequence
 
+from checkpoint import read_pixel_limits, read_stop_ids
 from files import UserError, parse_line, read_json, read_lines
 from model import Batch
 from pictures import PATCH, PATCH_VALUES, Media, measure, open_frames, smart_resize, to_patches
@@ -66,6 +67,8 @@ SPECIAL_TOKENS = (
     "<|image_pad|>",
     "<|video_pad|>",
 )
+# The chat's structure: whoever writes these in a text, they are spelled out.
+STRUCTURE = (*SPECIAL_TOKENS, "<|vision_pad|>", "<|endoftext|>")
 
 
 @contextmanager
@@ -493,12 +496,19 @@ class Example:
 
 
 def load_tokenizer(directory):
-    """A model directory's tokenizer. UserError where its file is missing or broken."""
+    """A model directory's tokenizer. UserError where its file is missing or broken.
+
+    A training script may have saved it with settings of its own: they would cut, pad or vary texts.
+    """
     path = Path(directory) / "tokenizer.json"
     try:
-        return Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises nothing narrower, even for a missing file
         raise UserError(f"{path}: not a readable tokenizer ({error})") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.model.dropout = None
+    return tokenizer
 
 
 class Processor:
@@ -534,28 +544,36 @@ class Processor:
         # Another model's tokenizer would give ids that mean something else. The embedding may have
         # more rows than there are tokens: it is padded to a round number.
         size, rows = self.tokenizer.get_vocab_size(), config.text.vocab_size
-        pad = self.special["<|image_pad|>"]
-        if None in self.special.values() or size > rows or pad != config.image_token_id:
+        pads = self.special["<|image_pad|>"], self.special["<|video_pad|>"]
+        expected = config.image_token_id, config.video_token_id
+        if None in self.special.values() or size > rows or pads != expected:
             raise UserError(
                 f"{directory}: tokenizer and model have other vocabularies: {size} tokens with "
-                f"<|image_pad|> at {pad}, the model {rows} and {config.image_token_id}"
+                f"<|image_pad|> and <|video_pad|> at {pads}, the model {rows} and {expected}"
             )
 
-        # A flag wins over the model's own limits.
-        limits = read_json(directory / "preprocessor_config.json")
-        size = limits.get("size") or {}  # where transformers 5 writes them
-        smallest = limits.get("min_pixels") or size.get("shortest_edge") or 56 * 56
-        largest = limits.get("max_pixels") or size.get("longest_edge") or 1280 * 28 * 28
+        # A flag wins over the model's own limits, for pictures and for frames.
+        self.limits = read_pixel_limits(directory)
+        smallest, largest = self.limits["image"]
         self.min_pixels = min_pixels or smallest
         self.max_pixels = max_pixels or largest
         if self.min_pixels > self.max_pixels:
             raise UserError(
                 f"--min-pixels is {self.min_pixels}, above --max-pixels {self.max_pixels}"
             )
-        # Ids that end a completion: Qwen2.5-VL has two, <|im_end|> and <|endoftext|>.
-        generation = read_json(directory / "generation_config.json")
-        stops = generation.get("eos_token_id", self.special["<|im_end|>"])
-        self.stop_ids = tuple(stops) if isinstance(stops, list) else (stops,)
+        if min_pixels or max_pixels:
+            self.limits = dict.fromkeys(self.limits, (self.min_pixels, self.max_pixels))
+
+        self.stop_ids = read_stop_ids(directory, size) or (self.special["<|im_end|>"],)
+        # Special tokens are the chat's structure, or the model's own words, such as <|box_start|>.
+        self.structure = {*self.stop_ids, *map(self.tokenizer.token_to_id, STRUCTURE)}
+        self.own_tokens = {}
+        for token, added in self.tokenizer.get_added_tokens_decoder().items():
+            if added.special and token not in self.structure:
+                self.own_tokens[added.content] = token
+        names = sorted(self.own_tokens, key=len, reverse=True)  # the longest that matches is meant
+        pattern = "|".join(map(re.escape, names)) or "(?!)"  # which matches nowhere
+        self.own_pattern = re.compile(f"({pattern})")
 
     def banned(self, device):
         """(V,) bool: tokens that sampler, policy and reference never use.
@@ -569,11 +587,23 @@ class Processor:
         return banned.to(device)
 
     def encode(self, text):
+        """Ids of a text in which special tokens are spelled out."""
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
+    def encode_answer(self, text):
+        """Ids of what the assistant says, in which the model's own tokens are tokens."""
+        ids = []
+        for piece in self.own_pattern.split(text):  # what matches is a piece too
+            if piece in self.own_tokens:
+                ids.append(self.own_tokens[piece])
+            else:
+                ids += self.encode(piece)
+        return ids
+
     def decode(self, ids):
-        """Text of a completion, without special tokens."""
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
+        """Text of a completion: with the model's own tokens, without its end of turn."""
+        said = [token for token in ids if token not in self.structure]
+        return self.tokenizer.decode(said, skip_special_tokens=False)
 
     def shown(self, example):
         """The text with one pad token per picture or video, and how often each pad is repeated."""
@@ -614,7 +644,7 @@ class Processor:
             count, (width, height) = len(frames), frames[0].size
         else:
             count, (width, height), interval = measure(media, self.num_frames, self.fps)
-        h, w = smart_resize(height, width, self.min_pixels, self.max_pixels)
+        h, w = smart_resize(height, width, *self.limits[media.kind])
         if pixels:
             patches, _ = to_patches(frames, (h, w))
         if media.kind == "image":
@@ -657,7 +687,7 @@ class Processor:
         for role, parts in turns:
             if role == "assistant":
                 given = head
-                trained = self.encode("".join(parts)) + end
+                trained = self.encode_answer("".join(parts)) + end
             else:
                 given = start + self.encode_parts(role + "\n", parts, grids) + end
                 trained = []

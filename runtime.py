@@ -564,10 +564,9 @@ class Run:
     def finish(self, model, processor):
         """Write the model directory; with config.json in it the run is complete."""
         if self.ranks.rank == 0:
-            limits = {"min_pixels": processor.min_pixels, "max_pixels": processor.max_pixels}
             with writing(self.out, "the model", SafetensorError):
                 tensors = whole_tensors(model)
-                save_model(self.out, tensors, model.config, self.args.model, limits)
+                save_model(self.out, tensors, model.config, self.args.model, processor.limits)
         else:
             for _ in whole_tensors(model):
                 pass

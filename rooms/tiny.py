@@ -15,6 +15,7 @@ from checkpoint import build_model, parse_config, save_model
 from data import PROMPTS, answer_text, prompt_text, read_all, style_of
 from files import UserError, write_json
 from model import text_rope
+from pictures import MEAN, STD
 from rooms.render import SIZE
 from runtime import main_guard
 from settings import Parser
@@ -226,7 +227,8 @@ def write_model(out, source, tokenizer, max_pixels, seed):
     tokenizer.save(str(out / "tokenizer.json"))
     files = {
         "tokenizer_config.json": {
-            "tokenizer_class": "Qwen2Tokenizer",
+            # transformers 5's Qwen2Tokenizer puts Qwen2's pieces in place of PIECES.
+            "tokenizer_class": "PreTrainedTokenizerFast",
             "eos_token": "<|im_end|>",
             "pad_token": "<|endoftext|>",
             "chat_template": CHAT_TEMPLATE,
@@ -241,6 +243,8 @@ def write_model(out, source, tokenizer, max_pixels, seed):
             "merge_size": 2,
             "min_pixels": 4 * 28 * 28,
             "max_pixels": max_pixels,
+            "image_mean": MEAN,  # vLLM does not normalize without them
+            "image_std": STD,
         },
     }
     for name, content in files.items():

@@ -3,6 +3,7 @@
 import io
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -784,7 +785,7 @@ def test_a_missing_file_is_one_line_with_its_name_and_origin(name, missing, word
 def test_a_missing_column_a_broken_file_and_a_missing_pyarrow_are_one_line(tmp_path, monkeypatch):
     (tmp_path / "test_3d.parquet").touch()
     write_parquet(tmp_path / "test_2d.parquet", [{"idx": 0, "question": "?"}])
-    with pytest.raises(UserError, match=r"parquet:1: no column 'choices', found idx, question"):
+    with pytest.raises(UserError, match=r"parquet:1: no column 'task', found idx, question"):
         evaluation.read_bench("cvbench", tmp_path)
     write_file(tmp_path / "test_2d.parquet", b"not parquet")
     with pytest.raises(UserError, match=r"test_2d.parquet: not a readable parquet file"):
@@ -792,6 +793,142 @@ def test_a_missing_column_a_broken_file_and_a_missing_pyarrow_are_one_line(tmp_p
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(UserError, match=r"needs pyarrow \(pip install pyarrow\)"):
         evaluation.read_bench("cvbench", tmp_path)
+
+
+def tables(root, monkeypatch):
+    """{file name: its rows}: what read_table gives from here on, for a test to change."""
+    held = {}
+    original = evaluation.read_table
+
+    def read_table(path):
+        if path.name not in held:
+            held[path.name] = original(path)
+        return held[path.name]
+
+    monkeypatch.setattr(evaluation, "read_table", read_table)
+    return held
+
+
+JUNK = (
+    None,
+    "",
+    5,
+    1.5,
+    True,
+    [],
+    {},
+    ["x"],
+    [5],
+    {"x": 1},
+    b"x",
+    "x" * 999,
+    "a\nb",
+    "\0",
+    "/",
+    "..",
+)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_row_with_junk_is_scored_or_refused_by_its_place(name, tmp_path, monkeypatch):
+    """Each column of the first row in turn: missing, or of another kind."""
+    write, completions, _ = LAYOUTS[name]
+    write(tmp_path)
+    held = tables(tmp_path, monkeypatch)
+    samples, extras = evaluation.read_bench(name, tmp_path)
+    file = Path(samples[0].where).name.split(":")[0]
+    good = held[file][0]
+    changes = [good | {key: junk} for key in good for junk in JUNK]
+    changes += [{key: good[key] for key in good if key != left} for left in good]
+    refused = 0
+    for row in changes:
+        held[file][0] = row
+        try:
+            samples, extras = evaluation.read_bench(name, tmp_path)
+        except UserError as error:
+            refused += 1
+            message = str(error)
+            assert f"{file}:1: " in message and "\n" not in message
+            assert len(message.replace(str(tmp_path), "")) < 300
+        else:
+            rows = rows_of(samples, extras, completions)
+            rows = list(evaluation.score_rows(rows, BENCHES[name]))
+            rows = evaluation.add_baselines(
+                rows, samples, BENCHES[name].scorers["spatialladder"][0]
+            )
+            evaluation.summarize(list(rows), BENCHES[name])
+    assert refused > len(changes) / 4
+
+
+ONE_VIEW = {
+    "question_type": "Camera perspective - Relative Direction",
+    "image_path": ["ViewSpatial-Bench/val2017/x[1]*.jpg"],
+    "question": "Where?",
+    "answer": "A. right",
+    "choices": "A. right\nB. left",
+}
+ABSOLUTE = "ABSOLUTE"  # of the picture's path
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ([ONE_VIEW], None),  # brackets and stars in a name are no pattern
+        ([ONE_VIEW | {"image_path": [ABSOLUTE]}], None),
+        ([ONE_VIEW | {"image_path": [""]}], r"json:1: viewspatial: no '' in"),
+        ([ONE_VIEW | {"image_path": ["val2017"]}], r"json:1: viewspatial: no 'val2017' in"),
+        ([ONE_VIEW | {"image_path": ["*"]}], r"json:1: viewspatial: no '\*' in"),
+        (
+            [ONE_VIEW | {"image_path": "val2017/a.jpg"}],
+            r"json:1: image_path is 'val2017/a.jpg', exp",
+        ),
+        (
+            [ONE_VIEW, ONE_VIEW | {"choices": ["A. left"]}],
+            r"json:2: choices is \['A. left'\], expe",
+        ),
+        ([ONE_VIEW, ONE_VIEW | {"answer": ""}], r"json:2: answer is '', expected"),
+        ([ONE_VIEW, 5], r"json:2: row is 5, expected an object"),
+        ({"rows": [ONE_VIEW]}, r"json: expected a list of rows, found dict"),
+        ([], r"no rows in ViewSpatial-Bench.json"),
+    ],
+    ids=range(11),
+)
+def test_rows_of_a_json_list(content, message, tmp_path):
+    folder = tmp_path / "any [name]*"
+    picture = folder / "val2017" / "x[1]*.jpg"
+    write_file(picture, jpg())
+    text = json.dumps(content).replace(ABSOLUTE, str(picture))
+    write_file(folder / "ViewSpatial-Bench.json", text.encode())
+    if message is None:
+        [sample] = evaluation.read_bench("viewspatial", folder)[0]
+        assert sample.media == (Media("image", str(picture)),) and sample.id == "1"
+        return
+    with pytest.raises(UserError, match=message):
+        evaluation.read_bench("viewspatial", folder)
+
+
+def test_a_prediction_may_leave_its_answer_null(tmp_path):
+    """As an engine's table with a column for it writes it."""
+    sample = Sample("b:1", "7", "How many?", "object count", "3")
+    row = {"id": 7, "question_type": "object count", "completion": "3", "answer": None}
+    write_file(tmp_path / "p.jsonl", json.dumps(row).encode())
+    [answer] = evaluation.given_answers(tmp_path / "p.jsonl", [sample], [sample])
+    assert (answer["answer"], answer["completion"], answer["skipped"]) == ("3", "3", False)
+
+
+@pytest.mark.parametrize("key", ["id", "question_type", "completion", "answer"])
+@pytest.mark.parametrize("junk", [j for j in JUNK if not isinstance(j, bytes)], ids=repr)
+def test_a_prediction_with_junk_is_read_or_refused_by_its_place(key, junk, tmp_path):
+    sample = Sample("b:1", "7", "How many?", "object count", "3")
+    row = {"id": 7, "question_type": "object count", "completion": "3", "answer": "3"}
+    write_file(tmp_path / "p.jsonl", b"\n" + json.dumps(row | {key: junk}).encode())
+    try:
+        evaluation.given_answers(tmp_path / "p.jsonl", [sample], [sample])
+    except UserError as error:
+        assert str(error).startswith(f"{tmp_path / 'p.jsonl'}:2: ") and "\n" not in str(error)
+        assert len(str(error).replace(str(tmp_path), "")) < 300
+    else:
+        assert key == "completion" or (key, junk) == ("answer", None)
 
 
 # ------------------------------------------------------------------------- our rows and baselines

@@ -1,6 +1,7 @@
 """checkpoint.py: every layout of config.json and safetensors, against transformers; bad files."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,8 @@ from checkpoint import (
     load_config,
     load_model,
     parse_config,
+    read_pixel_limits,
+    read_stop_ids,
     save_model,
 )
 from data import mrope_positions
@@ -262,6 +265,7 @@ REFUSED = [
     ),
     ({"hidden_size": "64"}, "wrong type"),
     ({"num_attention_heads": 0}, "wrong type"),
+    ({"transformers_weights": "other.safetensors"}, "transformers_weights is 'other.safetensors'"),
     ({"torch_dtype": "int8"}, "torch_dtype is 'int8', expected 'float32' or 'bfloat16' or 'float"),
     (
         {"vision_config": {"out_hidden_size": 64, "patch_size": 16}},
@@ -485,8 +489,8 @@ def test_dtype_of_the_config_and_of_the_caller(tmp_path, tensors):
 
 
 @pytest.mark.parametrize("files", [1, 2])
-def test_every_misfit_is_listed_in_one_error(tmp_path, tensors, files):
-    """Missing, extra, wrongly shaped and integer tensors, all at once: mended in one go."""
+def test_misfits_are_counted_and_every_kind_has_an_example(tmp_path, tensors, files):
+    """Missing, extra, wrongly shaped and integer tensors: one line that one can read."""
     stored = dict(tensors[True])
     stored.pop("visual.merger.ln_q.weight"), stored.pop("model.norm.weight")
     stored["model.extra.weight"] = torch.zeros(3)
@@ -498,17 +502,141 @@ def test_every_misfit_is_listed_in_one_error(tmp_path, tensors, files):
     write_checkpoint(tmp_path / "model", flat_config(), stored, files)
     with pytest.raises(UserError) as error:
         load_model(tmp_path / "model")
-    for part in (
-        str(tmp_path / "model"),
-        "missing visual.merger.ln_q.weight",
-        "missing model.norm.weight",
-        "unexpected model.extra.weight",
-        "model.embed_tokens.weight has shape [149, 64], expected [150, 64]",
-        "visual.patch_embed.proj.weight has shape [32, 1176], expected [32, 3, 2, 14, 14]",
-        "model.layers.0.mlp.up_proj.weight is stored as I8",
+    beginning = (
+        r".*/model: weights do not fit config\.json: 6, such as missing (model\.norm|visual)"
+    )
+    assert re.match(beginning, str(error.value))
+    assert "; unexpected model.extra.weight" in str(error.value)
+    assert str(error.value).count(";") == 2 and "\n" not in str(error.value)
+
+
+MISFIT = {  # a change of the weights -> the whole of what is said about it
+    "model.embed_tokens.weight has shape [149, 64], expected [150, 64]": (
+        lambda stored: stored.update({"model.embed_tokens.weight": torch.zeros(149, 64)})
+    ),
+    "visual.patch_embed.proj.weight has shape [32, 1176], expected [32, 3, 2, 14, 14]": (
+        lambda stored: stored.update({"visual.patch_embed.proj.weight": torch.zeros(32, 1176)})
+    ),
+    "model.norm.weight is stored as I8, expected F32, BF16 or F16": (
+        lambda stored: stored.update({"model.norm.weight": torch.ones(64, dtype=torch.int8)})
+    ),
+    "missing model.norm.weight": lambda stored: stored.pop("model.norm.weight"),
+    "unexpected model.extra.weight": (
+        lambda stored: stored.update({"model.extra.weight": torch.zeros(3)})
+    ),
+}
+
+
+@pytest.mark.parametrize("message", MISFIT)
+def test_one_misfit_is_named(tmp_path, tensors, message):
+    stored = dict(tensors[True])
+    MISFIT[message](stored)
+    write_checkpoint(tmp_path / "model", flat_config(), stored)
+    with pytest.raises(UserError) as error:
+        load_model(tmp_path / "model")
+    assert str(error.value).endswith(f": weights do not fit config.json: {message}")
+
+
+RENAMED = {  # how all names of a foreign checkpoint read, and its config
+    "a wrapped model": (lambda name: f"module.{name}", {}),
+    "a compiled model": (lambda name: f"_orig_mod.base_model.model.{name}", {}),
+    "quantized": (
+        lambda name: name.replace(".weight", ".qweight"),
+        {"quantization_config": {"quant_method": "awq", "bits": 4}},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", RENAMED)
+def test_a_checkpoint_of_other_names_is_one_short_line(tmp_path, tensors, kind):
+    """With the count, a name that is missing and one that is there instead."""
+    rename, change = RENAMED[kind]
+    stored = {rename(name): tensor for name, tensor in tensors[True].items()}
+    model = write_checkpoint(tmp_path / "model", flat_config() | change, stored)
+    with pytest.raises(UserError, match=r": \d\d+, such as missing .*; unexpected .*") as error:
+        load_model(model)
+    message = str(error.value)
+    assert "\n" not in message and len(message) - len(str(tmp_path)) < 300
+    assert ("quantized weights are not read" in message) == bool(change)
+
+
+def test_a_tied_head_that_differs_is_refused_by_both_names(tmp_path, tensors):
+    """Neither is dropped without a word; untied as the line says, both are used."""
+    torch.manual_seed(0)
+    head = torch.randn(150, 64)
+    stored = tensors[True] | {"lm_head.weight": head}
+    write_checkpoint(tmp_path / "model", flat_config(), stored)
+    with pytest.raises(
+        UserError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight"
     ):
-        assert part in str(error.value)
-    assert str(error.value).count(";") == 5 and "\n" not in str(error.value)
+        load_model(tmp_path / "model")
+    write_checkpoint(tmp_path / "model", flat_config(tie_word_embeddings=False), stored)
+    model = dict(load_model(tmp_path / "model").named_parameters())
+    assert torch.equal(model["lm_head.weight"], head)
+    assert torch.equal(
+        model["model.embed_tokens.weight"], tensors[True]["model.embed_tokens.weight"]
+    )
+
+
+def test_a_tied_head_in_place_of_the_embedding_is_both(tmp_path, tensors):
+    """As transformers 5 loads it."""
+    from transformers import AutoModelForImageTextToText
+
+    stored = dict(tensors[True])
+    stored["lm_head.weight"] = stored.pop("model.embed_tokens.weight")
+    write_checkpoint(tmp_path / "model", flat_config(), stored)
+    theirs = AutoModelForImageTextToText.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    model = load_model(tmp_path / "model")
+    assert torch.equal(theirs.get_input_embeddings().weight, stored["lm_head.weight"])
+    assert torch.equal(model.model.embed_tokens.weight, stored["lm_head.weight"])
+    assert "lm_head.weight" not in dict(model.named_parameters())
+
+
+def test_a_single_file_is_taken_before_an_index(tmp_path, tensors):
+    """As transformers does: a merged model that was saved over its shards is the new one."""
+    from transformers import AutoModelForImageTextToText
+
+    old = {name: tensor / 2 for name, tensor in tensors[True].items()}
+    write_checkpoint(tmp_path / "model", flat_config(), old, files=2)
+    write_checkpoint(tmp_path / "model", flat_config(), tensors[True])
+    theirs = AutoModelForImageTextToText.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    for model in (load_model(tmp_path / "model").model, theirs.model.language_model):
+        assert torch.equal(model.norm.weight, tensors[True]["model.norm.weight"])
+
+
+def test_two_names_of_one_tensor_are_refused(tmp_path, tensors):
+    stored = tensors[True] | {"model.language_model.norm.weight": torch.zeros(64)}
+    write_checkpoint(tmp_path / "model", flat_config(), stored)
+    with pytest.raises(UserError, match=r"model\.norm\.weight are one tensor|norm\.weight and "):
+        load_model(tmp_path / "model")
+
+
+def test_an_adapter_beside_the_weights_is_refused(tmp_path, tensors):
+    """transformers adds it where peft is installed; here it would be left out."""
+    write_checkpoint(tmp_path / "model", flat_config(), tensors[True])
+    (tmp_path / "model" / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"adapter_config\.json beside config\.json: merge"):
+        load_model(tmp_path / "model")
+
+
+def test_keys_of_one_meaning_are_chosen_between_as_in_transformers():
+    """dtype before torch_dtype, rope_scaling before rope_parameters."""
+    from transformers import Qwen2_5_VLConfig
+
+    source = nested(flat_config())
+    source |= {"dtype": "bfloat16", "torch_dtype": "float16"}
+    source["text_config"]["rope_scaling"] = {
+        "rope_type": "default",
+        "mrope_section": [4, 2, 2],
+        "rope_theta": 5000.0,
+    }
+    theirs = Qwen2_5_VLConfig(**json.loads(json.dumps(source)))
+    rope = theirs.text_config.rope_parameters
+    assert theirs.dtype == torch.bfloat16 or theirs.dtype == "bfloat16"
+    config = parse_config(source)
+    assert config.dtype == torch.bfloat16
+    assert config.text.mrope_section == tuple(rope["mrope_section"]) == (4, 2, 2)
+    assert config.text.rope_theta == rope["rope_theta"] == 5000.0
 
 
 def test_an_untied_config_with_tied_weights_is_refused(tmp_path, tensors):
@@ -600,7 +728,9 @@ SIDE = {
     "tokenizer_config.json": '{"a": 1}',
     "generation_config.json": "{}",
     "chat_template.jinja": "{{ x }}",
-    "preprocessor_config.json": '{"patch_size": 14, "max_pixels": 1, "size": {"longest_edge": 1}}',
+    "preprocessor_config.json": (
+        '{"patch_size": 14, "max_pixels": 9, "size": {"shortest_edge": 1, "longest_edge": 9}}'
+    ),
 }
 
 
@@ -654,7 +784,7 @@ def test_saved_files(tmp_path, pair):
         ours.named_parameters(),
         config,
         tmp_path,
-        {"min_pixels": 3136, "max_pixels": 100_352},
+        dict.fromkeys(("image", "video"), (3136, 100_352)),
     )
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == flat_config(
         torch_dtype="bfloat16"
@@ -730,6 +860,210 @@ def test_an_interrupted_save_is_no_model(tmp_path, pair, monkeypatch, after):
     assert torch.equal(logits_of(load_model(tmp_path)), logits_of(ours)) and not list(
         tmp_path.glob("*.tmp")
     )
+
+
+# ------------------------------------------------------------ side files
+
+
+def write_side_files(directory, **files):
+    """preprocessor=, processor=, video=: what these files hold."""
+    names = {
+        "preprocessor": "preprocessor_config.json",
+        "processor": "processor_config.json",
+        "video": "video_preprocessor_config.json",
+        "generation": "generation_config.json",
+    }
+    for name, content in files.items():
+        (directory / names[name]).write_text(json.dumps(content))
+
+
+def size(low, high):
+    return {"size": {"shortest_edge": low, "longest_edge": high}}
+
+
+PLAIN = {"min_pixels": 3136, "max_pixels": 9000}
+DEFAULT_VIDEO = (128 * 28 * 28, 768 * 28 * 28)
+LIMITS = {  # files -> limits of pictures, of frames
+    "published": ({"preprocessor": PLAIN}, (3136, 9000), (3136, 9000)),
+    "sizes": ({"preprocessor": size(4000, 5000)}, (4000, 5000), (4000, 5000)),
+    "both, the pixels win": (
+        {"preprocessor": PLAIN | size(4000, 5000)},
+        (3136, 9000),
+        (3136, 9000),
+    ),
+    "one of both": (
+        {"preprocessor": {"max_pixels": 9000} | size(4000, 5000)},
+        (4000, 9000),
+        (4000, 9000),
+    ),
+    "nothing": ({"preprocessor": {}}, (56 * 56, 1280 * 28 * 28), DEFAULT_VIDEO),
+    "transformers 5": (
+        {"processor": {"image_processor": size(4000, 5000), "video_processor": size(4001, 5001)}},
+        (4000, 5000),
+        (4001, 5001),
+    ),
+    "transformers 5, default frames": (
+        {"processor": {"image_processor": PLAIN, "video_processor": {}}},
+        (3136, 9000),
+        DEFAULT_VIDEO,
+    ),
+    "old and new": (
+        {"preprocessor": PLAIN, "processor": {"image_processor": size(4000, 5000)}},
+        (4000, 5000),
+        (3136, 9000),
+    ),
+    "old and a processor without sections": (
+        {"preprocessor": PLAIN, "processor": {"processor_class": "Qwen2_5_VLProcessor"}},
+        (3136, 9000),
+        (3136, 9000),
+    ),
+    "transformers 4": (
+        {"preprocessor": PLAIN, "video": size(4001, 5001)},
+        (3136, 9000),
+        (4001, 5001),
+    ),
+    "all": (
+        {
+            "preprocessor": PLAIN,
+            "video": size(4001, 5001),
+            "processor": {"image_processor": {}, "video_processor": size(4002, 5002)},
+        },
+        (56 * 56, 1280 * 28 * 28),
+        (4002, 5002),
+    ),
+}
+
+
+@pytest.mark.parametrize("files, image, video", LIMITS.values(), ids=LIMITS)
+def test_limits_are_those_that_transformers_takes(tmp_path, files, image, video):
+    """Pictures against its own class; its class of videos needs torchvision."""
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    write_side_files(tmp_path, **files)
+    assert read_pixel_limits(tmp_path) == {"image": image, "video": video}
+    theirs = Qwen2VLImageProcessorPil.from_pretrained(tmp_path).size
+    assert (theirs["shortest_edge"], theirs["longest_edge"]) == image
+
+
+@pytest.mark.parametrize("files, image, video", LIMITS.values(), ids=LIMITS)
+def test_saved_limits_agree_in_all_files(tmp_path, files, image, video):
+    """Whichever file a reader takes them from. What nobody changed is left as it was."""
+    write_side_files(tmp_path, **files)
+    before = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    checkpoint.set_pixel_limits(tmp_path, {"image": image, "video": video})
+    assert before == {path.name: path.read_text() for path in tmp_path.iterdir()}
+    checkpoint.set_pixel_limits(tmp_path, dict.fromkeys(("image", "video"), (5000, 6000)))
+    for name in before:
+        content = json.loads((tmp_path / name).read_text())
+        places = [content]
+        if name == "processor_config.json":
+            places = [
+                content[key] for key in ("image_processor", "video_processor") if key in content
+            ]
+        for place in places:
+            assert (place["min_pixels"], place["max_pixels"]) == (5000, 6000)
+            assert place.get("size", size(5000, 6000)["size"]) == size(5000, 6000)["size"]
+    assert set(read_pixel_limits(tmp_path).values()) == {(5000, 6000)}
+
+
+SIDE_MISTAKES = [
+    ("preprocessor", [], "preprocessor_config.json: expected a JSON object, found list"),
+    ("preprocessor", "x", "preprocessor_config.json: expected a JSON object, found str"),
+    ("preprocessor", {"max_pixels": "many"}, "max_pixels (or size: longest_edge) is 'many', expe"),
+    ("preprocessor", {"min_pixels": 0}, "min_pixels (or size: shortest_edge) is 0, expected a pos"),
+    ("preprocessor", {"min_pixels": True}, "min_pixels (or size: shortest_edge) is True, expected"),
+    ("preprocessor", {"size": 448}, "size is 448, expected shortest_edge and longest_edge"),
+    (
+        "preprocessor",
+        {"size": {"height": 4, "width": 4}},
+        "min_pixels (or size: shortest_edge) is N",
+    ),
+    ("preprocessor", {"patch_size": 16}, "preprocessor_config.json: patch_size is 16, expected 14"),
+    ("preprocessor", {"merge_size": 1}, "preprocessor_config.json: merge_size is 1, expected 2"),
+    (
+        "preprocessor",
+        {"image_mean": [0.5, 0.5, 0.5]},
+        "image_mean is [0.5, 0.5, 0.5], expected [0.",
+    ),
+    (
+        "preprocessor",
+        {"image_std": "x" * 999},
+        "image_std is 'xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx",
+    ),
+    ("preprocessor", {"do_normalize": False}, "do_normalize is False, expected True"),
+    ("preprocessor", {"rescale_factor": 1.0}, "rescale_factor is 1.0, expected 0.0039"),
+    (
+        "processor",
+        {"image_processor": 5},
+        "processor_config.json: image_processor is 5, expected an",
+    ),
+    (
+        "processor",
+        {"image_processor": {"patch_size": 16}},
+        "processor_config.json: image_processor: patch_size is 16, expected 14",
+    ),
+    ("video", {"max_pixels": -1}, "video_preprocessor_config.json: max_pixels (or size: longest_"),
+    ("generation", 5, "generation_config.json: expected a JSON object, found int"),
+    ("generation", {"eos_token_id": "<|im_end|>"}, "eos_token_id is '<|im_end|>', expected ids of"),
+    ("generation", {"eos_token_id": []}, "eos_token_id is [], expected ids of tokens, below 150"),
+    (
+        "generation",
+        {"eos_token_id": [1, None]},
+        "eos_token_id is [1, None], expected ids of tokens",
+    ),
+    ("generation", {"eos_token_id": [[1]]}, "eos_token_id is [[1]], expected ids of tokens"),
+    ("generation", {"eos_token_id": 150}, "eos_token_id is 150, expected ids of tokens, below 150"),
+    ("generation", {"eos_token_id": -1}, "eos_token_id is -1, expected ids of tokens, below 150"),
+    ("generation", {"eos_token_id": 1.5}, "eos_token_id is 1.5, expected ids of tokens"),
+    ("generation", {"eos_token_id": True}, "eos_token_id is True, expected ids of tokens"),
+]
+
+
+@pytest.mark.parametrize("name, content, message", SIDE_MISTAKES)
+def test_a_mistake_in_a_side_file_is_one_line(tmp_path, name, content, message):
+    write_side_files(tmp_path, preprocessor=PLAIN, generation={})
+    write_side_files(tmp_path, **{name: content})
+    with pytest.raises(UserError) as error:
+        read_pixel_limits(tmp_path)
+        read_stop_ids(tmp_path, 150)
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert len(str(error.value)) - len(str(tmp_path)) < 300
+
+
+@pytest.mark.parametrize(
+    "given, expected", [(7, (7,)), ([7, 149], (7, 149)), (0, (0,)), (None, ())], ids=str
+)
+def test_stop_ids(tmp_path, given, expected):
+    write_side_files(tmp_path, generation={"eos_token_id": given})
+    assert read_stop_ids(tmp_path, 150) == expected
+    write_side_files(tmp_path, generation={"temperature": 0.1})
+    assert read_stop_ids(tmp_path, 150) == ()
+
+
+@settings(max_examples=200)
+@given(
+    name=st.sampled_from(["preprocessor", "processor", "video", "generation"]),
+    content=JSON
+    | st.dictionaries(
+        st.sampled_from(
+            ["size", "min_pixels", "patch_size", "eos_token_id", "image_processor", "image_mean"]
+        ),
+        JSON,
+    ),
+)
+def test_any_side_file_is_read_or_refused(tmp_path_factory, name, content):
+    directory = tmp_path_factory.getbasetemp() / "side"
+    directory.mkdir(exist_ok=True)
+    write_side_files(directory, preprocessor=PLAIN, generation={}, processor={}, video={})
+    write_side_files(directory, **{name: content})
+    try:
+        limits = read_pixel_limits(directory)
+        stops = read_stop_ids(directory, 150)
+    except UserError as error:
+        assert str(directory) in str(error) and len(str(error)) < len(str(directory)) + 300
+    else:
+        assert all(low >= 1 and high >= 1 for low, high in limits.values())
+        assert all(0 <= stop < 150 for stop in stops)
 
 
 # ------------------------------------------------------------ memory

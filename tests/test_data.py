@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import launch
 from PIL import Image
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer
 
 from checkpoint import load_model
 from data import (
@@ -418,11 +418,8 @@ def test_placeholders_and_pictures_must_agree(model):
 
 
 def theirs(directory, turns, grids, generate):
-    """transformers: render by the directory's chat template, tokenize, repeat the pads."""
-    template = json.loads((directory / "tokenizer_config.json").read_text())["chat_template"]
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_file=str(directory / "tokenizer.json"), chat_template=template
-    )
+    """transformers, as it loads the directory: chat template, tokens, pads repeated."""
+    tokenizer = AutoTokenizer.from_pretrained(directory)
     messages = [
         {
             "role": role,
