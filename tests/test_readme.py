@@ -14,6 +14,7 @@ from PIL import Image
 from data import read_prompts, read_samples
 from files import write_jsonl
 from pictures import Media
+from rewards import CHOICE_TYPES, NUMBER_TYPES
 
 REPOSITORY = Path(__file__).parent.parent
 README = REPOSITORY / "README.md"
@@ -199,14 +200,15 @@ def test_scripts_know_the_flags_they_are_shown_with(script, call, capsys, monkey
     name = script.removesuffix(".py").removeprefix("tests/")
     module = importlib.import_module(name)
     for page, shown, words in launches():
-        if shown != script:
+        flags = [word for word in words if word.startswith("--")]
+        if shown != script or not flags:
             continue
         subcommand = [word for word in words[:1] if re.fullmatch(r"[a-z_]+", word)]
         for mode in ([], subcommand):
             with pytest.raises(SystemExit):
                 call(module, *mode, "--help")
         known = capsys.readouterr().out
-        for flag in (word for word in words if word.startswith("--")):
+        for flag in flags:
             assert re.search(rf"(?<![\w-]){flag}(?![\w-])", known), f"{page}: {script} {flag}"
 
 
@@ -308,3 +310,17 @@ def test_prompts_and_the_chat_row_are_read(tmp_path, pictures):
     (sample,) = read_samples(tmp_path / "rows.jsonl", tmp_path / "images")
     assert sample.media[0].kind == "image"
     assert sample.messages[1] == ("assistant", ("85",))
+
+
+def test_the_question_row_is_read(tmp_path):
+    """The row as printed, and the table of the seven types beside it."""
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (56, 56)).save(tmp_path / "images" / "a.jpg")
+    write_jsonl(tmp_path / "rows.jsonl", [json.loads(data_block('"question_id"'))])
+    (sample,) = read_samples(tmp_path / "rows.jsonl", tmp_path / "images")
+    assert (sample.id, sample.answer, len(sample.options)) == ("7", "B", 2)
+
+    rows = text_of(REPOSITORY / "docs" / "data.md").split("| `question_type` | `answer` |\n")[1]
+    numbers, choices = [re.findall(r"`(\w+ \w+)`", row) for row in rows.splitlines()[1:3]]
+    assert sorted(numbers) == sorted(NUMBER_TYPES)
+    assert sorted(choices) == sorted(CHOICE_TYPES)
