@@ -282,7 +282,7 @@ def test_file_uris_are_paths(uri, images):
 
 @pytest.mark.parametrize("head", ("data:image/jpeg;base64,", "data:image;base64,"))
 def test_data_uris_are_the_pictures_themselves(head, images, tiny_model, tmp_path):
-    """In a part, a column, a question and as a frame; `check` reads them and rollouts leave them out."""
+    """In a part, a column, a question, as a frame; `check` reads them, logs leave them out."""
     content = (images / "a.jpg").read_bytes()
     uri = head + b64encode(content).decode()
     question = {"question": "?", "question_type": "object count", "answer": 3, "image": [uri]}
@@ -302,7 +302,7 @@ def test_data_uris_are_the_pictures_themselves(head, images, tiny_model, tmp_pat
     assert done.returncode == 0, done.stdout
 
     film = chat([{"type": "video", "video": "data:video/mp4;base64,AAAA"}], "85")
-    with pytest.raises(UserError, match="content part .*, expected text, or in a user's turn"):
+    with pytest.raises(UserError, match=r"content part .*, expected text, or in a user's turn"):
         turns(film, images)
 
 
@@ -312,7 +312,7 @@ def test_data_uris_are_the_pictures_themselves(head, images, tiny_model, tmp_pat
 @pytest.mark.parametrize("indent", (None, 1))
 @pytest.mark.parametrize("mark", (b"", b"\xef\xbb\xbf", b" \n"))
 def test_a_json_list_is_read_item_by_item(indent, mark, images):
-    """The number after the file's name counts its rows; ids default to it, so it tells them apart."""
+    """The number after the file's name counts its rows: it tells them apart."""
     path = images.parent / "rows.json"
     rows = [chat("Hi", f"é {i}") for i in range(3)]
     path.write_bytes(mark + json.dumps(rows, indent=indent, ensure_ascii=False).encode())
