@@ -18,19 +18,30 @@ Look through a whole file before training on it: python -m look.check FILE.jsonl
 import json
 import math
 import re
+from base64 import b64decode
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import NoneType
+from urllib.parse import unquote
 
 import torch
 from tokenizers import Tokenizer
 from torch.nn.utils.rnn import pad_sequence
 
 from checkpoint import read_pixel_limits, read_stop_ids
-from files import UserError, parse_line, read_json, read_lines
+from files import REQUIRED, UserError, given, need, parse_line, read_json, read_lines
+from layouts import TAG, turns_of
 from model import Batch
-from pictures import PATCH, PATCH_VALUES, Media, measure, open_frames, smart_resize, to_patches
+from pictures import (
+    PATCH,
+    PATCH_VALUES,
+    Media,
+    measure,
+    open_frames,
+    open_header,
+    smart_resize,
+    to_patches,
+)
 from rewards import CHOICE_TYPES, NUMBER_TYPES, is_box, parse_choice, parse_number
 
 IGNORE = -100  # label of a token that is not trained
@@ -38,6 +49,8 @@ NO_PATCHES = torch.empty(0, PATCH_VALUES)
 
 DATA_TYPES = ("single_image", "multi_view", "video")
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+LONGEST_PATH = 1000  # what is longer is a picture in letters, without the head of a data: URI
+LETTER = re.compile(r"[(\[]?([A-Za-z])(?![A-Za-z0-9])")  # of an option, which may stand in brackets
 
 # {question} and {options} are slots. --prompts FILE replaces any of these texts.
 PROMPTS = {
@@ -124,16 +137,7 @@ def read_all(paths, images):
     return samples
 
 
-# The functions down to parse_part raise UserError without the place: parse_row puts it in front.
-
-
-def need(row, key, *kinds, default=None):
-    """The value of a key, which must be of one of the kinds."""
-    value = row.get(key, default)
-    if not isinstance(value, kinds):
-        found = json.dumps(value)[:80] if key in row else "missing"
-        raise UserError(f"{key} is {found}, expected {' or '.join(k.__name__ for k in kinds)}")
-    return value
+# The functions down to source_of raise UserError without the place: parse_row puts it in front.
 
 
 def are_texts(value):
@@ -141,10 +145,12 @@ def are_texts(value):
 
 
 def parse_row(row, where, images):
-    """One row as a Sample: a chat if it has messages, else a question with an answer."""
+    """One row as a Sample: a chat if it has turns, else a question with an answer."""
     with located(where):
-        name = str(need(row, "question_id", int, str, default=row.get("id", where)))
-        if "messages" in row:
+        row = given(row)
+        key = "question_id" if "question_id" in row else "id"
+        name = str(need(row, key, int, str, default=where))
+        if "messages" in row or "conversations" in row:
             return parse_chat(row, where, name, images)
         return parse_question(row, where, name, images)
 
@@ -155,12 +161,11 @@ def parse_question(row, where, name, images):
     {"question_id": 7, "question": "How many chairs?", "question_type": "object count",
      "answer": "4", "options": null, "image": ["a.jpg", "b.jpg"], "data_type": "multi_view"}
     """
-    media = parse_media(row, images)
-    prompt = need(row, "prompt", str, NoneType)
-    solution = need(row, "solution", str, NoneType)
+    prompt = need(row, "prompt", str, default=None)
+    solution = need(row, "solution", str, default=None)
     # A row that brings its whole prompt needs no question.
-    question = need(row, "question", str, default="" if prompt else None)
-    question = question.replace("<image>", "").strip()  # pictures always come first
+    question = need(row, "question", str, default="" if prompt else REQUIRED)
+    media = parse_media(row, images)
     options = row.get("options") or []
     if not are_texts(options):
         raise UserError(f"options is {json.dumps(options)[:80]}, expected a list of texts")
@@ -170,22 +175,41 @@ def parse_question(row, where, name, images):
         answer = parse_boxes(row)
     else:
         # A cold start may leave out its type and its answer: the solution is what is trained.
-        question_type = need(row, "question_type", str, default=None if solution is None else "")
-        answer = str(need(row, "answer", str, int, float, default=""))
+        default = REQUIRED if solution is None else ""
+        question_type = need(row, "question_type", str, default=default)
+        answer = str(need(row, "answer", str, int, float, default=default))
         if question_type or solution is None:
             check_answer(answer, question_type, options)
     return Sample(
         where,
         name,
-        question,
+        without_tags(row, "question", question).strip(),
         question_type,
         answer,
         tuple(options),
         media,
         row["data_type"],
-        prompt,
+        prompt and without_tags(row, "prompt", prompt),
         solution,
     )
+
+
+def without_tags(row, key, text):
+    """A question without its <image> or <video>: its pictures always come first.
+
+    One tag may stand for all pictures, or there is one for each.
+    """
+    tags = TAG.findall(text)
+    if not tags:
+        return text
+    files, data_type = len(row["image"]), row["data_type"]
+    allowed = [["image"], ["image"] * files]
+    if data_type == "video":
+        allowed.append(["video"])
+    if tags not in allowed:
+        found = " ".join([f"<{tag}>" for tag in tags])
+        raise UserError(f"{key} has {found:.80} for {files} files of data_type {data_type}")
+    return TAG.sub("", text).strip()
 
 
 def parse_media(row, images):
@@ -193,21 +217,51 @@ def parse_media(row, images):
     paths = need(row, "image", list)
     data_type = row.get("data_type")
     if data_type not in DATA_TYPES:
-        raise UserError(f"data_type is {data_type!r}, expected single_image, multi_view or video")
+        raise UserError(
+            f"data_type is {data_type!r:.80}, expected single_image, multi_view or video"
+        )
     if not paths or not are_texts(paths):
         raise UserError(f"image is {json.dumps(paths)[:80]}, expected a list of paths")
-    sources = tuple(str(images / path) for path in paths)
+    sources = tuple(source_of(path, images) for path in paths)
     if data_type != "video":
         return tuple(Media("image", source) for source in sources)
 
-    seconds = None
-    if "seconds_per_frame" in row:
-        seconds = need(row, "seconds_per_frame", int, float)
-        if not 0 < seconds < math.inf:
-            raise UserError(f"seconds_per_frame is {seconds}, expected a positive number")
-    if len(sources) == 1 and Path(paths[0]).suffix.lower() not in PICTURE_SUFFIXES:
+    seconds = need(row, "seconds_per_frame", int, float, default=None)
+    if seconds is not None and not 0 < seconds < math.inf:
+        raise UserError(f"seconds_per_frame is {seconds}, expected a positive number")
+    if len(sources) == 1 and is_film(sources[0]):
         sources = sources[0]  # a video file, not the one frame of a short video
     return (Media("video", sources, seconds),)
+
+
+def is_film(source):
+    """Whether a source is a video file; bytes are a picture's."""
+    return isinstance(source, str) and Path(source).suffix.lower() not in PICTURE_SUFFIXES
+
+
+def source_of(name, images):
+    """Where a picture or a video of a row is: a path, or the bytes of a picture in the row itself.
+
+    name: a path relative to the folder `images`, a file: URI, or a data: URI of a picture.
+    """
+    if name.startswith("file:"):
+        # file:///a/b.jpg, file://localhost/a/b.jpg, file:/a/b.jpg
+        path = name.removeprefix("file:").removeprefix("//localhost").removeprefix("//")
+        return str(images / unquote(path))
+    if name.startswith("data:"):
+        head, _, content = name.partition(",")
+        if not re.fullmatch("data:(image/?.*)?;base64", head):
+            raise UserError(f"{name:.80}: expected data:image/...;base64,... or a path")
+        with located(name[:80]):
+            try:
+                source = b64decode(content)
+            except ValueError as error:
+                raise UserError(f"not base64 ({error})") from None
+            open_header(source)
+        return source
+    if "://" in name or len(name) > LONGEST_PATH:
+        raise UserError(f"{name:.80}: expected a file of this machine; nothing is fetched")
+    return str(images / name)
 
 
 def parse_boxes(row):
@@ -225,45 +279,57 @@ def parse_boxes(row):
         corners = box["bbox_2d"]
         x1, y1, x2, y2 = corners
         if not (0 <= x1 < x2 and 0 <= y1 < y2):
-            raise UserError(f"bbox_2d is {corners}, expected 0 <= x1 < x2 and 0 <= y1 < y2")
+            raise UserError(f"bbox_2d is {corners!r:.80}, expected 0 <= x1 < x2 and 0 <= y1 < y2")
+        if max(corners) <= 1:
+            raise UserError(
+                f"bbox_2d is {corners!r:.80}, expected pixels, not shares of the picture"
+            )
     return tuple(boxes)
+
+
+def letters_of(options):
+    """The letter that each option begins with, None where there is none.
+
+    >>> letters_of(["A. lamp", "(B) bed", "c) desk", "D door", "Everything"])
+    ['A', 'B', 'C', 'D', None]
+    """
+    matches = [LETTER.match(option.strip()) for option in options]
+    return [match and match[1].upper() for match in matches]
 
 
 def check_answer(answer, question_type, options):
     """Refuse an answer that no completion can match: training on it would teach noise."""
     if question_type in CHOICE_TYPES:
-        if parse_choice(answer) not in [option[:1] for option in options]:
+        letters = letters_of(options)
+        if None in letters or len(set(letters)) < max(1, len(letters)):
             raise UserError(
-                f"answer is {answer!r}, expected the letter of one of the options {options}"
+                f"options is {options!r:.80}, expected texts with letters of their own: A. lamp"
+            )
+        if parse_choice(answer) not in letters:
+            raise UserError(
+                f"answer is {answer!r:.80}, expected the letter of one of the options "
+                f"{options!r:.80}"
             )
     elif question_type in NUMBER_TYPES:
         if parse_number(answer) is None:
-            raise UserError(f"answer is {answer!r}, expected a number for {question_type}")
+            raise UserError(f"answer is {answer!r:.80}, expected a number for {question_type}")
     else:
         known = ", ".join(CHOICE_TYPES + NUMBER_TYPES)
-        raise UserError(f"question_type is {question_type!r}, expected one of {known}")
+        raise UserError(f"question_type is {question_type!r:.80}, expected one of {known}")
 
 
 def parse_chat(row, where, name, images):
-    """Turns of a chat, as transformers takes them.
+    """Turns of a chat, as transformers takes them; layouts.turns_of reads other layouts.
 
     {"messages": [{"role": "user", "content": [{"type": "image", "image": "a.jpg"},
                                                {"type": "text", "text": "How wide?"}]},
                   {"role": "assistant", "content": "85"}]}
     """
     turns, media = [], []
-    for message in need(row, "messages", list):
-        role = message.get("role") if isinstance(message, dict) else None
-        if role not in ("system", "user", "assistant"):
-            raise UserError(f"role is {role!r}, expected system, user or assistant")
-        content = need(message, "content", str, list)
-        if isinstance(content, str):
-            content = [{"type": "text", "text": content}]
-        parts = tuple(parse_part(part, role, images) for part in content)
+    for role, parts in turns_of(row):
+        parts = tuple(parse_part(part, role, images) for part in parts)
         turns.append((role, parts))
         media += [part for part in parts if isinstance(part, Media)]
-    if not turns or turns[-1][0] != "assistant":
-        raise UserError("messages must end with the assistant's turn")
     # Evaluation compares the last turn; a question_type only groups the scores.
     answer = "".join(turns[-1][1])
     question_type = "chat"
@@ -273,18 +339,29 @@ def parse_chat(row, where, name, images):
 
 
 def parse_part(part, role, images):
-    """One part of a message: text, or in a user's turn a picture or a video."""
+    """One part of a turn: text, or in a user's turn a picture or a video."""
     match part:
         case {"type": "text", "text": str(text)}:
             return text
         case {"type": "image" | "video" as kind, **rest} if role == "user":
-            source = rest.get(kind)
-            if isinstance(source, str):
-                return Media(kind, str(images / source))
+            source = rest.pop(kind, None)
+            # max_pixels, nframes, video_start, ...: flags say this for all rows alike.
+            if source and rest:
+                raise UserError(f"{kind} part has {', '.join(rest):.80}, expected {kind} alone")
+            if isinstance(source, str) and not (kind == "video" and source.startswith("data:")):
+                return Media(kind, source_of(source, images))
             if kind == "video" and source and are_texts(source):
-                return Media(kind, tuple(str(images / path) for path in source))
+                return Media(kind, tuple(source_of(path, images) for path in source))
     found = json.dumps(part)[:80]
     raise UserError(f"content part {found}, expected text, or in a user's turn an image or a video")
+
+
+def picture_paths(sample):
+    """Paths of all pictures and frames, for those who look at the answers later."""
+    paths = []
+    for media in sample.media:
+        paths += [source for source in media.sources if not isinstance(source, bytes)]
+    return paths
 
 
 def style_of(sample, style=None):

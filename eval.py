@@ -33,7 +33,7 @@ from benchmarks import (
     table,
 )
 from checkpoint import checkpoint_tensors, load_model
-from data import Processor, collate, cost, read_all, style_of
+from data import Processor, collate, cost, picture_paths, read_all, style_of
 from files import (
     CONFIG,
     UserError,
@@ -149,14 +149,6 @@ def answer_rows(model, processor, samples, rows, args, device):
             answer["size"] = [14 * w, 14 * h]
         answers.append(answer)
     return answers
-
-
-def picture_paths(sample):
-    """Paths of all pictures and frames, for those who look at the answers later."""
-    paths = []
-    for media in sample.media:
-        paths += [source for source in media.sources if not isinstance(source, bytes)]
-    return paths
 
 
 def cut_torn_lines(out):

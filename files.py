@@ -3,6 +3,7 @@
 Everything here is for people's files: JSON, JSON lines, output folders, text tables. No torch.
 """
 
+import codecs
 import json
 import os
 from contextlib import contextmanager
@@ -12,8 +13,16 @@ CONFIG = "config_run.json"  # the settings that an output folder was begun with
 LONGEST_REASON = 150  # characters of another library's error that are shown
 
 
+def one_line(text):
+    """A text without its line breaks: paths and labels may hold them."""
+    return " ".join(text.splitlines())
+
+
 class UserError(ValueError):
     """A mistake of the user: one line with the place, what was found and what was expected."""
+
+    def __init__(self, message):
+        super().__init__(one_line(message))
 
 
 def reason(error):
@@ -39,7 +48,7 @@ def writing(path, what="there", *others):
 def read_json(path):
     """One JSON file; a missing or broken one is one line that names it."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))  # or without a mark
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -47,14 +56,31 @@ def read_json(path):
 
 
 def read_lines(path):
-    """Yield (where, line as bytes) of every line that is not blank; `where` is "file:line"."""
+    """Yield (where, bytes) of every row: a line that is not blank, or an item of a JSON list.
+
+    `where` is "file:line". The lines of a list are no rows: there the number counts its items.
+    """
     try:
         with open(path, "rb") as file:
+            # A look ahead that moves nothing, for a pipe cannot go back.
+            if file.peek(1).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+                yield from list_items(path, file.read())
             for number, line in enumerate(file, 1):
+                line = line.removeprefix(codecs.BOM_UTF8)  # of Windows editors
                 if line.strip():
                     yield f"{path}:{number}", line
     except OSError as error:
         raise UserError(f"{path}: not readable ({error})") from None
+
+
+def list_items(path, content):
+    """Yield (where, bytes) of every item of a file that is one JSON list."""
+    try:
+        rows = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not a JSON list ({error})") from None
+    for number, row in enumerate(rows, 1):
+        yield f"{path}:{number}", json.dumps(row).encode()
 
 
 def parse_line(line, where):
@@ -68,6 +94,23 @@ def parse_line(line, where):
     if not isinstance(row, dict):
         raise UserError(f"{where}: expected an object, found {type(row).__name__}")
     return row
+
+
+def given(row):
+    """An object without its nulls: what `datasets` writes for a column that a row lacks."""
+    return {key: value for key, value in row.items() if value is not None}
+
+
+REQUIRED = object()
+
+
+def need(row, key, *kinds, default=REQUIRED):
+    """The value of a key, which must be of one of the kinds. default: of a key that is missing."""
+    value = row.get(key, default)
+    if value is REQUIRED or (key in row and not isinstance(value, kinds)):
+        found = json.dumps(value)[:80] if key in row else "missing"
+        raise UserError(f"{key} is {found}, expected {' or '.join(k.__name__ for k in kinds)}")
+    return value
 
 
 def read_jsonl(path):

@@ -33,7 +33,7 @@ from itertools import zip_longest
 import numpy as np
 import torch
 
-from data import Processor, collate, prompt_text, read_all, style_of
+from data import Processor, collate, picture_paths, read_all, style_of
 from files import UserError
 from model import Batch, generate, to_device
 from rewards import REWARDS
@@ -145,6 +145,7 @@ class Group:
     lengths: torch.Tensor  # (G,) int64
     finished: torch.Tensor  # (G,) bool: ended by itself
     texts: list
+    shown: str = ""  # the prompt as text, with one pad for each picture
     rewards: dict | None = None  # name -> (G,) float32
     reward: torch.Tensor | None = None  # (G,) weighted sum
     advantages: torch.Tensor | None = None  # (G,)
@@ -225,7 +226,9 @@ def sample_completions(model, processor, samples, rows, G, uniforms, args, devic
         if example.boxes:
             sample = dataclasses.replace(sample, answer=example.boxes)
         prompt = collate([example], processor.config)
-        groups.append(Group(sample, prompt, ids, lengths, all_finished[completions], texts))
+        shown, _ = processor.shown(example)
+        finished = all_finished[completions]
+        groups.append(Group(sample, prompt, ids, lengths, finished, texts, shown))
     return groups
 
 
@@ -374,7 +377,7 @@ def update(model, groups, counts, args, banned, device):
 # ---------------------------------------------------------------------------------- log
 
 
-def rollout_rows(groups, step, style, ranks):
+def rollout_rows(groups, step, ranks):
     """What rollouts.jsonl keeps of every group of a step, those of all ranks in the rows' order."""
     rows = []
     for group in groups:
@@ -384,9 +387,9 @@ def rollout_rows(groups, step, style, ranks):
                 "step": step,
                 "where": sample.where,
                 "question_type": sample.question_type,
-                "prompt": prompt_text(sample, style_of(sample, style)),
+                "prompt": group.shown,
                 "answer": sample.answer,
-                "images": [path for media in sample.media for path in media.sources],
+                "images": picture_paths(sample),
                 "completions": group.texts,
                 "lengths": group.lengths.tolist(),
                 "finished": group.finished.tolist(),
@@ -510,7 +513,10 @@ def main():
     optimizer = adamw(model, args)
     first = run.restore(model, optimizer)
     G = args.num_generations
-    ranks.print(f"{len(samples)} prompts, {steps} steps of {args.prompts_per_step} groups of {G}")
+    ranks.print(
+        f"{len(samples)} prompts, {steps} steps of {args.prompts_per_step} groups of {G}: "
+        f"{', '.join(args.data)}"
+    )
 
     model.train()
     for step in run.steps(first, steps):
@@ -522,7 +528,7 @@ def main():
             mine = rows[ranks.rank :: ranks.world]
             with gathered(model):
                 groups = sample_groups(model, processor, samples, mine, step, args, ranks.device)
-            logged = rollout_rows(groups, step, args.prompt_style, ranks)
+            logged = rollout_rows(groups, step, ranks)
             run.append("rollouts.jsonl", logged)
             metrics = rollout_metrics(logged)
             counts = step_counts(groups, args, ranks)

@@ -87,6 +87,10 @@ def recipe_settings(doc, stage=None, argv=None):
         recipe = {name: value for name, value in recipe.items() if name != "replay"}
     args = argparse.Namespace(**defaults | recipe | given | {"stage": stage})
     parser.need(args, "model", "data", "out")
+    if given.get("replay_ratio"):
+        parser.need(args, "replay")
+    if "replay" in given and "replay_ratio" not in recipe | given:
+        parser.error("--replay-ratio is missing")  # nothing would be replayed
     if len(args.betas) != 2:
         parser.error(f"--betas has {len(args.betas)} numbers, expected 2")
     return args
@@ -125,7 +129,7 @@ def main_guard(main):
     except (UserError, torch.OutOfMemoryError) as error:
         if isinstance(error, UserError):
             # An error in a DataLoader's worker comes with the worker's traceback before it.
-            line = str(error).strip().splitlines()[-1].removeprefix("files.UserError: ")
+            line = str(error).rpartition("files.UserError: ")[2].strip()
         else:
             line = MEMORY_HINT
         rank = [f"rank {os.environ['RANK']}"] if int(os.environ.get("WORLD_SIZE", 1)) > 1 else []

@@ -121,9 +121,13 @@ def main():
     # data
     need_inputs(args, ranks)
     samples = read_all(args.data, args.images)
+    source = ", ".join(args.data)
     if args.replay:
         earlier = read_all(args.replay, args.images)
-        samples = with_replay(samples, earlier, args.replay_ratio, args.seed)
+        mixed = with_replay(samples, earlier, args.replay_ratio, args.seed)
+        replayed = len(mixed) - len(samples)
+        source = f"{len(samples)} of {source}, {replayed} replayed of {', '.join(args.replay)}"
+        samples = mixed
     steps = math.ceil(args.epochs * len(samples) / args.batch_size)
     steps = min(steps, args.max_steps or steps)
 
@@ -137,7 +141,7 @@ def main():
     processor = Processor(args.model, model.config, **values(args, PICTURES))
     optimizer = adamw(model, args)
     first = run.restore(model, optimizer)
-    ranks.print(f"{len(samples)} rows, {steps} steps of {args.batch_size}")
+    ranks.print(f"{len(samples)} rows, {steps} steps of {args.batch_size}: {source}")
 
     plan = list(plan_steps(samples, first, steps, args, ranks))
     loader = load_batches(samples, processor, plan, args.workers)

@@ -14,8 +14,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from checkpoint import load_config
-from data import Processor, Sample, check_media, parse_row, style_of
-from files import UserError, parse_line, read_lines
+from data import Processor, Sample, check_media, parse_row, scale_boxes, style_of
+from files import UserError, one_line, parse_line, read_lines
 from pictures import open_header, open_picture
 from rewards import NUMBER_TYPES, parse_number
 from runtime import main_guard
@@ -62,18 +62,24 @@ def decode_all(samples):
         return dict(zip(paths, tqdm(results, "pictures", len(paths), disable=None)))
 
 
-def oddities(sample):
-    """Yield what is odd about one valid row."""
+def oddities(sample, example=None):
+    """Yield what is odd about one valid row. example: where there is a model to count tokens."""
     if sample.question_type in NUMBER_TYPES and parse_number(sample.answer) == 0:
         yield f"answer is {sample.answer}: only 0 earns a reward"
     if sample.question_type == "localization":
         width, height = open_header(sample.media[0].source)
-        for box in sample.answer:
+        # at the size that the model sees, else at the true one
+        boxes = example.boxes if example else scale_boxes(sample.answer, (1, 1))
+        for box, seen in zip(sample.answer, boxes):
             corners = box["bbox_2d"]
+            name = f"{box['label']:.80} at {corners}"
+            left, top, right, bottom = seen["bbox_2d"]
+            if left == right or top == bottom:
+                yield f"{name} vanishes: {seen['bbox_2d']} in whole pixels of the model's picture"
             x1, y1, x2, y2 = corners
             if min(x1, y1) == 0 or x2 >= width - 1 or y2 >= height - 1:
                 edge = f"the edge of the picture of {width}x{height} pixels"
-                yield f"{box['label']} at {corners} touches {edge}"
+                yield f"{name} touches {edge}"
 
 
 def check(path, images, processor=None, max_tokens=None):
@@ -98,16 +104,19 @@ def check(path, images, processor=None, max_tokens=None):
         if reasons:
             errors.append(f"{where}: {reasons[0]}")
             continue
-        odd = list(oddities(sample))
+        example = None
+        if processor:
+            example = processor.example(sample, style_of(sample), pixels=False)
+        odd = list(oddities(sample, example))
         earlier = first.setdefault(sample.id, where)
         if earlier != where:
-            odd.append(f"id {sample.id} stands at {earlier} too")
-        if processor:
-            tokens = len(processor.example(sample, style_of(sample), pixels=False).ids)
+            odd.append(f"id {sample.id:.80} stands at {earlier} too")
+        if example:
+            tokens = len(example.ids)
             longest = max(longest, tokens)
             if max_tokens and tokens > max_tokens:
                 odd.append(f"{tokens} tokens, more than {max_tokens}")
-        warnings += [f"{where}: {text}" for text in odd]
+        warnings += [one_line(f"{where}: {text}") for text in odd]
         kinds[f"{sample.question_type or 'cold start'} {sample.data_type}".strip()] += 1
 
     for error in errors:
@@ -117,6 +126,7 @@ def check(path, images, processor=None, max_tokens=None):
     for kind, count in sorted(kinds.items()):
         print(f"{count:>8}  {kind}")
     tokens = f", at most {longest} tokens" if processor else ""
+    path = one_line(str(path))
     print(f"{path}: {len(rows)} rows, {len(errors)} errors, {len(warnings)} warnings{tokens}")
     return len(errors)
 

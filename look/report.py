@@ -91,10 +91,25 @@ def paragraph(text):
     return f'<p class="text">{shown}</p>'
 
 
+def conversation(prompt):
+    """What was said up to the answer: one question, or turns that begin with their role.
+
+    >>> conversation("<|im_start|>user\nHow many?<|im_end|>\n<|im_start|>assistant\n")
+    'How many?'
+    """
+    turns = []
+    for turn in prompt.split("<|im_start|>")[1:-1]:  # the last is the head of the answer
+        role, _, text = re.sub(r"<\|[^|<>]*\|>", "", turn).partition("\n")  # no special tokens
+        if role != "system":
+            turns.append((role, text.strip()))
+    if len(turns) == 1:
+        return turns[0][1]
+    return "\n".join([f"{role}: {text}" for role, text in turns])
+
+
 def card(title, row, answers):
     """A question with its pictures and true answer. answers: [(good, heading, completion)]."""
-    turn = row["prompt"].rsplit("<|im_start|>user", 1)[-1].split("<|im_end|>")[0]
-    question = re.sub(r"<\|[^|<>]*\|>", "", turn).strip()  # without special tokens
+    question = paragraph(conversation(row["prompt"]))
     views = "".join(f'<img src="{picture(path)}" alt="">' for path in spread(row["images"], FRAMES))
     items = ""
     for good, heading, text in answers:
@@ -102,7 +117,7 @@ def card(title, row, answers):
         items += f'<li><b class="{kind}">{escape(heading)}</b>{paragraph(text)}</li>'
     return (
         f'<div class="card"><h3>{escape(title)}</h3><div class="row views">{views}</div>'
-        f"{paragraph(question)}<p>True answer: <b>{escape(str(row['answer']))}</b></p>"
+        f"{question}<p>True answer: <b>{escape(str(row['answer']))}</b></p>"
         f"<ul>{items}</ul></div>"
     )
 

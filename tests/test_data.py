@@ -139,13 +139,14 @@ def chat(*messages):
     return {"messages": list(messages)}
 
 
+SAID = {"role": "assistant", "content": "85"}
 MALFORMED = [  # a row, what the message says after file:line
     ("{", "not JSON (Expecting property name"),
     ('{"question": "\\ud800"}', "not JSON ('utf-8' codec can't encode character '\\ud800'"),
     ("[" * 100_000, "not JSON (maximum recursion depth"),
     ("[1, 2]", "expected an object, found list"),
     ("null", "expected an object, found NoneType"),
-    (LOCALIZE | {"question_id": None}, "question_id is null, expected int or str"),
+    (without(LOCALIZE, "question_id") | {"id": [7]}, "id is [7], expected int or str"),
     (LOCALIZE | {"question_id": 1.5}, "question_id is 1.5, expected int or str"),
     (without(CHOICE, "image"), "image is missing, expected list"),
     (CHOICE | {"image": "a.jpg"}, 'image is "a.jpg", expected list'),
@@ -165,16 +166,30 @@ MALFORMED = [  # a row, what the message says after file:line
         CHOICE | {"question_type": "colour"},
         "question_type is 'colour', expected one of relative distance, relative dir",
     ),
-    (
-        without(CHOICE, "answer"),
-        "answer is '', expected the letter of one of the options ['A. left', 'B. right']",
-    ),
+    (without(CHOICE, "answer"), "answer is missing, expected str or int or float"),
     (
         CHOICE | {"answer": "C"},
         "answer is 'C', expected the letter of one of the options ['A. left', 'B. right']",
     ),
-    (CHOICE | {"answer": None}, "answer is null, expected str or int or float"),
-    (CHOICE | {"options": None}, "answer is 'B', expected the letter of one of the options []"),
+    (CHOICE | {"answer": None}, "answer is missing, expected str or int or float"),
+    (CHOICE | {"options": None}, "options is [], expected texts with letters of their own"),
+    (CHOICE | {"options": ["left", "right"]}, "options is ['left', 'right'], expected texts with"),
+    (CHOICE | {"options": ["B. left", "(b) right"]}, "options is ['B. left', '(b) right'], expe"),
+    (CHOICE | {"answer": "x" * 99}, f"answer is '{'x' * 79}, expected the letter of one of"),
+    (CHOICE | {"question": "<image><image>?"}, "question has <image> <image> for 1 files of data"),
+    (CHOICE | {"question": "<video>?"}, "question has <video> for 1 files of data_type single_im"),
+    (COLD | {"prompt": "<image> " * 3}, "prompt has <image> <image> <image> for 1 files of data"),
+    (CHOICE | {"image": ["http://a.b/c.jpg"]}, "http://a.b/c.jpg: expected a file of this machine"),
+    (CHOICE | {"image": ["/9j/" + "A" * 5000]}, f"/9j/{'A' * 76}: expected a file of this machine"),
+    (CHOICE | {"image": ["data:video/mp4;base64,AAAA"]}, "data:video/mp4;base64,AAAA: expected da"),
+    (
+        CHOICE | {"image": ["data:image/png;base64,AAA"]},
+        "data:image/png;base64,AAA: not base64 (Incorrect padding)",
+    ),
+    (
+        CHOICE | {"image": ["data:image/png;base64," + "AAAA" * 99]},
+        f"data:image/png;base64,{'A' * 58}: picture given as bytes: not a readable picture (cannot",
+    ),
     (CHOICE | {"options": 5}, "options is 5, expected a list of texts"),
     (CHOICE | {"options": "AB"}, 'options is "AB", expected a list of texts'),
     (CHOICE | {"options": ["A. left", 2]}, 'options is ["A. left", 2], expected a list of texts'),
@@ -187,8 +202,8 @@ MALFORMED = [  # a row, what the message says after file:line
         VIDEO | {"seconds_per_frame": float("inf")},
         "seconds_per_frame is inf, expected a positive number",
     ),
-    (COLD | {"solution": 5}, "solution is 5, expected str or NoneType"),
-    (COLD | {"prompt": ["a"]}, 'prompt is ["a"], expected str or NoneType'),
+    (COLD | {"solution": 5}, "solution is 5, expected str"),
+    (COLD | {"prompt": ["a"]}, 'prompt is ["a"], expected str'),
     (
         LOCALIZE | {"answer": []},
         "0 boxes in 1 pictures (single_image), expected one or more boxes in one",
@@ -230,25 +245,27 @@ MALFORMED = [  # a row, what the message says after file:line
         boxes(bbox_2d=[-1, 2, 3, 4]),
         "bbox_2d is [-1, 2, 3, 4], expected 0 <= x1 < x2 and 0 <= y1 < y2",
     ),
+    (
+        boxes(bbox_2d=[0.1, 0.2, 0.5, 1]),
+        "bbox_2d is [0.1, 0.2, 0.5, 1], expected pixels, not shares of the picture",
+    ),
     (chat(), "messages must end with the assistant's turn"),
     ({"messages": 5}, "messages is 5, expected list"),
     (chat({"role": "user", "content": "Hi"}), "messages must end with the assistant's turn"),
     (chat({"role": "tool", "content": "Hi"}), "role is 'tool', expected system, user or assistant"),
-    (chat("Hi"), "role is None, expected system, user or assistant"),
+    (chat("Hi"), "turn is 'Hi', expected an object with role and content"),
+    (chat({"content": "Hi"}), "role is missing, expected str"),
+    (chat({"role": "user", "content": 5}), "content is 5, expected str or list"),
     (
-        chat({"role": "user", "content": 5}),
-        "content is 5, expected str or list",
-    ),
-    (
-        chat({"role": "user", "content": [{"type": "image", "image": 5}]}),
+        chat({"role": "user", "content": [{"type": "image", "image": 5}]}, SAID),
         'content part {"type": "image", "image": 5}, exp',
     ),
     (
-        chat({"role": "user", "content": ["Hi"]}),
+        chat({"role": "user", "content": ["Hi"]}, SAID),
         'content part "Hi", expected text, or in a user\'s turn an image or a video',
     ),
     (
-        chat({"role": "system", "content": [{"type": "video", "video": ["a.jpg"]}]}),
+        chat({"role": "system", "content": [{"type": "video", "video": ["a.jpg"]}]}, SAID),
         'content part {"type": "video", "video": ["a.jpg"]}, expected text',
     ),
     (

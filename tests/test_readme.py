@@ -3,8 +3,6 @@
 import importlib
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -257,47 +255,22 @@ def pictures(tmp_path):
     return names
 
 
-def test_conversations_become_messages(tmp_path, pictures):
-    """LLaVA's single picture, ShareGPT's list, a video of frames and a system turn, as printed."""
-    said = {
-        "human": "<image>\nHow wide?",
-        "gpt": "85",
-    }
-    one = {
-        "image": pictures[0],
-        "conversations": [{"from": speaker, "value": text} for speaker, text in said.items()],
-    }
-    views = {
-        "images": pictures[1:],
-        "conversations": [
-            {"from": "system", "value": "Be brief."},
-            {"from": "human", "value": "<image><image>Same room?"},
-            {"from": "gpt", "value": "Yes"},
-        ],
-    }
-    video = {
-        "video": pictures,
-        "conversations": [
-            {"from": "human", "value": "<video>What is it?"},
-            {"from": "gpt", "value": "A door"},
-        ],
-    }
-    (tmp_path / "llava.json").write_text(json.dumps([one, views, video]))
-    command = data_block("conversations").replace("python", sys.executable, 1)
-    assert subprocess.run(command, shell=True, cwd=tmp_path).returncode == 0
-
-    images = tmp_path / "images"
-    samples = read_samples(tmp_path / "chat.jsonl", images)
-    first, second, third = [sample.messages for sample in samples]
-    picture, *others = [Media("image", str(images / name)) for name in pictures]
-    frames = Media("video", tuple(str(images / name) for name in pictures))
-    assert first == (("user", (picture, "How wide?")), ("assistant", ("85",)))
-    assert second == (
-        ("system", ("Be brief.",)),
-        ("user", (*others, "Same room?")),
-        ("assistant", ("Yes",)),
+def test_rows_of_other_projects_are_read(tmp_path, pictures):
+    """The three examples, as they stand there, are the chat row above them."""
+    (tmp_path / "images" / pictures[0]).rename(tmp_path / "images" / "a.jpg")
+    rows = re.split(r"\n(?=\{)", data_block("conversations").strip())
+    path = tmp_path / "rows.jsonl"
+    write_jsonl(path, [json.loads(row) for row in rows])
+    samples = read_samples(path, tmp_path / "images")
+    chat = (
+        ("user", (Media("image", str(tmp_path / "images" / "a.jpg")), "How wide?")),
+        ("assistant", ("85",)),
     )
-    assert third == (("user", (frames, "What is it?")), ("assistant", ("A door",)))
+    assert [sample.messages for sample in samples] == [
+        chat,
+        (("system", ("Be brief.",)), *chat),
+        chat,
+    ]
 
 
 def test_prompts_and_the_chat_row_are_read(tmp_path, pictures):
