@@ -541,6 +541,28 @@ def grpo_flags(rooms, model, out, *more):
 FLAGS = {train_sft: sft_flags, grpo: grpo_flags}
 
 
+@pytest.fixture(scope="module")
+def finished():
+    """{script: folder of its run}, filled by `undisturbed`."""
+    return {}
+
+
+@pytest.fixture
+def undisturbed(monkeypatch, call, rooms, tiny_model, tmp_path_factory, finished):
+    """A function: the folder of a script's run of 4 steps. It is made once and only read."""
+
+    def run(script):
+        if script not in finished:
+            out = tmp_path_factory.mktemp("undisturbed") / "out"
+            with monkeypatch.context() as patch:
+                patch.setitem(rewards.REWARDS, "accuracy", varied_reward)
+                call(script, *FLAGS[script](rooms, tiny_model, out))
+            finished[script] = out
+        return finished[script]
+
+    return run
+
+
 def before_end_of_step(patch, action):
     """Call action(step) when a step has been computed, before it is logged and saved."""
     end_step = Run.end_step
@@ -678,17 +700,15 @@ def test_a_bare_first_stage_makes_rooms_and_model(monkeypatch, call, tmp_path):
     ]
 
 
-def test_rooms_that_cannot_be_made_name_their_command(monkeypatch, call, capfd, tmp_path):
-    """The line of the command that failed comes before ours."""
+def test_rooms_that_cannot_be_made_name_their_command(monkeypatch, call, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
-    command = "python -m rooms.scenes --out runs/tiny/rooms --seed -1"
-    monkeypatch.setitem(ladder.MADE_BY, "runs/tiny/rooms", command)
+    failed = SimpleNamespace(wait=lambda: 2)
+    monkeypatch.setattr(runtime, "launch", lambda words: failed)
     with pytest.raises(UserError) as error:
         call(train_sft, "--stage", "1")
+    command = "python -m rooms.scenes --out runs/tiny/rooms"
     assert str(error.value) == f"runs/tiny/rooms: could not be made with: {command}"
-    said = capfd.readouterr()
-    assert said.out == f"$ {command}\n"
-    assert said.err == "scenes.py: --seed is -1, expected 0 or more\n"
+    assert capsys.readouterr().out == f"$ {command}\n"
 
 
 def test_a_run_continues_only_as_it_began(monkeypatch, call, rooms, tiny_model, tmp_path, capsys):
@@ -775,14 +795,15 @@ def test_the_command_that_goes_on(monkeypatch):
 
 
 @SCRIPTS
-def test_stop_and_resume_is_exact(monkeypatch, call, rooms, tiny_model, tmp_path, script):
+def test_stop_and_resume_is_exact(
+    monkeypatch, call, rooms, tiny_model, undisturbed, tmp_path, script
+):
     """4 steps equal 2, SIGTERM, and 2 more, bit for bit: weights, log and rollouts.
 
     GRPO is stopped in the middle of the iterations over one rollout and finishes them first.
     """
     monkeypatch.setitem(rewards.REWARDS, "accuracy", varied_reward)
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    call(script, *FLAGS[script](rooms, tiny_model, whole))
+    whole, parts = undisturbed(script), tmp_path / "parts"
     flags = FLAGS[script](rooms, tiny_model, parts)
     interrupt(monkeypatch, call, script, flags, at=1 if script is grpo else 2)
     assert states(parts) == ["step-000002"]
@@ -805,10 +826,9 @@ def test_stop_and_resume_is_exact(monkeypatch, call, rooms, tiny_model, tmp_path
     assert [(row["step"], row["where"]) for row in rollouts] == expected
 
 
-def test_death_between_saves_is_exact(monkeypatch, call, rooms, tiny_model, tmp_path):
+def test_death_between_saves_is_exact(monkeypatch, call, rooms, tiny_model, undisturbed, tmp_path):
     """A run that dies after step 3 goes on from the state of step 2 and ends the same."""
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    call(train_sft, *sft_flags(rooms, tiny_model, whole))
+    parts = tmp_path / "parts"
     flags = sft_flags(rooms, tiny_model, parts, "--save-every", 2)
 
     def die(step):
@@ -821,7 +841,7 @@ def test_death_between_saves_is_exact(monkeypatch, call, rooms, tiny_model, tmp_
     assert states(parts) == ["step-000002"]
     assert steps_of(parts) == [1, 2, 3]
     call(train_sft, *flags, "--resume", "auto")
-    assert_equal_runs(parts, whole)
+    assert_equal_runs(parts, undisturbed(train_sft))
 
 
 def damage(state, how):
@@ -837,13 +857,14 @@ def damage(state, how):
 
 
 @pytest.mark.parametrize("how", ("torn", "zeros", "no metadata", "torn meta.json"))
-def test_a_damaged_state_falls_back(monkeypatch, call, rooms, tiny_model, tmp_path, capsys, how):
+def test_a_damaged_state_falls_back(
+    monkeypatch, call, rooms, tiny_model, undisturbed, tmp_path, capsys, how
+):
     """The newest state is unreadable: the run says so, takes the one before and ends the same.
 
     If none can be read, the run is refused, not begun again.
     """
-    whole, parts, worse = tmp_path / "whole", tmp_path / "parts", tmp_path / "worse"
-    call(train_sft, *sft_flags(rooms, tiny_model, whole))
+    whole, parts, worse = undisturbed(train_sft), tmp_path / "parts", tmp_path / "worse"
     flags = sft_flags(rooms, tiny_model, parts, "--save-every", 1)
     interrupt(monkeypatch, call, train_sft, flags, at=3)
     assert states(parts) == ["step-000002", "step-000003"]  # the newest two are kept
@@ -880,12 +901,12 @@ def test_too_little_memory_is_not_a_damaged_state(monkeypatch, capsys, tmp_path)
     assert capsys.readouterr().out == expected
 
 
-def test_a_full_disk_loses_nothing(call, rooms, tiny_model, tmp_path):
+def test_a_full_disk_loses_nothing(call, rooms, tiny_model, undisturbed, tmp_path):
     """No room for a trainer state or for the model: one line that says which.
 
     No half-written one is ever taken for a whole one. With room again the run goes on.
     """
-    out, whole = tmp_path / "out", tmp_path / "whole"
+    out = tmp_path / "out"
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     flags = sft_flags(rooms, tiny_model, out, "--resume", "auto")
     for more, expected in (
@@ -903,8 +924,7 @@ def test_a_full_disk_loses_nothing(call, rooms, tiny_model, tmp_path):
         assert not (out / "config.json").exists()
         assert not list((out / "resume").glob("step-??????"))
     call(train_sft, *flags)
-    call(train_sft, *sft_flags(rooms, tiny_model, whole))
-    assert_equal_runs(out, whole)
+    assert_equal_runs(out, undisturbed(train_sft))
 
 
 def test_pictures_that_vanish_lose_nothing(monkeypatch, call, rooms, tiny_model, tmp_path):
@@ -946,14 +966,15 @@ def test_a_directory_that_vanishes_is_one_line(monkeypatch, call, rooms, tiny_mo
 
 
 @SCRIPTS
-def test_no_hidden_random_numbers(monkeypatch, call, rooms, tiny_model, tmp_path, script):
+def test_no_hidden_random_numbers(
+    monkeypatch, call, rooms, tiny_model, undisturbed, tmp_path, script
+):
     """Every generator of python, numpy and torch is upset at every step; the run is the same.
 
     A trainer state needs to hold none of them.
     """
     monkeypatch.setitem(rewards.REWARDS, "accuracy", varied_reward)
-    calm, upset = tmp_path / "calm", tmp_path / "upset"
-    call(script, *FLAGS[script](rooms, tiny_model, calm))
+    calm, upset = undisturbed(script), tmp_path / "upset"
 
     def seed(step):
         random.seed(step)
@@ -982,14 +1003,13 @@ def test_what_an_interrupted_save_left_is_removed(monkeypatch, call, rooms, tiny
     assert states(out) == ["step-000002", "step-000003"]
 
 
-def test_resume_from_a_path(monkeypatch, call, rooms, tiny_model, tmp_path):
+def test_resume_from_a_path(monkeypatch, call, rooms, tiny_model, undisturbed, tmp_path):
     """A state of another directory continues in a new one; a path that is none is one line."""
-    whole, parts, new = tmp_path / "whole", tmp_path / "parts", tmp_path / "new"
-    call(train_sft, *sft_flags(rooms, tiny_model, whole))
+    parts, new = tmp_path / "parts", tmp_path / "new"
     interrupt(monkeypatch, call, train_sft, sft_flags(rooms, tiny_model, parts), at=2)
     state = parts / "resume" / "step-000002"
     call(train_sft, *sft_flags(rooms, tiny_model, new, "--resume", state))
-    assert weights(new) == weights(whole)
+    assert weights(new) == weights(undisturbed(train_sft))
     with pytest.raises(UserError, match=r"--resume .*: no trainer state there"):
         call(train_sft, *sft_flags(rooms, tiny_model, tmp_path / "other", "--resume", parts))
 
