@@ -234,6 +234,7 @@ def write_model(out, source, tokenizer, max_pixels, seed):
             "chat_template": CHAT_TEMPLATE,
             "additional_special_tokens": list(SPECIAL[1:]),
         },
+        "chat_template.json": {"chat_template": CHAT_TEMPLATE},  # transformers' processor reads it
         "generation_config.json": {"eos_token_id": [end_of_turn, end], "pad_token_id": end},
         "preprocessor_config.json": {
             "image_processor_type": "Qwen2VLImageProcessor",

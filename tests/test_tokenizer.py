@@ -262,7 +262,7 @@ def test_a_picture_has_the_patches_that_autoimageprocessor_gives(name, directori
     directory = directories[name]
     pixels = np.random.default_rng(0).integers(0, 256, (90, 150, 3), np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")
-    theirs = AutoImageProcessor.from_pretrained(directory)(
+    theirs = AutoImageProcessor.from_pretrained(directory, backend="pil")(
         Image.open(tmp_path / "a.png"), return_tensors="pt"
     )
     ours = Processor(directory, load_config(directory)).load(
