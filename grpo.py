@@ -234,14 +234,14 @@ def sample_completions(model, processor, samples, rows, G, uniforms, args, devic
     return groups
 
 
-def sample_groups(model, processor, samples, draws, step, args, device):
-    """Sample and reward G completions for each of some prompts of a step.
+def sample_groups(model, processor, samples, rows, step, args, device, rank=0, world=1):
+    """Sample and reward G completions for each of the rows (numbers into samples).
 
-    Args:    draws: [(place in the step, row)]; a row is a number into samples.
+    Args:    rows: every world-th of the step's rows, from number `rank` on.
     """
     G, C = args.num_generations, args.max_completion_length
-    rows = [row for _, row in draws]
-    uniforms = torch.cat([noise(args.seed, step, place, G, C) for place, _ in draws])  # (rows*G, C)
+    places = [rank + i * world for i in range(len(rows))]  # of the rows in their step
+    uniforms = torch.cat([noise(args.seed, step, place, G, C) for place in places])  # (rows * G, C)
     uniforms = to_device(uniforms, device)
     groups = sample_completions(model, processor, samples, rows, G, uniforms, args, device)
     for group in groups:
@@ -534,9 +534,10 @@ def main():
             # sample, reward, advantage
             rollout = (step - 1) // args.num_iterations + 1
             rows = rows_of_step(rollout, len(samples), args.prompts_per_step, args.seed)
-            mine = list(enumerate(rows))[ranks.rank :: ranks.world]
+            mine = rows[ranks.rank :: ranks.world]
+            share = (ranks.device, ranks.rank, ranks.world)
             with gathered(model):
-                groups = sample_groups(model, processor, samples, mine, step, args, ranks.device)
+                groups = sample_groups(model, processor, samples, mine, step, args, *share)
             logged = rollout_rows(groups, step, ranks)
             run.append("rollouts.jsonl", logged)
             metrics = rollout_metrics(logged)

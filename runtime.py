@@ -132,13 +132,14 @@ def check_lengths(processor, samples, style=None, answer=True, room=0):
     largest = processor.max_pixels // 28**2 + 1  # tokens of a picture: one for 28 x 28 pixels
     for sample in samples:
         row_style = style_of(sample, style)
-        most = room
+        most = room + 9  # the assistant's head
         for _, parts in processor.turns(sample, row_style, (1, 1), answer):
             for part in parts:
+                most += 9  # the chat format's own tokens
                 if isinstance(part, str):
-                    most += len(part.encode()) + 9  # the chat format's own tokens
+                    most += len(part.encode())
                 else:
-                    most += largest * len(part.sources) + 2
+                    most += largest * len(part.sources)
         files = any(media.is_video_file for media in sample.media)
         if most > processor.config.text.max_position_embeddings and not files:
             processor.example(sample, row_style, answer, pixels=False, room=room)

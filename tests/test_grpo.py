@@ -459,8 +459,8 @@ def test_group_batch_targets_every_token_once(world):
 # ---------------------------------------------------------------------------------------------- rollouts
 
 
-def sampled(world, rows, args, monkeypatch, step=1, first=0):
-    """sample_groups for the places first, first + 1, ... of a step, and the Rollout inside it."""
+def sampled(world, rows, args, monkeypatch, step=1, share=(0, 1)):
+    """sample_groups and the Rollout inside it. share: rank and number of processes."""
     kept = []
     with monkeypatch.context() as patch:
         original = grpo.generate
@@ -470,9 +470,8 @@ def sampled(world, rows, args, monkeypatch, step=1, first=0):
             return kept[0]
 
         patch.setattr(grpo, "generate", generates)
-        draws = list(enumerate(rows, first))
         groups = sample_groups(
-            world.model, world.processor, world.samples, draws, step, args, "cpu"
+            world.model, world.processor, world.samples, rows, step, args, "cpu", *share
         )
         return groups, kept[0]
 
@@ -494,14 +493,14 @@ def test_a_group_does_not_depend_on_its_company(world, monkeypatch):
     args = settings(num_generations=3, max_completion_length=20)
     rows = list(world.rows.values())[:3]
     together, _ = sampled(world, rows, args, monkeypatch)
-    for place, (row, group) in enumerate(zip(rows, together)):
-        (alone,), _ = sampled(world, [row], args, monkeypatch, first=place)
-        assert (
-            alone.texts == group.texts
-            and torch.equal(alone.ids, group.ids)
-            and alone.sample is world.samples[row]
-        )
-        assert torch.equal(alone.advantages, group.advantages)
+    for ranks in (1, 2, 3):
+        for rank in range(ranks):
+            share, _ = sampled(world, rows[rank::ranks], args, monkeypatch, share=(rank, ranks))
+            for mine, group in zip(share, together[rank::ranks], strict=True):
+                assert mine.texts == group.texts
+                assert torch.equal(mine.ids, group.ids)
+                assert mine.sample is group.sample
+                assert torch.equal(mine.advantages, group.advantages)
 
 
 def test_noise_depends_on_its_place_only():
@@ -945,9 +944,7 @@ def test_rows_that_no_reward_can_score_show_at_once(
     call, rooms, tiny_model, tmp_path, monkeypatch, flag
 ):
     """The last row of a file, training or held out, before the model is read."""
-    files = {
-        name: rooms / "train" / "spld_spatial_data.jsonl" for name in ("--data", "--eval-data")
-    }
+    files = dict.fromkeys(("--data", "--eval-data"), rooms / "train" / "spld_spatial_data.jsonl")
     lines = files[flag].read_text().splitlines()[:5]
     row = json.loads((rooms / "train" / "spld_coldstart_data.jsonl").read_text().splitlines()[0])
     row = {key: value for key, value in row.items() if key not in ("question_type", "answer")}
@@ -956,7 +953,7 @@ def test_rows_that_no_reward_can_score_show_at_once(
     monkeypatch.setattr(grpo, "load_sharded", lambda *_: pytest.fail("read the model"))
     flags = ("--data", files["--data"], "--eval-data", files["--eval-data"], "--eval-every", 1)
     flags += ("--model", tiny_model, "--images", rooms / "train" / "images")
-    with pytest.raises(UserError, match="mine.jsonl:6: no accuracy reward for question_type ''"):
+    with pytest.raises(UserError, match=r"mine.jsonl:6: no accuracy reward for question_type ''"):
         call(grpo, *flags, "--out", tmp_path / "out", *FEW)
 
 
@@ -973,9 +970,7 @@ def test_a_prompt_beyond_the_context_shows_at_once(
     call, rooms, tiny_model, tmp_path, monkeypatch, flag
 ):
     """The row is named before the model is read, and the completions are not blamed."""
-    files = {
-        name: rooms / "train" / "spld_spatial_data.jsonl" for name in ("--data", "--eval-data")
-    }
+    files = dict.fromkeys(("--data", "--eval-data"), rooms / "train" / "spld_spatial_data.jsonl")
     lines = files[flag].read_text().splitlines(True)[:5]
     files[flag] = tmp_path / "mine.jsonl"
     files[flag].write_text("".join([*lines, longer(lines[0], 3000)]))

@@ -534,9 +534,9 @@ def test_rows_are_checked_for_the_rewards_of_the_table_only(monkeypatch):
     rewards.check_row("accuracy", Row(NUMBER, "4"))
     rewards.check_row("accuracy", Row("localization", (box(0, 0, 2, 2),)))
     rewards.check_row("box_iou", Row("localization", (box(0, 0, 2, 2),)))
-    with pytest.raises(UserError, match="file.jsonl:17: no accuracy reward for question_type ''"):
+    with pytest.raises(UserError, match=r"file.jsonl:17: no accuracy reward for question_type ''"):
         rewards.check_row("accuracy", Row("", ""))
-    with pytest.raises(UserError, match="file.jsonl:17: no box_iou reward for question_type"):
+    with pytest.raises(UserError, match=r"file.jsonl:17: no box_iou reward for question_type"):
         rewards.check_row("box_iou", Row(NUMBER, "4"))
     monkeypatch.setitem(rewards.REWARDS, "mine", lambda *_: pytest.fail("called"))
     monkeypatch.setitem(rewards.REWARDS, "accuracy", lambda *_: pytest.fail("called"))
