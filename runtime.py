@@ -129,7 +129,6 @@ def check_lengths(processor, samples, style=None, answer=True, room=0):
 
     Args:    as for Processor.example.
     """
-    largest = processor.max_pixels // 28**2 + 1  # tokens of a picture: one for 28 x 28 pixels
     for sample in samples:
         row_style = style_of(sample, style)
         most = room + 9  # the assistant's head
@@ -139,7 +138,8 @@ def check_lengths(processor, samples, style=None, answer=True, room=0):
                 if isinstance(part, str):
                     most += len(part.encode())
                 else:
-                    most += largest * len(part.sources)
+                    _, pixels = processor.limits[part.kind]
+                    most += (pixels // 28**2 + 1) * len(part.sources)  # a token is 28 x 28 pixels
         files = any(media.is_video_file for media in sample.media)
         if most > processor.config.text.max_position_embeddings and not files:
             processor.example(sample, row_style, answer, pixels=False, room=room)

@@ -922,7 +922,7 @@ def test_equal_sums_of_other_parts_are_equal(world, monkeypatch):
     groups, _ = sampled(world, [0, 1], args, monkeypatch)
     assert all(group.advantages.tolist() == [0.0] * 4 for group in groups)
     ranks = SimpleNamespace(gather=lambda rows: [rows])
-    metrics = grpo.rollout_metrics(grpo.rollout_rows(groups, 1, "thinking", ranks))
+    metrics = grpo.rollout_metrics(grpo.rollout_rows(groups, 1, ranks))
     assert metrics["frac_reward_zero_std"] == 1.0
     assert metrics["reward_std"] == 0.0
 

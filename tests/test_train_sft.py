@@ -356,12 +356,15 @@ def test_epochs_that_are_given_are_trained(call, rooms, tiny_model, tmp_path, ca
     flags = ("--stage", "1", "--model", tiny_model, "--data", tmp_path / "five.jsonl")
     flags += ("--images", rooms / "train" / "images", "--batch-size", 5, "--workers", 0)
     call(train_sft, *flags, "--epochs", 3, "--out", tmp_path / "out")
-    assert "5 rows, 3 steps of 5, until --epochs 3\n" in capsys.readouterr().out
+    assert (
+        f"5 rows, 3 steps of 5, until --epochs 3: {tmp_path}/five.jsonl\n"
+        in capsys.readouterr().out
+    )
     log = read_rows(tmp_path / "out" / "log.jsonl")
     assert [row["epoch"] for row in log] == [1, 2, 3]
     assert json.loads((tmp_path / "out" / "config_run.json").read_text())["max_steps"] is None
     call(train_sft, *flags, "--max-steps", 2, "--out", tmp_path / "two")
-    expected = "5 rows, 2 steps of 5, until --max-steps 2 (2 of --epochs 1000)\n"
+    expected = "5 rows, 2 steps of 5, until --max-steps 2 (2 of --epochs 1000): "
     assert expected in capsys.readouterr().out
 
 
