@@ -688,12 +688,13 @@ class Processor:
         counts = [t * h * w // 4 for t, h, w in example.grids]
         return re.sub(r"(<\|(?:image|video)_pad\|>)\1+", r"\1", text), counts
 
-    def example(self, sample, style, answer=True, pixels=True):
+    def example(self, sample, style, answer=True, pixels=True, room=0):
         """Render one sample in the chat format.
 
         Args:    answer: with the answer and its labels (training), or up to where the assistant
                  begins (generation).
                  pixels: False reads only headers, to count tokens; there are no patches then.
+                 room: tokens of a completion (--max-completion-length) that have to fit behind it.
         Raises:  UserError that begins with the sample's file:line.
         """
         if sample.question_type == "localization":
@@ -706,6 +707,12 @@ class Processor:
             turns = self.turns(sample, style, scale, answer)
             # Equal Media have equal grids, so that a dict tells the grid of each.
             ids, labels = self.render(turns, dict(zip(sample.media, grids)), answer)
+            context = self.config.text.max_position_embeddings
+            if len(ids) + room > context:
+                problem = f"{len(ids)} tokens"
+                if len(ids) <= context:
+                    problem = f"--max-completion-length {room} does not fit behind {problem}"
+                raise UserError(f"{problem}; the model's context has {context}")
             positions = mrope_positions(ids, grids, seconds, self.config)
         patches = torch.cat([NO_PATCHES, *(item.patches for item in loaded)])
         boxes = ()

@@ -25,7 +25,6 @@ Letters in shapes: P prompt tokens, C completion tokens, G completions in a grou
 """
 
 import dataclasses
-import math
 import statistics
 import time
 from itertools import zip_longest
@@ -33,20 +32,23 @@ from itertools import zip_longest
 import numpy as np
 import torch
 
+from checkpoint import load_config
 from data import Processor, collate, picture_paths, read_all, style_of
 from files import UserError
 from model import Batch, generate, to_device
-from rewards import REWARDS
+from rewards import REWARDS, call_reward, check_row
 from runtime import (
     Ranks,
     Run,
     adamw,
+    check_lengths,
     gathered,
     load_sharded,
     main_guard,
     need_inputs,
     recipe_settings,
     rows_of_step,
+    run_length,
     update_weights,
 )
 from settings import PICTURES, values
@@ -61,7 +63,7 @@ def group_advantages(rewards, scale="group", eps=1e-4):
     """How much better each completion is than its group: (r - mean) / (std + eps).
 
     Args:    rewards (G,), G >= 2. scale: "none" does not divide (Dr. GRPO, Liu et al. 2025).
-    Returns: (G,); equal rewards give zeros.
+    Returns: (G,); equal rewards give exact zeros.
     Source:  DeepSeekMath (Shao et al. 2024), outcome supervision. The std is unbiased and eps is
              1e-4, as in the authors' code (756-763).
 
@@ -69,6 +71,8 @@ def group_advantages(rewards, scale="group", eps=1e-4):
     >>> [round(advantage, 5) for advantage in advantages.tolist()]
     [1.49985, -0.49995, -0.49995, -0.49995]
     """
+    if rewards.min() == rewards.max():
+        return torch.zeros_like(rewards)  # their mean may be rounded: 8 x 1.9 leaves 1e-7
     centred = rewards - rewards.mean()
     return centred if scale == "none" else centred / (rewards.std() + eps)
 
@@ -135,7 +139,7 @@ def token_weights(lengths, kept, loss_type, max_length, sequences, tokens):
 class Group:
     """One prompt, its sampled completions and what becomes of them.
 
-    ids, lengths, rewards and advantages are on the CPU, where batches are made of them; the
+    ids, lengths, reward and advantages are on the CPU, where batches are made of them; the
     log-probs are on the device.
     """
 
@@ -146,7 +150,7 @@ class Group:
     finished: torch.Tensor  # (G,) bool: ended by itself
     texts: list
     shown: str = ""  # the prompt as text, with one pad for each picture
-    rewards: dict | None = None  # name -> (G,) float32
+    rewards: dict | None = None  # name -> G floats
     reward: torch.Tensor | None = None  # (G,) weighted sum
     advantages: torch.Tensor | None = None  # (G,)
     old: torch.Tensor | None = None  # (n,) log-probs at the time of sampling
@@ -175,11 +179,15 @@ def parts(group, size):
     return split
 
 
-def noise(seed, step, row, group, length):
-    """(G, C) uniforms that depend on their place only: any number of processes samples the same."""
+def noise(seed, step, place, group, length):
+    """(G, C) uniforms of one group, a function of where it stands: world size changes nothing.
+
+    Args:    place: the prompt's place in its step, not its row: a row that is drawn twice in a step
+             is sampled twice.
+    """
     draws = []
     for completion in range(group):
-        generator = np.random.default_rng((seed, step, row, completion))
+        generator = np.random.default_rng((seed, step, place, completion))
         draws.append(generator.random(length, dtype=np.float32))
     return torch.from_numpy(np.stack(draws))
 
@@ -194,14 +202,8 @@ def sample_completions(model, processor, samples, rows, G, uniforms, args, devic
     examples = []
     for row in rows:
         style = style_of(samples[row], args.prompt_style)
-        examples.append(processor.example(samples[row], style, answer=False))
-    longest = max(len(example.ids) for example in examples)
-    room = processor.config.text.max_position_embeddings - longest
-    if room < args.max_completion_length:
-        raise UserError(
-            f"--max-completion-length {args.max_completion_length} does not fit: the longest "
-            f"prompt leaves {room} tokens of the model's context"
-        )
+        room = args.max_completion_length
+        examples.append(processor.example(samples[row], style, answer=False, room=room))
     rollout = generate(
         model,
         collate(examples, processor.config).to(device),
@@ -232,21 +234,24 @@ def sample_completions(model, processor, samples, rows, G, uniforms, args, devic
     return groups
 
 
-def sample_groups(model, processor, samples, rows, step, args, device):
-    """Sample and reward G completions for each of the rows (numbers into samples)."""
+def sample_groups(model, processor, samples, rows, step, args, device, rank=0, world=1):
+    """Sample and reward G completions for each of the rows (numbers into samples).
+
+    Args:    rows: every world-th of the step's rows, from number `rank` on.
+    """
     G, C = args.num_generations, args.max_completion_length
-    uniforms = torch.cat([noise(args.seed, step, row, G, C) for row in rows])  # (rows * G, C)
+    places = [rank + i * world for i in range(len(rows))]  # of the rows in their step
+    uniforms = torch.cat([noise(args.seed, step, place, G, C) for place in places])  # (rows * G, C)
     uniforms = to_device(uniforms, device)
     groups = sample_completions(model, processor, samples, rows, G, uniforms, args, device)
     for group in groups:
         group.rewards = {}
-        group.reward = torch.zeros(G)
+        # Added up in float64, then rounded: 0.1 + 0.2 and 0.3 are equal rewards.
+        total = torch.zeros(G, dtype=torch.float64)
         for name, weight in zip(args.reward_funcs, args.reward_weights):
-            group.rewards[name] = torch.tensor(REWARDS[name](group.texts, group.sample))
-            group.reward = group.reward + weight * group.rewards[name]
-        if not torch.isfinite(group.reward).all():
-            found = group.reward.tolist()
-            raise UserError(f"{group.sample.where}: rewards are not finite: {found}")
+            group.rewards[name] = call_reward(name, group.texts, group.sample)
+            total += weight * torch.tensor(group.rewards[name], dtype=torch.float64)
+        group.reward = total.float()
         group.advantages = group_advantages(group.reward, args.scale_rewards)
     return groups
 
@@ -393,7 +398,7 @@ def rollout_rows(groups, step, ranks):
                 "completions": group.texts,
                 "lengths": group.lengths.tolist(),
                 "finished": group.finished.tolist(),
-                "rewards": {name: reward.tolist() for name, reward in group.rewards.items()},
+                "rewards": group.rewards,
                 "reward": group.reward.tolist(),
                 "advantages": group.advantages.tolist(),
             }
@@ -437,7 +442,7 @@ def held_out_metrics(model, processor, samples, args, ranks):
                 model, processor, samples, rows, 1, None, args, ranks.device
             ):
                 for name in totals:
-                    totals[name] += REWARDS[name](group.texts, group.sample)[0]
+                    totals[name] += call_reward(name, group.texts, group.sample)[0]
     totals = ranks.sum(**totals)
     return {f"eval_rewards/{name}/mean": total / len(samples) for name, total in totals.items()}
 
@@ -456,6 +461,9 @@ def check_settings(args, world):
     if unknown:
         known = ", ".join(REWARDS)
         raise UserError(f"--reward-funcs: no reward {unknown[0]!r}, expected of {known}")
+    for name in args.reward_funcs:
+        if args.reward_funcs.count(name) > 1:
+            raise UserError(f"--reward-funcs names {name!r} twice; give it once, with one weight")
     if args.prompt_style == "direct" and "format" in args.reward_funcs:
         raise UserError(
             "--prompt-style direct asks for no tags, and --reward-funcs format pays for them; "
@@ -476,14 +484,15 @@ def check_settings(args, world):
 
 
 def read_prompts_and_questions(args):
-    """The samples to train on, each of which its rewards can score, and the held-out ones."""
+    """The samples to train on and the held-out ones; the rewards can score each of them."""
     samples = read_all(args.data, args.images)
-    for name in args.reward_funcs:
-        for sample in samples:
-            REWARDS[name]([], sample)  # raises for a row that cannot be scored
     held_out = read_all(args.eval_data, args.images) if args.eval_every else []
     stride = max(1, len(held_out) // args.eval_limit)
-    return samples, held_out[::stride][: args.eval_limit]
+    held_out = held_out[::stride][: args.eval_limit]
+    for name in args.reward_funcs:
+        for sample in samples + held_out:
+            check_row(name, sample)
+    return samples, held_out
 
 
 def main():
@@ -494,29 +503,29 @@ def main():
     # data
     need_inputs(args, ranks)
     samples, held_out = read_prompts_and_questions(args)
-    steps = math.ceil(args.epochs * len(samples) / args.prompts_per_step) * args.num_iterations
-    steps = min(steps, args.max_steps or steps)
-
-    # policy and reference
+    steps, end = run_length(args, len(samples), args.prompts_per_step)
     run = Run(args, ranks)
     if run.finished:
         return
+    processor = Processor(args.model, load_config(args.model), **values(args, PICTURES))
+    room = args.max_completion_length
+    ranks.once(check_lengths, processor, samples + held_out, args.prompt_style, False, room)
+
+    # policy and reference
     model = load_sharded(
         args.model, ranks, args.dtype, args.activation_checkpointing, args.freeze_vision
     )
     reference = None
     if args.beta:
         reference = load_sharded(args.model, ranks, args.dtype).requires_grad_(False)
-    processor = Processor(args.model, model.config, **values(args, PICTURES))
     banned = processor.banned(ranks.device)
     scoring = (args.micro_batch, banned, args.temperature, ranks.device)
     optimizer = adamw(model, args)
     first = run.restore(model, optimizer)
     G = args.num_generations
-    ranks.print(
-        f"{len(samples)} prompts, {steps} steps of {args.prompts_per_step} groups of {G}: "
-        f"{', '.join(args.data)}"
-    )
+    size = f"{args.prompts_per_step} groups of {G}"
+    source = ", ".join(args.data)
+    ranks.print(f"{len(samples)} prompts, {steps} steps of {size}, until {end}: {source}")
 
     model.train()
     for step in run.steps(first, steps):
@@ -526,8 +535,9 @@ def main():
             rollout = (step - 1) // args.num_iterations + 1
             rows = rows_of_step(rollout, len(samples), args.prompts_per_step, args.seed)
             mine = rows[ranks.rank :: ranks.world]
+            share = (ranks.device, ranks.rank, ranks.world)
             with gathered(model):
-                groups = sample_groups(model, processor, samples, mine, step, args, ranks.device)
+                groups = sample_groups(model, processor, samples, mine, step, args, *share)
             logged = rollout_rows(groups, step, ranks)
             run.append("rollouts.jsonl", logged)
             metrics = rollout_metrics(logged)

@@ -34,7 +34,7 @@ CHOICE = re.compile(r"(?:\(([A-Za-z])\)|([A-Za-z])(?=[.):]|$))[.):]*(?:\s.*)?", 
 # A number (commas only between groups of three digits), then a unit of length or area, then dots.
 NUMBER = re.compile(
     r"([+-]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+|(?=\.[0-9]))(?:\.[0-9]*)?(?:[eE][+-]?[0-9]+)?)"
-    r"\s*(?:(?:square |sq )?(?:m|cm|met(?:er|re)s?|centimet(?:er|re)s?)(?:2|\^2|²)?)?\.*"
+    r"\s*(?i:(?:square |sq )?(?:m|cm|met(?:er|re)s?|centimet(?:er|re)s?)(?:2|\^2|²)?)?\.*"
 )
 FENCE = re.compile(r"```(?:json)?(.*?)```", re.DOTALL)
 
@@ -71,6 +71,7 @@ def parse_number(text):
 
     as written:  3.5   3.5.   .5   5.   +4   -4   1e1        without the commas:  1,200   1,200.5
     the unit dropped, never converted:  3.5 m   3.5m   85 cm   2 meters   20 m2   20 square meters
+    its letters of either case:  120 CM   2.5 Meters   20 Square Metres
     refused:     four   about 4   4 chairs   3 to 4   1,20   3 feet   50%   nan   inf
     The authors call float(): no commas, no units, but 1_000 (and nan and inf, which then earn 0).
     """
@@ -183,7 +184,7 @@ def localization_scores(predicted, true, match_iou=0.5):
 
 
 # ---------------------------------------------------------------------------------- rewards
-# A reward takes a group's completions and their sample, and returns a float for each completion.
+# A reward takes all completions of a group and their sample, and returns a number for each of them.
 
 
 def format_reward(completions, sample=None):
@@ -207,15 +208,21 @@ def is_well_formed(text):
     return all(part.strip() for part in match.groups())
 
 
-def box_iou_reward(completions, sample):
-    """Mean IoU of a localization's true boxes, which the caller gives in the model's pixels."""
+def true_boxes(sample):
+    """The boxes that a row asks for; UserError if it asks for something else."""
     if sample.question_type != "localization":
         raise UserError(
             f"{sample.where}: no box_iou reward for question_type {sample.question_type!r}, "
             "expected boxes"
         )
+    return sample.answer
+
+
+def box_iou_reward(completions, sample):
+    """Mean IoU of a localization's true boxes, which the caller gives in the model's pixels."""
+    truth = true_boxes(sample)
     predictions = [parse_boxes(extract_answer(text, text)) for text in completions]
-    return [localization_scores(boxes, sample.answer)["mean_iou"] for boxes in predictions]
+    return [localization_scores(boxes, truth)["mean_iou"] for boxes in predictions]
 
 
 # question_type -> how an answer is parsed, and how it is compared with the truth. The last turn of
@@ -227,14 +234,8 @@ SCORES = {
 }
 
 
-def accuracy_reward(completions, sample):
-    """Score each completion's answer by the question type: letter, mean relative accuracy, IoU.
-
-    The answer is the last <answer>, or the whole text without one. UserError for a type that is not
-    known (the authors pay 0).
-    """
-    if sample.question_type == "localization":
-        return box_iou_reward(completions, sample)
+def how_to_score(sample):
+    """(parse, score, truth) of a row; UserError for a type or an answer that cannot be scored."""
     kind = sample.question_type.partition(":")[0]  # "chat: ..." is a chat
     truth = None
     if kind in SCORES:
@@ -246,9 +247,59 @@ def accuracy_reward(completions, sample):
             f"answer {sample.answer!r}; expected localization, or a letter or number with "
             f"{', '.join(SCORES)}"
         )
+    return parse, score, truth
+
+
+def accuracy_reward(completions, sample):
+    """Score each completion's answer by the question type: letter, mean relative accuracy, IoU.
+
+    The answer is the last <answer>, or the whole text without one. UserError for a type that is not
+    known (the authors pay 0).
+    """
+    if sample.question_type == "localization":
+        return box_iou_reward(completions, sample)
+    parse, score, truth = how_to_score(sample)
     answers = [parse(extract_answer(text, text)) for text in completions]
     return [0.0 if answer is None else float(score(answer, truth)) for answer in answers]
 
 
 # Every reward that --reward-funcs can name. A new one needs its line here.
 REWARDS = {"format": format_reward, "accuracy": accuracy_reward, "box_iou": box_iou_reward}
+
+
+def check_row(name, sample):
+    """Raise UserError if one of our rewards cannot score this row. One of your own is not asked."""
+    reward = REWARDS[name]
+    if reward is box_iou_reward:
+        true_boxes(sample)
+    if reward is accuracy_reward and sample.question_type != "localization":
+        how_to_score(sample)
+
+
+def call_reward(name, completions, sample):
+    """What the reward of this name gives each completion of a group: a list of floats.
+
+    Raises:  UserError with row and reward, unless it returns one finite number for each completion.
+
+    >>> call_reward("format", ["<think>I</think><answer>1</answer>", "1"], None)
+    [1.0, 0.0]
+    """
+    scores = REWARDS[name](list(completions), sample)  # a copy: it may sort its list
+    if hasattr(scores, "tolist"):  # an array or a tensor
+        scores = scores.tolist()
+    problem = None
+    if not isinstance(scores, list | tuple):
+        problem = type(scores).__name__
+    elif len(scores) != len(completions):
+        problem = f"a list of {len(scores)}"
+    else:
+        scores = [score.item() if hasattr(score, "item") else score for score in scores]
+        for score in scores:
+            if not isinstance(score, int | float) or not math.isfinite(score):
+                problem = f"{str(score)[:80]} ({type(score).__name__}) for a completion"
+    if problem:
+        raise UserError(
+            f"{sample.where}: reward {name!r} returned {problem}, expected a list of "
+            f"{len(completions)} finite numbers, one for each completion"
+        )
+    return [float(score) for score in scores]

@@ -36,6 +36,7 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from checkpoint import build_model, load_config, load_weights, save_model
+from data import style_of
 from files import (
     CONFIG,
     UserError,
@@ -82,9 +83,11 @@ def recipe_settings(doc, stage=None, argv=None):
 
     stage = stage or given["stage"]
     defaults = {name: SETTINGS[name].default for name in names}
-    recipe = RECIPES[given["preset"]][stage]
+    recipe = dict(RECIPES[given["preset"]][stage])
     if "data" in given:  # the preset's own rooms are not mixed into a user's rows, nor made for it
-        recipe = {name: value for name, value in recipe.items() if name != "replay"}
+        recipe.pop("replay", None)
+    if "epochs" in given:  # the recipe's limit does not cut them short
+        recipe.pop("max_steps", None)
     args = argparse.Namespace(**defaults | recipe | given | {"stage": stage})
     parser.need(args, "model", "data", "out")
     if given.get("replay_ratio"):
@@ -94,6 +97,52 @@ def recipe_settings(doc, stage=None, argv=None):
     if len(args.betas) != 2:
         parser.error(f"--betas has {len(args.betas)} numbers, expected 2")
     return args
+
+
+def run_length(args, rows, size):
+    """How many optimizer steps a run has, and in words what ends it.
+
+    Args:    rows: of the data. size: how many of them a step draws; in GRPO a rollout.
+
+    >>> run_length(argparse.Namespace(epochs=2.0, max_steps=None), rows=10, size=8)
+    (3, '--epochs 2')
+    >>> run_length(argparse.Namespace(epochs=2.0, max_steps=1), rows=10, size=8)
+    (1, '--max-steps 1 (0.8 of --epochs 2)')
+    """
+    iterations = vars(args).get("num_iterations", 1)
+    steps, end = math.ceil(args.epochs * rows / size) * iterations, f"--epochs {args.epochs:g}"
+    limit = args.max_steps or steps
+    if limit < steps:
+        epochs = limit * size / iterations / rows
+        return limit, f"--max-steps {limit} ({epochs:.3g} of {end})"
+    if limit > steps:
+        end += f" (before --max-steps {limit})"
+    return steps, end
+
+
+def check_lengths(processor, samples, style=None, answer=True, room=0):
+    """Raise UserError for the first row that is longer than the model's context.
+
+    Nearly all rows are short by a glance: no text has more tokens than bytes, and no picture more
+    than --max-pixels allow. The others are measured by their pictures' headers. A video file would
+    have to be decoded for that: such a row is measured when it is used.
+
+    Args:    as for Processor.example.
+    """
+    for sample in samples:
+        row_style = style_of(sample, style)
+        most = room + 9  # the assistant's head
+        for _, parts in processor.turns(sample, row_style, (1, 1), answer):
+            for part in parts:
+                most += 9  # the chat format's own tokens
+                if isinstance(part, str):
+                    most += len(part.encode())
+                else:
+                    _, pixels = processor.limits[part.kind]
+                    most += (pixels // 28**2 + 1) * len(part.sources)  # a token is 28 x 28 pixels
+        files = any(media.is_video_file for media in sample.media)
+        if most > processor.config.text.max_position_embeddings and not files:
+            processor.example(sample, row_style, answer, pixels=False, room=room)
 
 
 def make_missing(paths):

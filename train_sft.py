@@ -9,18 +9,19 @@ prompted and what is answered: boxes as JSON for a localization row, the bare an
 the chain of thought for a row that has one.
 """
 
-import math
 import random
 from functools import partial
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from checkpoint import load_config
 from data import IGNORE, Processor, collate, cost, read_all, style_of
 from runtime import (
     Ranks,
     Run,
     adamw,
+    check_lengths,
     load_sharded,
     main_guard,
     micro_batches,
@@ -28,6 +29,7 @@ from runtime import (
     own_group,
     recipe_settings,
     rows_of_step,
+    run_length,
     update_weights,
 )
 from settings import PICTURES, values
@@ -128,20 +130,21 @@ def main():
         replayed = len(mixed) - len(samples)
         source = f"{len(samples)} of {source}, {replayed} replayed of {', '.join(args.replay)}"
         samples = mixed
-    steps = math.ceil(args.epochs * len(samples) / args.batch_size)
-    steps = min(steps, args.max_steps or steps)
-
-    # model
+    steps, end = run_length(args, len(samples), args.batch_size)
     run = Run(args, ranks)
     if run.finished:
         return
+    processor = Processor(args.model, load_config(args.model), **values(args, PICTURES))
+    ranks.once(check_lengths, processor, samples)
+
+    # model
     model = load_sharded(
         args.model, ranks, args.dtype, args.activation_checkpointing, args.freeze_vision
     )
-    processor = Processor(args.model, model.config, **values(args, PICTURES))
     optimizer = adamw(model, args)
     first = run.restore(model, optimizer)
-    ranks.print(f"{len(samples)} rows, {steps} steps of {args.batch_size}: {source}")
+    length = f"{steps} steps of {args.batch_size}, until {end}"
+    ranks.print(f"{len(samples)} rows, {length}: {source}")
 
     plan = list(plan_steps(samples, first, steps, args, ranks))
     loader = load_batches(samples, processor, plan, args.workers)

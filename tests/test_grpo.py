@@ -9,7 +9,8 @@ import dataclasses
 import doctest
 import itertools
 import json
-import math
+import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,7 +24,7 @@ from hypothesis import strategies as st
 import data
 import grpo
 import rewards
-from checkpoint import load_model
+from checkpoint import load_config, load_model
 from data import IGNORE, Example, Processor, collate, mrope_positions, read_all
 from files import UserError
 from grpo import (
@@ -226,6 +227,18 @@ def test_advantages_are_numpys_standard_scores(values):
         group_advantages(torch.tensor(values), "none"), r - r.mean(), atol=1e-6
     )
     assert abs(mine.sum()) < 1e-2
+
+
+@pytest.mark.parametrize("scale", ("group", "none"))
+def test_equal_rewards_are_exactly_equal(scale):
+    """The mean of 8 x 1.9 is not 1.9 in float32: what is left must not become an advantage."""
+    assert torch.full((8,), 1.9).mean() != torch.tensor(1.9)
+    for G in (2, 3, 4, 8, 16, 64):
+        for reward in (0.0, 0.1, 0.7, 1.3, 1.9, -1.9, 1e-6, 1e6 / 3):
+            advantages = group_advantages(torch.full((G,), reward), scale)
+            assert advantages.tolist() == [0.0] * G
+    least = torch.tensor([1.9] * 7 + [1.9000001])  # the next number is another reward
+    assert group_advantages(least, scale)[7] > 0
 
 
 def test_k3_estimates_the_kl_without_bias():
@@ -446,8 +459,8 @@ def test_group_batch_targets_every_token_once(world):
 # ---------------------------------------------------------------------------------------------- rollouts
 
 
-def sampled(world, rows, args, monkeypatch, step=1):
-    """sample_groups and the Rollout inside it."""
+def sampled(world, rows, args, monkeypatch, step=1, share=(0, 1)):
+    """sample_groups and the Rollout inside it. share: rank and number of processes."""
     kept = []
     with monkeypatch.context() as patch:
         original = grpo.generate
@@ -457,9 +470,10 @@ def sampled(world, rows, args, monkeypatch, step=1):
             return kept[0]
 
         patch.setattr(grpo, "generate", generates)
-        return sample_groups(
-            world.model, world.processor, world.samples, rows, step, args, "cpu"
-        ), kept[0]
+        groups = sample_groups(
+            world.model, world.processor, world.samples, rows, step, args, "cpu", *share
+        )
+        return groups, kept[0]
 
 
 @pytest.mark.parametrize("temperature", (1.0, 0.7))
@@ -479,18 +493,18 @@ def test_a_group_does_not_depend_on_its_company(world, monkeypatch):
     args = settings(num_generations=3, max_completion_length=20)
     rows = list(world.rows.values())[:3]
     together, _ = sampled(world, rows, args, monkeypatch)
-    for row, group in zip(rows, together):
-        (alone,), _ = sampled(world, [row], args, monkeypatch)
-        assert (
-            alone.texts == group.texts
-            and torch.equal(alone.ids, group.ids)
-            and alone.sample is world.samples[row]
-        )
-        assert torch.equal(alone.advantages, group.advantages)
+    for ranks in (1, 2, 3):
+        for rank in range(ranks):
+            share, _ = sampled(world, rows[rank::ranks], args, monkeypatch, share=(rank, ranks))
+            for mine, group in zip(share, together[rank::ranks], strict=True):
+                assert mine.texts == group.texts
+                assert torch.equal(mine.ids, group.ids)
+                assert mine.sample is group.sample
+                assert torch.equal(mine.advantages, group.advantages)
 
 
 def test_noise_depends_on_its_place_only():
-    """Seed, step, row and completion set it; how many completions or tokens are drawn beside it does not."""
+    """Seed, step, place in the step and completion set it; how much is drawn beside it does not."""
     base = noise(3, 5, 7, 4, 16)
     assert torch.equal(base, noise(3, 5, 7, 6, 30)[:4, :16]) and base.dtype == torch.float32
     others = [noise(4, 5, 7, 4, 16), noise(3, 6, 7, 4, 16), noise(3, 5, 8, 4, 16)]
@@ -499,12 +513,23 @@ def test_noise_depends_on_its_place_only():
 
 
 def test_a_prompt_drawn_twice_is_sampled_twice(world, monkeypatch):
-    """Rows with the same text have noise of their own: two equal groups would count for one."""
-    twin = SimpleNamespace(**vars(world) | {"samples": world.samples + world.samples[:1]})
-    (first, second), _ = sampled(
-        twin, [0, len(world.samples)], settings(num_generations=3), monkeypatch
-    )
-    assert first.sample is second.sample and not set(first.texts) & set(second.texts)
+    """One row twice in one step: its two groups are six samples, not three that count twice."""
+    (first, second), _ = sampled(world, [0, 0], settings(num_generations=3), monkeypatch)
+    assert first.sample is second.sample
+    assert len({*first.texts, *second.texts}) == 6
+
+
+def test_fewer_prompts_than_a_step_draws(call, rooms, tiny_model, tmp_path):
+    """3 prompts, 6 groups a step: every prompt twice, no group a copy of another."""
+    lines = (rooms / "train" / "spld_spatial_data.jsonl").read_text().splitlines(True)
+    (tmp_path / "three.jsonl").write_text("".join(lines[:3]))
+    flags = ("--model", tiny_model, "--data", tmp_path / "three.jsonl", *FEW)
+    flags += ("--images", rooms / "train" / "images", "--out", tmp_path / "out")
+    call(grpo, *flags, "--prompts-per-step", 6, "--max-steps", 1)
+    rows = read_rows(tmp_path / "out" / "rollouts.jsonl")
+    places = [int(row["where"].rpartition(":")[2]) for row in rows]
+    assert sorted(places) == [1, 1, 2, 2, 3, 3]
+    assert len({tuple(row["completions"]) for row in rows}) == 6
 
 
 def test_sampling_repeats_with_its_seed(world, monkeypatch):
@@ -710,7 +735,7 @@ def test_stage_1_goes_on_by_reinforcement(call, rooms, tiny_model, tmp_path, mon
     monkeypatch.setitem(
         rewards.REWARDS,
         "box_iou",
-        lambda texts, sample: judged.extend([sample] * bool(texts)) or varied_reward(texts, sample),
+        lambda texts, sample: judged.append(sample) or varied_reward(texts, sample),
     )
     call(
         grpo,
@@ -804,7 +829,15 @@ def test_the_reward_rises(call, rooms, tiny_model, tmp_path, monkeypatch, loss_t
             "no box_iou reward for question_type",
         ),
         (("--data", "BROKEN"), "broken.jsonl:1: "),
-        (("--max-completion-length", 4090), "--max-completion-length 4090 does not fit"),
+        (
+            ("--reward-funcs", "format", "accuracy", "format", "--reward-weights", 1, 1, 5),
+            "--reward-funcs names 'format' twice",
+        ),
+        (
+            ("--max-completion-length", 4090),
+            "spld_spatial_data.jsonl:1: --max-completion-length 4090 does not fit behind ",
+        ),
+        (("--max-completion-length", 5000), "; the model's context has 4096"),
         (("--data", "EMPTY"), "no rows in it"),
         (("--model", "nowhere"), "not a model directory"),
     ),
@@ -834,8 +867,139 @@ def test_bad_input_is_one_line(call, rooms, tiny_model, tmp_path, flags, expecte
     assert not (tmp_path / "out" / "log.jsonl").exists()
 
 
-def test_rewards_that_are_not_finite_are_refused(world, monkeypatch):
-    """A reward of nan would make every weight nan; the row is named instead."""
-    monkeypatch.setitem(rewards.REWARDS, "accuracy", lambda texts, sample: [math.nan] * len(texts))
-    with pytest.raises(UserError, match=r"spld_spatial_data.jsonl:\d+: rewards are not finite"):
-        sampled(world, [0], settings(num_generations=2), monkeypatch)
+# ---------------------------------------------------------------------- rewards of one's own
+
+
+def spread_of_lengths(completions, sample):
+    """A reward that compares a group's completions: the shortest earns 1, the longest 0."""
+    sizes = [len(text) for text in completions]
+    return [(max(sizes) - size) / max(1, max(sizes) - min(sizes)) for size in sizes]
+
+
+def test_a_reward_sees_its_whole_group(call, rooms, tiny_model, tmp_path, monkeypatch):
+    """Every call has all completions of one prompt; none is made to see whether it works."""
+    groups = []
+
+    def reward(completions, sample):
+        groups.append(len(completions))
+        completions.sort()  # its own list: the texts stay with their log-probs
+        return spread_of_lengths(completions, sample)
+
+    monkeypatch.setitem(rewards.REWARDS, "spread", reward)
+    data_file, out = rooms / "train" / "spld_spatial_data.jsonl", tmp_path / "out"
+    flags = ("--reward-funcs", "format", "spread", "--reward-weights", 1, 0.5)
+    call(grpo, "--model", tiny_model, "--data", data_file, "--out", out, *FEW, *flags)
+    rows = read_rows(out / "rollouts.jsonl")
+    assert groups == [3] * len(rows) == [3] * 8
+    for row in rows:
+        assert row["rewards"]["spread"] == spread_of_lengths(sorted(row["completions"]), None)
+        total = np.array(row["rewards"]["format"]) + 0.5 * np.array(row["rewards"]["spread"])
+        assert row["reward"] == pytest.approx(total)
+    assert any(row["completions"] != sorted(row["completions"]) for row in rows)
+
+
+def test_the_docs_reward_trains(call, rooms, tiny_model, tmp_path, monkeypatch):
+    """docs/grpo.md's example of a reward of one's own, with the flags that stand below it."""
+    text = (Path(grpo.__file__).parent / "docs" / "grpo.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (flags,) = re.findall(r"is switched on by `(.*?)`", text, re.DOTALL)
+    monkeypatch.setattr(rewards, "REWARDS", dict(rewards.REWARDS))
+    monkeypatch.setattr(grpo, "REWARDS", rewards.REWARDS)  # which names it knows
+    exec(code, {"REWARDS": rewards.REWARDS})
+    data_file, out = rooms / "train" / "spld_spatial_data.jsonl", tmp_path / "out"
+    call(grpo, "--model", tiny_model, "--data", data_file, "--out", out, *FEW, *flags.split())
+    for row in read_rows(out / "rollouts.jsonl"):
+        assert row["rewards"]["short"] == [1.0] * 3  # of 8 tokens each
+    assert read_rows(out / "log.jsonl")[0]["rewards/short/mean"] == 1.0
+
+
+def test_equal_sums_of_other_parts_are_equal(world, monkeypatch):
+    """0.1 + 0.2 and 0 + 0.3 differ in float64: such a group teaches nothing and is counted so."""
+    assert 0.1 + 0.2 != 0.3
+    monkeypatch.setitem(rewards.REWARDS, "a", lambda texts, sample: [0.1, 0.0, 0.3, 0.1])
+    monkeypatch.setitem(rewards.REWARDS, "b", lambda texts, sample: [0.2, 0.3, 0.0, 0.2])
+    args = settings(num_generations=4, reward_funcs=["a", "b"], reward_weights=[1.0, 1.0])
+    groups, _ = sampled(world, [0, 1], args, monkeypatch)
+    assert all(group.advantages.tolist() == [0.0] * 4 for group in groups)
+    ranks = SimpleNamespace(gather=lambda rows: [rows])
+    metrics = grpo.rollout_metrics(grpo.rollout_rows(groups, 1, ranks))
+    assert metrics["frac_reward_zero_std"] == 1.0
+    assert metrics["reward_std"] == 0.0
+
+
+def test_a_reward_that_fails_its_group_is_named(call, rooms, tiny_model, tmp_path, monkeypatch):
+    """In a run: one line with row and reward, before anything is trained."""
+    monkeypatch.setitem(rewards.REWARDS, "one", lambda texts, sample: [float(len(texts[0]))])
+    data_file, out = rooms / "train" / "spld_spatial_data.jsonl", tmp_path / "out"
+    flags = ("--reward-funcs", "one", "--reward-weights", 1)
+    with pytest.raises(UserError) as error:
+        call(grpo, "--model", tiny_model, "--data", data_file, "--out", out, *FEW, *flags)
+    expected = r"\S+spld_spatial_data.jsonl:\d+: reward 'one' returned a list of 1, expected a "
+    assert re.match(expected + "list of 3 finite numbers", str(error.value))
+    assert not (out / "log.jsonl").exists()
+
+
+@pytest.mark.parametrize("flag", ("--data", "--eval-data"))
+def test_rows_that_no_reward_can_score_show_at_once(
+    call, rooms, tiny_model, tmp_path, monkeypatch, flag
+):
+    """The last row of a file, training or held out, before the model is read."""
+    files = dict.fromkeys(("--data", "--eval-data"), rooms / "train" / "spld_spatial_data.jsonl")
+    lines = files[flag].read_text().splitlines()[:5]
+    row = json.loads((rooms / "train" / "spld_coldstart_data.jsonl").read_text().splitlines()[0])
+    row = {key: value for key, value in row.items() if key not in ("question_type", "answer")}
+    files[flag] = tmp_path / "mine.jsonl"
+    files[flag].write_text("\n".join([*lines, json.dumps(row)]) + "\n")
+    monkeypatch.setattr(grpo, "load_sharded", lambda *_: pytest.fail("read the model"))
+    flags = ("--data", files["--data"], "--eval-data", files["--eval-data"], "--eval-every", 1)
+    flags += ("--model", tiny_model, "--images", rooms / "train" / "images")
+    with pytest.raises(UserError, match=r"mine.jsonl:6: no accuracy reward for question_type ''"):
+        call(grpo, *flags, "--out", tmp_path / "out", *FEW)
+
+
+# ---------------------------------------------------------------------- limits
+
+
+def longer(line, words):
+    row = json.loads(line)
+    return json.dumps(row | {"question": row["question"] + " Look well." * words}) + "\n"
+
+
+@pytest.mark.parametrize("flag", ("--data", "--eval-data"))
+def test_a_prompt_beyond_the_context_shows_at_once(
+    call, rooms, tiny_model, tmp_path, monkeypatch, flag
+):
+    """The row is named before the model is read, and the completions are not blamed."""
+    files = dict.fromkeys(("--data", "--eval-data"), rooms / "train" / "spld_spatial_data.jsonl")
+    lines = files[flag].read_text().splitlines(True)[:5]
+    files[flag] = tmp_path / "mine.jsonl"
+    files[flag].write_text("".join([*lines, longer(lines[0], 3000)]))
+    monkeypatch.setattr(grpo, "load_sharded", lambda *_: pytest.fail("read the model"))
+    flags = ("--data", files["--data"], "--eval-data", files["--eval-data"], "--eval-every", 1)
+    flags += ("--model", tiny_model, "--images", rooms / "train" / "images")
+    with pytest.raises(UserError) as error:
+        call(grpo, *flags, "--out", tmp_path / "out", *FEW)
+    expected = r"\S+mine.jsonl:6: \d+ tokens; the model's context has 4096"
+    assert re.fullmatch(expected, str(error.value))
+
+
+def test_a_completion_that_just_fits_is_sampled(call, rooms, tiny_model, tmp_path):
+    """Prompt and completion may fill the context; one token more may not."""
+    data_file = rooms / "train" / "spld_spatial_data.jsonl"
+    (tmp_path / "one.jsonl").write_text(data_file.read_text().splitlines(True)[0])
+    (sample,) = read_all([tmp_path / "one.jsonl"], rooms / "train" / "images")
+    processor = Processor(tiny_model, load_config(tiny_model))
+    prompt = len(processor.example(sample, "thinking", answer=False).ids)
+    small = tmp_path / "small"
+    shutil.copytree(tiny_model, small)
+    config = json.loads((small / "config.json").read_text())
+    config["max_position_embeddings"] = prompt + 8
+    (small / "config.json").write_text(json.dumps(config))
+    flags = ("--model", small, "--data", tmp_path / "one.jsonl", *FEW, "--prompts-per-step", 1)
+    flags += ("--images", rooms / "train" / "images", "--max-steps", 1)
+    call(grpo, *flags, "--out", tmp_path / "out")
+    (row,) = read_rows(tmp_path / "out" / "rollouts.jsonl")
+    assert max(row["lengths"]) == 8
+    expected = f"one.jsonl:1: --max-completion-length 9 does not fit behind {prompt} tokens; "
+    with pytest.raises(UserError, match=expected + f"the model's context has {prompt + 8}"):
+        call(grpo, *flags, "--out", tmp_path / "other", "--max-completion-length", 9)

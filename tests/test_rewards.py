@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -162,11 +163,28 @@ def test_parse_number_does_what_its_docstring_lists():
         "2 meters": 2,
         "20 m2": 20,
         "20 square meters": 20,
+        "120 CM": 120,
+        "2.5 Meters": 2.5,
+        "20 Square Metres": 20,
     }
     accepted, refused = documented(rewards.parse_number)
     assert accepted == list(values) and len(refused) == 9
     assert [rewards.parse_number(text) for text in accepted] == list(values.values())
     assert [rewards.parse_number(text) for text in refused] == [None] * 9
+
+
+UNITS = ["m", "cm", "meter", "meters", "metre", "metres", "centimeters", "sq m", "square metres"]
+
+
+@pytest.mark.parametrize("unit", [*UNITS, "m2", "m^2", "m²", "square centimeter"])
+def test_a_unit_is_one_in_any_case(unit):
+    """A model writes units as its training texts did; the number is the same."""
+    for written in (unit, unit.upper(), unit.title(), unit.capitalize(), unit.swapcase()):
+        for text in (f"2.5 {written}", f"2.5{written}", f"2.5 {written}."):
+            assert rewards.parse_number(text) == 2.5
+            assert rewards.accuracy_reward([text], Row("object size", "2.5")) == [1.0]
+    for other in ("KM", "Feet", "MM", "Inches", "M3"):
+        assert rewards.parse_number(f"2.5 {other}") is None
 
 
 @pytest.mark.parametrize(
@@ -442,3 +460,85 @@ def test_rewards_score_each_completion_alone(texts):
     for reward in rewards.REWARDS.values():
         sample = Row("localization", (box(0, 0, 2, 2),))
         assert reward(texts, sample) == [reward([text], sample)[0] for text in texts]
+
+
+# ------------------------------------------------------------ rewards of one's own
+
+GIVEN = [  # what a reward may return for three completions, all of it 1, 0 and 1
+    [1.0, 0.0, 1.0],
+    (1.0, 0.0, 1.0),
+    [1, 0, 1],
+    [True, False, True],
+    np.array([1.0, 0.0, 1.0]),
+    np.array([True, False, True]),
+    np.array([1, 0, 1], np.float32),
+    list(np.array([1, 0, 1], np.float32)),
+    torch.tensor([1.0, 0.0, 1.0]),
+    torch.tensor([1, 0, 1], dtype=torch.bfloat16),
+    list(torch.tensor([1.0, 0.0, 1.0])),
+]
+
+
+@pytest.mark.parametrize("scores", GIVEN, ids=repr)
+def test_numbers_of_any_kind_are_rewards(monkeypatch, scores):
+    """Lists, arrays and tensors of floats, ints and bools."""
+    monkeypatch.setitem(rewards.REWARDS, "mine", lambda completions, sample: scores)
+    given = rewards.call_reward("mine", ["a", "b", "c"], Row(NUMBER, "4"))
+    assert given == [1.0, 0.0, 1.0]
+    assert [type(score) for score in given] == [float] * 3
+
+
+REFUSED = [
+    (1.0, "float"),
+    (None, "NoneType"),
+    ("101", "str"),
+    ({0: 1, 1: 0, 2: 1}, "dict"),
+    ((float(i) for i in range(3)), "generator"),
+    (np.float64(1), "float"),
+    ([], "a list of 0"),
+    ([1.0], "a list of 1"),
+    ([1.0] * 4, "a list of 4"),
+    (torch.ones(1), "a list of 1"),
+    (torch.ones(3, 1), "[1.0] (list) for a completion"),
+    ([1.0, None, 0.0], "None (NoneType) for a completion"),
+    ([1.0, "0.5", 0.0], "0.5 (str) for a completion"),
+    ([1.0, 0.0, math.nan], "nan (float) for a completion"),
+    ([1.0, 0.0, -math.inf], "-inf (float) for a completion"),
+    (["x" * 500, 0.0, 1.0], "x" * 80 + " (str) for a completion"),
+]
+
+
+@pytest.mark.parametrize("scores, found", REFUSED, ids=repr)
+def test_what_is_not_a_number_for_each_completion_is_named(monkeypatch, scores, found):
+    """One number for all would be spread over the group, nan would end in the weights."""
+    monkeypatch.setitem(rewards.REWARDS, "mine", lambda completions, sample: scores)
+    with pytest.raises(UserError) as error:
+        rewards.call_reward("mine", ["a", "b", "c"], Row(NUMBER, "4"))
+    assert str(error.value) == (
+        f"file.jsonl:17: reward 'mine' returned {found}, expected a list of 3 finite numbers, "
+        "one for each completion"
+    )
+
+
+def test_a_reward_may_sort_what_it_is_given(monkeypatch):
+    """It has a list of its own: the completions stay beside their log-probs."""
+    monkeypatch.setitem(rewards.REWARDS, "mine", lambda texts, sample: texts.sort() or [1.0] * 2)
+    completions = ["b", "a"]
+    assert rewards.call_reward("mine", completions, Row(NUMBER, "4")) == [1.0, 1.0]
+    assert completions == ["b", "a"]
+
+
+def test_rows_are_checked_for_the_rewards_of_the_table_only(monkeypatch):
+    """A row that our reward cannot score is found without a call; one of your own is not called."""
+    rewards.check_row("format", Row("", ""))
+    rewards.check_row("accuracy", Row(NUMBER, "4"))
+    rewards.check_row("accuracy", Row("localization", (box(0, 0, 2, 2),)))
+    rewards.check_row("box_iou", Row("localization", (box(0, 0, 2, 2),)))
+    with pytest.raises(UserError, match=r"file.jsonl:17: no accuracy reward for question_type ''"):
+        rewards.check_row("accuracy", Row("", ""))
+    with pytest.raises(UserError, match=r"file.jsonl:17: no box_iou reward for question_type"):
+        rewards.check_row("box_iou", Row(NUMBER, "4"))
+    monkeypatch.setitem(rewards.REWARDS, "mine", lambda *_: pytest.fail("called"))
+    monkeypatch.setitem(rewards.REWARDS, "accuracy", lambda *_: pytest.fail("called"))
+    rewards.check_row("mine", Row("", ""))
+    rewards.check_row("accuracy", Row("", ""))

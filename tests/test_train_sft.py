@@ -5,6 +5,7 @@ import math
 import random
 import re
 import shutil
+import signal
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -20,7 +21,7 @@ import train_sft
 from checkpoint import load_model
 from data import IGNORE, Processor, collate, cost, read_all, style_of
 from files import UserError
-from runtime import micro_batches, rows_of_step
+from runtime import check_lengths, micro_batches, recipe_settings, rows_of_step, run_length
 from train_sft import Rows, train_step, with_replay
 
 FILES = {
@@ -316,3 +317,110 @@ def test_cost_grows_with_pictures_and_words(rooms):
         for text in ("One.", "One lamp and two chairs.")
     }
     assert cost(talk["One."]) + 4 == cost(talk["One lamp and two chairs."])
+
+
+# ---------------------------------------------------------------------- how long, how large
+
+
+@pytest.mark.parametrize(
+    "flags, steps, end",
+    (
+        ((), 600, "--max-steps 600 (23.5 of --epochs 1000)"),  # the recipe's
+        (("--epochs", 2), 51, "--epochs 2"),  # the user's wins over the recipe's --max-steps
+        (("--epochs", 0.5), 13, "--epochs 0.5"),
+        (("--max-steps", 30), 30, "--max-steps 30 (1.18 of --epochs 1000)"),
+        (("--epochs", 2, "--max-steps", 30), 30, "--max-steps 30 (1.18 of --epochs 2)"),
+        (("--epochs", 1, "--max-steps", 30), 26, "--epochs 1 (before --max-steps 30)"),
+        (("--epochs", 1, "--max-steps", 26), 26, "--epochs 1"),
+    ),
+)
+def test_what_ends_a_run_is_told(flags, steps, end):
+    """204 rows in steps of 8."""
+    words = ["--stage", "1", "--model", "m", "--data", "a.jsonl", *map(str, flags)]
+    assert run_length(recipe_settings("", None, words), 204, 8) == (steps, end)
+
+
+def test_iterations_are_steps_too():
+    """GRPO: 26 rollouts with 3 updates each, 204 prompts in an epoch."""
+    words = ["--model", "m", "--data", "a.jsonl", "--num-iterations", "3"]
+    args = recipe_settings("", "grpo", words)
+    assert run_length(args, 204, 8) == (40, "--max-steps 40 (0.523 of --epochs 1)")
+    args = recipe_settings("", "grpo", [*words, "--epochs", "1"])
+    assert run_length(args, 204, 8) == (78, "--epochs 1")
+
+
+def test_epochs_that_are_given_are_trained(call, rooms, tiny_model, tmp_path, capsys):
+    """The recipe's limit of 600 steps does not end them; the line with the steps says what does."""
+    lines = (rooms / "train" / FILES["1"]).read_text().splitlines(True)[:5]
+    (tmp_path / "five.jsonl").write_text("".join(lines))
+    flags = ("--stage", "1", "--model", tiny_model, "--data", tmp_path / "five.jsonl")
+    flags += ("--images", rooms / "train" / "images", "--batch-size", 5, "--workers", 0)
+    call(train_sft, *flags, "--epochs", 3, "--out", tmp_path / "out")
+    assert (
+        f"5 rows, 3 steps of 5, until --epochs 3: {tmp_path}/five.jsonl\n"
+        in capsys.readouterr().out
+    )
+    log = read_rows(tmp_path / "out" / "log.jsonl")
+    assert [row["epoch"] for row in log] == [1, 2, 3]
+    assert json.loads((tmp_path / "out" / "config_run.json").read_text())["max_steps"] is None
+    call(train_sft, *flags, "--max-steps", 2, "--out", tmp_path / "two")
+    expected = "5 rows, 2 steps of 5, until --max-steps 2 (2 of --epochs 1000): "
+    assert expected in capsys.readouterr().out
+
+
+def test_a_stop_in_the_last_step_loses_nothing(call, rooms, tiny_model, tmp_path, monkeypatch):
+    """SIGTERM while the last step runs: its state is saved, and the run goes on to its end."""
+    flags = ("--stage", "1", "--model", tiny_model, "--data", rooms / "train" / FILES["1"], *FEW)
+    call(train_sft, *flags, "--out", tmp_path / "whole")
+
+    log, step = tmp_path / "parts" / "log.jsonl", iter(range(1, 7))
+    with monkeypatch.context() as patch:
+
+        def at_last(model, batches, targets):
+            if next(step) == 6:
+                signal.raise_signal(signal.SIGTERM)
+            return train_step(model, batches, targets)
+
+        patch.setattr(train_sft, "train_step", at_last)
+        call(train_sft, *flags, "--out", tmp_path / "parts")
+    assert [row["step"] for row in read_rows(log)] == [1, 2, 3, 4, 5, 6]
+    assert not (tmp_path / "parts" / "config.json").exists()
+    call(train_sft, *flags, "--out", tmp_path / "parts", "--resume", "auto")
+    whole, parts = (tmp_path / name / "model.safetensors" for name in ("whole", "parts"))
+    assert whole.read_bytes() == parts.read_bytes()
+    assert [row["step"] for row in read_rows(log)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_row_beyond_the_context_shows_at_once(call, rooms, tiny_model, tmp_path, monkeypatch):
+    """The last row, which the run would reach late: named before the model is read."""
+    lines = (rooms / "train" / FILES["2"]).read_text().splitlines(True)[:5]
+    row = json.loads(lines[0])
+    lines.append(json.dumps(row | {"question": row["question"] + " Look well." * 3000}) + "\n")
+    (tmp_path / "mine.jsonl").write_text("".join(lines))
+    monkeypatch.setattr(train_sft, "load_sharded", lambda *_: pytest.fail("read the model"))
+    flags = ("--stage", "2", "--model", tiny_model, "--data", tmp_path / "mine.jsonl")
+    with pytest.raises(UserError) as error:
+        call(train_sft, *flags, "--images", rooms / "train" / "images", "--out", tmp_path / "out")
+    expected = r"\S+mine.jsonl:6: \d+ tokens; the model's context has 4096"
+    assert re.fullmatch(expected, str(error.value))
+
+
+@pytest.mark.parametrize("stage", FILES)
+def test_every_length_is_below_its_glance(world, rooms, stage, monkeypatch):
+    """check_lengths measures no row of a context that is large enough, and finds the longest one."""
+    samples = read_all([rooms / "train" / FILES[stage]], None)
+    examples = [world.processor.example(sample, style_of(sample)) for sample in samples]
+    longest = max(len(example.ids) for example in examples)
+    text = world.processor.config.text
+    for context, fits in ((longest, True), (longest - 1, False)):
+        small = replace(world.processor.config, text=replace(text, max_position_embeddings=context))
+        monkeypatch.setattr(world.processor, "config", small)
+        if fits:
+            check_lengths(world.processor, samples)
+            continue
+        with pytest.raises(UserError, match=f"{longest} tokens; the model's context has {context}"):
+            check_lengths(world.processor, samples)
+    large = replace(world.processor.config, text=replace(text, max_position_embeddings=32768))
+    monkeypatch.setattr(world.processor, "config", large)
+    monkeypatch.setattr(world.processor, "example", lambda *_: pytest.fail("measured"))
+    check_lengths(world.processor, samples)
