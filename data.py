@@ -36,7 +36,6 @@ IGNORE = -100  # label of a token that is not trained
 NO_PATCHES = torch.empty(0, PATCH_VALUES)
 
 DATA_TYPES = ("single_image", "multi_view", "video")
-PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 # {question} and {options} are slots. --prompts FILE replaces any of these texts.
 PROMPTS = {
@@ -202,8 +201,8 @@ def parse_media(row, images):
         seconds = need(row, "seconds_per_frame", int, float)
         if not 0 < seconds < math.inf:
             raise UserError(f"seconds_per_frame is {seconds}, expected a positive number")
-    if len(sources) == 1 and Path(paths[0]).suffix.lower() not in PICTURE_SUFFIXES:
-        sources = sources[0]  # a video file, not the one frame of a short video
+    if len(sources) == 1:
+        sources = sources[0]  # a video file, or the one frame of a short video: see Media
     return (Media("video", sources, seconds),)
 
 
@@ -505,7 +504,7 @@ class Processor:
     """Everything between a Sample and an Example: tokenizer, picture limits, prompts.
 
     Args:    min_pixels, max_pixels: area of a picture or frame; the model directory's where None.
-             num_frames, fps: how many frames are taken from a video file.
+             num_frames, fps, max_frames: how many frames are taken from a video file.
              video_seconds: "grid" takes one second for a slice of two frames, as the authors' runs
              did; "real" takes the true times where they are known.
              prompts: a JSON file that replaces texts of PROMPTS.
@@ -519,13 +518,13 @@ class Processor:
         max_pixels=None,
         num_frames=16,
         fps=None,
+        max_frames=768,
         video_seconds="grid",
         prompts=None,
     ):
         directory = Path(directory)
         self.config = config
-        self.num_frames = num_frames
-        self.fps = fps
+        self.frames = (num_frames, fps, max_frames)
         self.video_seconds = video_seconds
         self.prompts = read_prompts(prompts) if prompts else PROMPTS
         self.tokenizer = load_tokenizer(directory)
@@ -610,10 +609,10 @@ class Processor:
         """Resize one picture or video and cut it into patches; without pixels, only measure it."""
         patches = NO_PATCHES
         if pixels:
-            frames, interval = open_frames(media, self.num_frames, self.fps)
+            frames, interval = open_frames(media, *self.frames)
             count, (width, height) = len(frames), frames[0].size
         else:
-            count, (width, height), interval = measure(media, self.num_frames, self.fps)
+            count, (width, height), interval = measure(media, *self.frames)
         h, w = smart_resize(height, width, self.min_pixels, self.max_pixels)
         if pixels:
             patches, _ = to_patches(frames, (h, w))
