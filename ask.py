@@ -17,7 +17,7 @@ from model import generate
 from pictures import Media, is_film, open_picture
 from rewards import extract_answer, parse_boxes
 from runtime import choose_device, compute_dtype, main_guard
-from settings import PICTURES, Parser, add_flags, values
+from settings import PICTURES, Parser, add_flags
 
 
 def draw_boxes(picture, boxes, scale):
@@ -46,7 +46,7 @@ def main():
 
     device = choose_device(args.device)
     model = load_model(args.model, compute_dtype(args.dtype, device), device)
-    processor = Processor(args.model, model.config, **values(args, PICTURES))
+    processor = Processor(args.model, model.config, args)
 
     media = []
     for path in args.media:

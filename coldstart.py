@@ -197,7 +197,7 @@ def main():
     config = values(args, (*SAMPLING, "limit"))
     ranks.once(claim, folder, config)
     model = load_model(args.model, compute_dtype(args.dtype, ranks.device), ranks.device)
-    processor = Processor(args.model, model.config, **values(args, PICTURES))
+    processor = Processor(args.model, model.config, args)
     ranks.once(write_json, folder / CONFIG, config)
 
     def sample_some(rows):

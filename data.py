@@ -43,6 +43,7 @@ from pictures import (
     to_patches,
 )
 from rewards import CHOICE_TYPES, NUMBER_TYPES, is_box, parse_choice, parse_number
+from settings import PICTURES, SETTINGS
 
 IGNORE = -100  # label of a token that is not trained
 NO_PATCHES = torch.empty(0, PATCH_VALUES)
@@ -585,30 +586,19 @@ def load_tokenizer(directory):
 class Processor:
     """Everything between a Sample and an Example: tokenizer, picture limits, prompts.
 
-    Args:    min_pixels, max_pixels: area of a picture or frame; the model directory's where None.
-             num_frames, fps, max_frames: how many frames are taken from a video file.
-             video_seconds: "grid" takes one second for a slice of two frames, as the authors' runs
-             did; "real" takes the true times where they are known.
-             prompts: a JSON file that replaces texts of PROMPTS.
+    Args:    args: a script's settings, of which those in settings.PICTURES are taken.
+             changes: the same settings by name. What neither gives has its default.
     """
 
-    def __init__(
-        self,
-        directory,
-        config,
-        min_pixels=None,
-        max_pixels=None,
-        num_frames=16,
-        fps=None,
-        max_frames=768,
-        video_seconds="grid",
-        prompts=None,
-    ):
+    def __init__(self, directory, config, args=None, **changes):
         directory = Path(directory)
+        chosen = {name: SETTINGS[name].default for name in PICTURES} | changes
+        for name in PICTURES:
+            chosen[name] = getattr(args, name, chosen[name])
         self.config = config
-        self.frames = (num_frames, fps, max_frames)
-        self.video_seconds = video_seconds
-        self.prompts = read_prompts(prompts) if prompts else PROMPTS
+        self.frames = (chosen["num_frames"], chosen["fps"], chosen["max_frames"])
+        self.video_seconds = chosen["video_seconds"]
+        self.prompts = read_prompts(chosen["prompts"]) if chosen["prompts"] else PROMPTS
         self.tokenizer = load_tokenizer(directory)
         self.tokenizer.encode_special_tokens = True  # "<|image_pad|>" in a question is text
         self.special = {name: self.tokenizer.token_to_id(name) for name in SPECIAL_TOKENS}
@@ -626,13 +616,13 @@ class Processor:
         # A flag wins over the model's own limits, for pictures and for frames.
         self.limits = read_pixel_limits(directory)
         smallest, largest = self.limits["image"]
-        self.min_pixels = min_pixels or smallest
-        self.max_pixels = max_pixels or largest
+        self.min_pixels = chosen["min_pixels"] or smallest
+        self.max_pixels = chosen["max_pixels"] or largest
         if self.min_pixels > self.max_pixels:
             raise UserError(
                 f"--min-pixels is {self.min_pixels}, above --max-pixels {self.max_pixels}"
             )
-        if min_pixels or max_pixels:
+        if chosen["min_pixels"] or chosen["max_pixels"]:
             self.limits = dict.fromkeys(self.limits, (self.min_pixels, self.max_pixels))
 
         self.stop_ids = read_stop_ids(directory, size) or (self.special["<|im_end|>"],)

@@ -248,7 +248,7 @@ def main():
         answers = given_answers(args.predictions, samples, benchmark)
     else:
         model = load_model(args.model, compute_dtype(args.dtype, ranks.device), ranks.device)
-        processor = Processor(args.model, model.config, **values(args, PICTURES))
+        processor = Processor(args.model, model.config, args)
         recipe |= values(processor, ("min_pixels", "max_pixels")) | {"decoding": "greedy"}
         # A folder's weights may change under its name, as when a rung is trained anew.
         recipe["model_hash"] = ranks.once(model_hash, args.model)

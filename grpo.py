@@ -5,27 +5,17 @@
 
 One step: sample a group of G completions for each of a few prompts; reward each completion (format
 and accuracy); its advantage is how much better it is than its group; raise the log-probs of the
-better, lower those of the worse, and stay near the reference model. Vision tower and prompt are
+better, lower those of the worse, and stay near the reference model. Vision encoder and prompt are
 computed once for each group, in the rollout and in the update: a group is the one sequence
 [prompt | c1 | ... | cG] (model.SharedPrompt), P + G * C tokens, not G * (P + C).
 
-Departures from the authors' code (their grpo_trainer.py, line numbers at commit 87320be):
- 1. Video reaches policy and reference. Theirs passes only pictures to the forwards that give
-    log-probs (qwen_module.py:34).
- 2. Completions are sampled from the distribution that is trained. Theirs inherits top_k = 50
-    (384-389).
- 3. Log-probs, ratios and sums are fp32 and the KL exponent is clamped. Theirs are bf16 and
-    unclamped (508-515, 842).
- 4. Everything after the first end token of either kind is masked. Theirs knows one of the two
-    (677-681).
- 5. Losses are summed and divided once over all ranks, so ranks and micro-batches do not change
-    the gradient.
+Where this differs from the authors' trainer, and why: docs/departures.md.
 
 Letters in shapes: P prompt tokens, C completion tokens, G completions in a group, n scored tokens.
 """
 
 import dataclasses
-import statistics
+import math
 import time
 from itertools import zip_longest
 
@@ -33,7 +23,7 @@ import numpy as np
 import torch
 
 from checkpoint import load_config
-from data import Processor, collate, picture_paths, read_all, style_of
+from data import Processor, Sample, collate, picture_paths, read_all, style_of
 from files import UserError
 from model import Batch, generate, to_device
 from rewards import REWARDS, call_reward, check_row
@@ -51,9 +41,8 @@ from runtime import (
     run_length,
     update_weights,
 )
-from settings import PICTURES, values
 
-LOG_RATIO_LIMIT = 20.0  # exp(20) = 5e8: beyond it k3 only overflows
+LOG_RATIO_LIMIT = 20.0  # keeps exp(d) finite; beyond it a token's KL has no gradient
 SUMS = ("policy", "kl_loss", "kl", "entropy", "clipped")  # what an update adds up
 
 # ---------------------------------------------------------------------------------- the formulas
@@ -80,7 +69,7 @@ def group_advantages(rewards, scale="group", eps=1e-4):
 def kl_k3(log_probs, reference):
     """KL(policy || reference) of each token: exp(d) - d - 1 with d = reference - policy.
 
-    An estimate without bias from the one token that was sampled, and never negative.
+    An unbiased estimate from the one token that was sampled; it is never negative.
 
     Source: Schulman, "Approximating KL divergence" (k3); DeepSeekMath equation 4.
 
@@ -143,7 +132,7 @@ class Group:
     log-probs are on the device.
     """
 
-    sample: object  # data.Sample
+    sample: Sample
     prompt: Batch  # of one row
     ids: torch.Tensor  # (G, C) int64
     lengths: torch.Tensor  # (G,) int64
@@ -153,7 +142,9 @@ class Group:
     rewards: dict | None = None  # name -> G floats
     reward: torch.Tensor | None = None  # (G,) weighted sum
     advantages: torch.Tensor | None = None  # (G,)
-    old: torch.Tensor | None = None  # (n,) log-probs at the time of sampling
+    # (n,) log-probs of the policy that sampled; None with one update for each rollout. Not those of
+    # the rollout: the same forward as in the update gives ratios of exactly 1.
+    old: torch.Tensor | None = None
     reference: torch.Tensor | None = None  # (n,) log-probs of the reference model
 
 
@@ -275,7 +266,6 @@ def group_batch(prompt, ids, lengths):
         prompt,
         ids=torch.cat((prompt.ids[0], ids.flatten()))[None],  # (1, P + G*C)
         positions=torch.cat((prompt.positions, positions), dim=2),
-        lengths=prompt.lengths + G * C,
         predict_at=predict_at[inside],
         targets=ids[inside],
         group=(G, C),
@@ -312,11 +302,13 @@ def step_counts(groups, args, ranks):
     Returns: {"sequences", "kept_tokens", "tokens", "prompt_tokens", "forwards"}, over all ranks.
     """
     kept_tokens = [(group.lengths * kept_completions(group, args)).sum() for group in groups]
-    counts = ranks.sum(
-        sequences=sum(len(group.ids) for group in groups),
-        kept_tokens=sum(kept_tokens),
-        tokens=sum(group.lengths.sum() for group in groups),
-        prompt_tokens=sum(group.prompt.lengths.sum() for group in groups),
+    counts = ranks.sum_named(
+        {
+            "sequences": sum(len(group.ids) for group in groups),
+            "kept_tokens": sum(kept_tokens),
+            "tokens": sum(group.lengths.sum() for group in groups),
+            "prompt_tokens": sum(group.prompt.lengths.sum() for group in groups),
+        }
     )
     counts = {name: int(count) for name, count in counts.items()}
     forwards = sum(len(parts(group, args.micro_batch)) for group in groups)
@@ -342,8 +334,9 @@ def loss_terms(model, part, kept, counts, args, banned, device):
     weights = to_device(weights.repeat_interleave(part.lengths), device)
     advantages = to_device(part.advantages.repeat_interleave(part.lengths), device)
 
-    # In the first update the policy still is the model that sampled: every ratio is 1.
+    # One update for each rollout (old is None): the policy is the one that sampled, ratios are 1.
     old = log_probs.detach() if part.old is None else part.old
+    # Without a reference (beta 0) the KL is that to the old policy: logged, of weight nothing.
     reference = old if part.reference is None else part.reference
     epsilon_high = args.epsilon if args.epsilon_high is None else args.epsilon_high
     policy, clipped = policy_loss(log_probs, old, advantages, args.epsilon, epsilon_high)
@@ -355,7 +348,7 @@ def loss_terms(model, part, kept, counts, args, banned, device):
     return policy_sum + kl_sum, sums.detach()
 
 
-def update(model, groups, counts, args, banned, device):
+def accumulate_gradient(model, groups, counts, args, banned, device):
     """Accumulate the gradient of one optimizer step over this rank's groups.
 
     Every rank makes counts["forwards"] forwards, as all gather the weights together; a rank with
@@ -376,7 +369,7 @@ def update(model, groups, counts, args, banned, device):
         if not filler:
             totals.append(sums)
     totals = torch.stack(totals).double().sum(0)
-    return dict(zip(SUMS, totals.tolist()))  # the host waits here, once
+    return dict(zip(SUMS, totals.tolist()))  # the host waits here, once a step
 
 
 # ---------------------------------------------------------------------------------- log
@@ -407,25 +400,38 @@ def rollout_rows(groups, step, ranks):
     return [row for turn in by_turns for row in turn if row is not None]
 
 
-def rollout_metrics(rows):
-    """Means over all completions and groups of a step, under TRL's names.
+def moments(values, ranks):
+    """Mean and standard deviation of the values of all ranks."""
+    count, total, squares = ranks.sum(len(values), sum(values), sum(v * v for v in values))
+    mean = total / count
+    return mean, math.sqrt(max(0.0, squares / count - mean**2))
 
-    Args: rows: see rollout_rows.
-    """
 
-    def together(key):
-        return [value for row in rows for value in row[key]]
+def rollout_metrics(groups, ranks):
+    """Means over all completions and groups of a step, over all ranks, under TRL's names."""
 
-    metrics = {"reward": statistics.fmean(together("reward"))}
-    for name in rows[0]["rewards"]:
-        rewards = [reward for row in rows for reward in row["rewards"][name]]
-        metrics[f"rewards/{name}/mean"] = statistics.fmean(rewards)
-        metrics[f"rewards/{name}/std"] = statistics.pstdev(rewards)
-    deviations = [statistics.stdev(row["reward"]) for row in rows]
-    metrics["reward_std"] = statistics.fmean(deviations)
-    metrics["frac_reward_zero_std"] = deviations.count(0) / len(rows)
-    metrics["completions/mean_length"] = statistics.fmean(together("lengths"))
-    metrics["completions/clipped_ratio"] = 1 - statistics.fmean(together("finished"))
+    def of_all(name):
+        """One number for each completion of this rank."""
+        values = []
+        for group in groups:
+            values += torch.as_tensor(getattr(group, name)).tolist()
+        return values
+
+    metrics = {"reward": moments(of_all("reward"), ranks)[0]}
+    for name in groups[0].rewards:
+        rewards = []
+        for group in groups:
+            rewards += torch.as_tensor(group.rewards[name]).tolist()
+        mean, deviation = moments(rewards, ranks)
+        metrics[f"rewards/{name}/mean"] = mean
+        metrics[f"rewards/{name}/std"] = deviation
+    # Equal is equal: the std of 8 x 1.9 in fp32 is not 0.
+    equal = [float(group.reward.min() == group.reward.max()) for group in groups]
+    deviations = [group.reward.std().item() for group in groups]
+    metrics["reward_std"] = moments(deviations, ranks)[0]
+    metrics["frac_reward_zero_std"] = moments(equal, ranks)[0]
+    metrics["completions/mean_length"] = moments(of_all("lengths"), ranks)[0]
+    metrics["completions/clipped_ratio"] = 1 - moments(of_all("finished"), ranks)[0]
     return metrics
 
 
@@ -443,7 +449,7 @@ def held_out_metrics(model, processor, samples, args, ranks):
             ):
                 for name in totals:
                     totals[name] += call_reward(name, group.texts, group.sample)[0]
-    totals = ranks.sum(**totals)
+    totals = ranks.sum_named(totals)
     return {f"eval_rewards/{name}/mean": total / len(samples) for name, total in totals.items()}
 
 
@@ -451,7 +457,7 @@ def held_out_metrics(model, processor, samples, args, ranks):
 
 
 def check_settings(args, world):
-    """Refuse what no run can mean."""
+    """Refuse settings that contradict one another."""
     if args.num_generations < 2:
         raise UserError(
             f"--num-generations is {args.num_generations}, expected at least 2: one completion has "
@@ -507,7 +513,7 @@ def main():
     run = Run(args, ranks)
     if run.finished:
         return
-    processor = Processor(args.model, load_config(args.model), **values(args, PICTURES))
+    processor = Processor(args.model, load_config(args.model), args)
     room = args.max_completion_length
     ranks.once(check_lengths, processor, samples + held_out, args.prompt_style, False, room)
 
@@ -540,7 +546,7 @@ def main():
                 groups = sample_groups(model, processor, samples, mine, step, args, *share)
             logged = rollout_rows(groups, step, ranks)
             run.append("rollouts.jsonl", logged)
-            metrics = rollout_metrics(logged)
+            metrics = rollout_metrics(groups, ranks)
             counts = step_counts(groups, args, ranks)
             # log-probs of policy and reference before the first update
             if args.num_iterations > 1:
@@ -552,7 +558,8 @@ def main():
         sampled = time.perf_counter()
 
         # update
-        sums = ranks.sum(**update(model, groups, counts, args, banned, ranks.device))
+        sums = accumulate_gradient(model, groups, counts, args, banned, ranks.device)
+        sums = ranks.sum_named(sums)
         loss = sums["policy"] + sums["kl_loss"]
         places = [samples[row].where for row in sorted(rows)]
         rate, norm = update_weights(model, optimizer, step, steps, args, loss, places)

@@ -1,4 +1,4 @@
-"""What every training run needs and no reader should meet twice.
+"""What all training runs share.
 
     settings    recipe_settings, need_inputs
     processes   main_guard, choose_device, Ranks
@@ -7,8 +7,8 @@
     rows        rows_of_step, micro_batches
     the run     Run: output folder, trainer states, log
 
-Nothing here knows what is trained. One process and many run the same lines: a collective of one
-process does nothing.
+From `Ranks` down nothing depends on the kind of training. One process and many run the same lines:
+a collective of one process does nothing.
 """
 
 import argparse
@@ -211,8 +211,8 @@ def choose_device(name=None):
         raise UserError(f"{processes} processes on a node with {gpus} GPUs; lower --nproc-per-node")
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
-    # cuDNN's attention plans anew, 20 ms or more, for each length of the keys: while decoding, at
-    # every few steps. The other kernels need no plan.
+    # cuDNN's attention is known to plan anew for each length of the keys (20 ms and more were
+    # reported on H100s): while decoding, every few steps. The other kernels need no plan.
     torch.backends.cuda.enable_cudnn_sdp(False)
     return device
 
@@ -237,15 +237,15 @@ class Ranks:
             dist.init_process_group(**options, store=dist.HashStore(), rank=0, world_size=1)
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
 
-    def sum(self, **numbers):
-        """Add numbers up over all ranks, each under its name.
-
-        Args:    numbers: all ranks give the same names.
-        Returns: name -> float.
-        """
-        total = torch.tensor(list(numbers.values()), dtype=torch.float64, device=self.device)
+    def sum(self, *numbers):
+        """Add numbers up over all ranks: a list of as many floats."""
+        total = torch.tensor(numbers, dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
-        return dict(zip(numbers, total.tolist()))
+        return total.tolist()
+
+    def sum_named(self, numbers):
+        """The same for a dict; all ranks have the same names."""
+        return dict(zip(numbers, self.sum(*numbers.values())))
 
     def gather(self, value):
         """Every rank's value, on every rank, in rank order."""
@@ -297,11 +297,11 @@ def load_sharded(directory, ranks, dtype=None, activation_checkpointing=False, f
 
 def shard(model, mesh, dtype):
     """Shard every layer, then what is left: embeddings, norm, head, patch embedding and merger."""
-    policy = MixedPrecisionPolicy(
+    precision = MixedPrecisionPolicy(
         param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
     for layer in (*model.visual.blocks, *model.model.layers, model):
-        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+        fully_shard(layer, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
     for module in sharded_modules(model):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo sums only if both are set
@@ -359,7 +359,7 @@ def adamw(model, args):
 
 
 def scheduled_rate(step, steps, args):
-    """Learning rate of step 1..steps: linear warm-up, then cosine or linear decay to zero.
+    """Learning rate of step 1..steps: linear warm-up, then cosine or linear decay towards zero.
 
     >>> args = argparse.Namespace(learning_rate=1.0, warmup_ratio=0.5, lr_scheduler_type="linear")
     >>> [scheduled_rate(step, 4, args) for step in (1, 2, 3, 4)]
@@ -429,7 +429,7 @@ def rows_of_step(step, count, batch_size, seed, window=1.0):
 def micro_batches(rows, costs, size, rank, world):
     """This rank's share of one step: lists of (row, trained), equally many on every rank.
 
-    Rows of like cost stand together, so that little is padded. Fillers (trained False) make the
+    Rows of similar cost stand together, so that little is padded. Fillers (trained False) make the
     shares equal.
 
     >>> micro_batches([7, 8, 9], [3, 1, 2], 2, rank=1, world=2)
@@ -447,11 +447,11 @@ def micro_batches(rows, costs, size, rank, world):
     return batches[rank::world]
 
 
-def own_group(worker):
-    """Let a DataLoader's worker leave the process group.
+def leave_process_group(worker):
+    """Move a DataLoader's worker to a process group of its own, of the operating system.
 
-    Ctrl-C reaches all of a group, and the step that is finished after it needs its workers. A
-    worker's own signals are not the run's.
+    Ctrl-C reaches all of a group, and the last step, which is finished after it, needs its workers.
+    A worker's own signals are not the run's.
     """
     os.setpgrp()
     signal.set_wakeup_fd(-1)
@@ -625,7 +625,7 @@ class Run:
         self.append("log.jsonl", [{"step": step, **row, **timing}])
         self.bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
 
-        stop = boundary and self.ranks.sum(stopping=self.stopping)["stopping"] > 0
+        stop = boundary and self.ranks.sum(self.stopping)[0] > 0
         due = self.args.save_every and step - self.saved >= self.args.save_every
         if stop or (boundary and due and step < self.total):
             self.save(model, optimizer, step)

@@ -253,5 +253,5 @@ def add_flags(parser, names, **defaults):
 
 
 def values(args, names):
-    """The settings of these names as keywords: Processor(..., **values(args, PICTURES))."""
+    """The settings of these names, as a dict."""
     return {name: getattr(args, name) for name in names}

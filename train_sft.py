@@ -1,7 +1,7 @@
 """Supervised fine-tuning: stage 1 (see), stage 2 (understand), the cold start (reason).
 
     python train_sft.py --stage 1                        # the tiny model on procedural rooms
-    python train_sft.py --stage base                     # hours: before the ladder begins
+    python train_sft.py --stage base                     # trains the folder base/ again (hours)
     torchrun --nproc-per-node 4 train_sft.py --stage 2 --preset paper --model DIR ...
 
 One loop; the stages differ in their row of ladder.RECIPES only. A row of the data decides how it is
@@ -22,17 +22,16 @@ from runtime import (
     Run,
     adamw,
     check_lengths,
+    leave_process_group,
     load_sharded,
     main_guard,
     micro_batches,
     need_inputs,
-    own_group,
     recipe_settings,
     rows_of_step,
     run_length,
     update_weights,
 )
-from settings import PICTURES, values
 
 
 def with_replay(samples, earlier, ratio, seed):
@@ -61,7 +60,10 @@ def competence(step, steps, start):
 
 
 class Rows(Dataset):
-    """Examples by (row, trained). A filler (trained False) keeps the ranks in step: no labels."""
+    """Examples for (row, trained).
+
+    trained False: a filler without labels, so that every rank makes equally many forwards.
+    """
 
     def __init__(self, samples, processor):
         self.samples, self.processor = samples, processor
@@ -76,7 +78,10 @@ class Rows(Dataset):
 
 
 def plan_steps(samples, first, steps, args, ranks):
-    """Yield each step's rows and this rank's micro-batches of them: functions of (seed, step)."""
+    """Yield, for each step, its row numbers and this rank's micro-batches of them.
+
+    Both depend on (seed, step) only, so a resumed run continues exactly.
+    """
     for step in range(first + 1, steps + 1):
         window = competence(step, steps, args.curriculum)
         rows = rows_of_step(step, len(samples), args.batch_size, args.seed, window)
@@ -94,26 +99,26 @@ def load_batches(samples, processor, plan, workers):
         batch_sampler=order,
         collate_fn=partial(collate, config=processor.config),
         num_workers=workers,
-        worker_init_fn=own_group,
+        worker_init_fn=leave_process_group,
     )
     return iter(loader)
 
 
-def train_step(model, batches, targets):
-    """Mean negative log-likelihood of all answer tokens of one step, and its gradient.
+def accumulate_gradient(model, batches, num_targets):
+    """Mean negative log-likelihood of all answer tokens of one step; its gradient is left in .grad.
 
-    Args:    batches: this rank's micro-batches. targets: answer tokens of all ranks' batches.
+    Args:    batches: this rank's micro-batches. num_targets: answer tokens of all ranks' batches.
     Returns: this rank's part of the loss. The parts of all ranks add up to the mean over all
              tokens, whatever the number of micro-batches and ranks.
     """
     losses = []
     for batch in batches:
-        log_probs, _ = model(batch)  # (R,) of the answer tokens
+        log_probs, _ = model(batch)  # (n,) of the answer tokens
         # One sum, divided once: the same gradient for every micro-batch size and world size.
-        loss = -log_probs.sum() / targets
+        loss = -log_probs.sum() / num_targets
         loss.backward()
         losses.append(loss.detach())
-    return torch.stack(losses).double().sum().item()  # the host waits here, once
+    return torch.stack(losses).double().sum().item()  # the host waits here, once a step
 
 
 def main():
@@ -134,7 +139,7 @@ def main():
     run = Run(args, ranks)
     if run.finished:
         return
-    processor = Processor(args.model, load_config(args.model), **values(args, PICTURES))
+    processor = Processor(args.model, load_config(args.model), args)
     ranks.once(check_lengths, processor, samples)
 
     # model
@@ -149,15 +154,18 @@ def main():
     plan = list(plan_steps(samples, first, steps, args, ranks))
     loader = load_batches(samples, processor, plan, args.workers)
     model.train()
-    for step, (rows, batches) in zip(run.steps(first, steps), plan):
-        batches = [next(loader) for _ in batches]
-        counts = ranks.sum(
-            targets=sum(len(batch.targets) for batch in batches),  # a filler has none
-            tokens=sum(int(batch.lengths.sum()) for batch in batches if len(batch.targets)),
+    for step, (rows, share) in zip(run.steps(first, steps), plan):
+        # All micro-batches of the step first: the loss is divided by the count of all targets.
+        batches = [next(loader) for _ in share]
+        real = [batch for batch in batches if len(batch.targets)]  # a filler has none
+        num_targets, num_tokens = ranks.sum(
+            sum(len(batch.targets) for batch in real),
+            sum(int(batch.lengths.sum()) for batch in real),
         )
+
         # forward, backward
         batches = [batch.to(ranks.device) for batch in batches]
-        loss = ranks.sum(loss=train_step(model, batches, counts["targets"]))["loss"]
+        (loss,) = ranks.sum(accumulate_gradient(model, batches, num_targets))
 
         # update
         places = [samples[row].where for row in sorted(rows)]
@@ -169,7 +177,7 @@ def main():
             "loss": loss,
             "learning_rate": rate,
             "grad_norm": norm,
-            "num_tokens": counts["tokens"],
+            "num_tokens": num_tokens,
         }
         if run.end_step(model, optimizer, step, row):
             break

@@ -20,7 +20,7 @@ from files import UserError, one_line, parse_line, read_lines
 from pictures import name_of, open_header, open_picture, opened, read_video
 from rewards import NUMBER_TYPES, parse_number
 from runtime import main_guard
-from settings import PICTURES, Parser, add_flags, values
+from settings import PICTURES, Parser, add_flags
 
 
 def read_rows(path, images):
@@ -161,7 +161,7 @@ def main():
         parser.need(args, "model")
     processor = None
     if args.model:
-        processor = Processor(args.model, load_config(args.model), **values(args, PICTURES))
+        processor = Processor(args.model, load_config(args.model), args)
     images = Path(args.images or Path(args.file).parent / "images")
     if check(args.file, images, processor, args.max_tokens):
         sys.exit(2)

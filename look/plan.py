@@ -19,7 +19,7 @@ from files import UserError, text_table
 from ladder import RECIPES
 from model import HEAD_LOGITS
 from runtime import compute_dtype, main_guard, recipe_settings
-from settings import PICTURES, Parser, values
+from settings import Parser
 
 GB = 1e9
 RESERVE = 0.1  # of a GPU's memory: the CUDA context, NCCL's buffers, fragments
@@ -178,7 +178,7 @@ def longest_row(args, config, samples):
 
     Returns: total, Namespace(tokens, targets, patches, where).
     """
-    processor = Processor(args.model, config, **values(args, PICTURES))
+    processor = Processor(args.model, config, args)
     rl = args.stage == "grpo"
     total = 0
     longest = argparse.Namespace(tokens=0, targets=0, patches=0, where=None)

@@ -574,7 +574,7 @@ def probe(what, models, pairs, args):
             row = same[0]
         else:
             model = load_model(directory, compute_dtype(args.dtype, device), device)
-            processor = Processor(directory, model.config, **values(args, PICTURES))
+            processor = Processor(directory, model.config, args)
             row |= summary(PROBES[what](model, processor, pairs, args, device), args.seed)
         result["rows"].append(row)
         write_json(path, result)

@@ -19,7 +19,7 @@ from files import UserError, parse_line, read_lines, write_text
 from look.charts import boxed, data_uri, page
 from pictures import MEAN, STD
 from runtime import main_guard
-from settings import PICTURES, Parser, add_flags, values
+from settings import PICTURES, Parser, add_flags
 
 
 def seen(example):
@@ -96,7 +96,7 @@ def show(args):
         raise UserError(f"{where}: there is no such row")
     images = Path(args.images or args.file.parent / "images")
     sample = parse_row(parse_line(line, where), where, images)
-    processor = Processor(args.model, load_config(args.model), **values(args, PICTURES))
+    processor = Processor(args.model, load_config(args.model), args)
     example = processor.example(sample, style_of(sample))
 
     trained = int((example.labels >= 0).sum())

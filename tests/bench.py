@@ -41,7 +41,7 @@ from rooms.render import mjpeg_avi
 from rooms.tiny import CONFIG, train_tokenizer, write_model
 from runtime import main_guard
 from settings import Parser, positive
-from train_sft import Rows, train_step
+from train_sft import Rows, accumulate_gradient
 
 TEXT = "How many chairs stand in the room? Think of each of them before you answer."
 TEXT_IDS = 250  # smaller ids are no special tokens in any tokenizer here
@@ -531,7 +531,7 @@ def measure_data(args, folder):
         began = time.perf_counter()
         step = [next(batches) for _ in range(8)]
         waits.append(time.perf_counter() - began)
-        train_step(model, step, sum(len(batch.targets) for batch in step))
+        accumulate_gradient(model, step, sum(len(batch.targets) for batch in step))
         whole.append(time.perf_counter() - began)
     wait, step = np.mean(waits[1:]), np.mean(whole[1:])  # the first step starts the worker
     print(f"wait    {wait:8.3f} s   of {step:.2f} s a step of 8 pictures of 1296x968, one worker")

@@ -289,7 +289,9 @@ def run_paths(device):
     batch = collate(examples, model.config).to(device)
     for checkpointing in (False, True):
         model.activation_checkpointing = checkpointing
-        gave[f"loss, checkpointing {checkpointing}"] = train_sft.train_step(model, [batch], 40)
+        gave[f"loss, checkpointing {checkpointing}"] = train_sft.accumulate_gradient(
+            model, [batch], 40
+        )
         gave[f"norm, checkpointing {checkpointing}"] = clip_gradients(model, 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -303,7 +305,9 @@ def run_paths(device):
         group.old = scores
         group.reference = scores + 0.1
     counts = {"sequences": 12, "kept_tokens": 100, "forwards": 7}  # one filler
-    gave["sums"] = list(grpo.update(model, groups, counts, args, banned, device).values())
+    gave["sums"] = list(
+        grpo.accumulate_gradient(model, groups, counts, args, banned, device).values()
+    )
     gave["grpo norm"] = clip_gradients(model, 1.0)
     return gave, model, processor, banned, samples
 
@@ -441,7 +445,10 @@ def count():
         (_, *shorter), (_, *longer) = rows.pop(-2), rows.pop(-1)
         rows.append(("decoding step", longer[0] - shorter[0], longer[1] - shorter[1]))
         model.activation_checkpointing = True
-        counted("SFT micro-batch, checkpointed", lambda: train_sft.train_step(model, [batch], 64))
+        counted(
+            "SFT micro-batch, checkpointed",
+            lambda: train_sft.accumulate_gradient(model, [batch], 64),
+        )
     for name, waits, kernels in rows:
         print(f"{name:<30} {waits:>4} waits {kernels:>6} kernels")
     print("waits of a forward:", listed(where))

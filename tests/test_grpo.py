@@ -29,6 +29,7 @@ from data import IGNORE, Example, Processor, collate, mrope_positions, read_all
 from files import UserError
 from grpo import (
     Group,
+    accumulate_gradient,
     group_advantages,
     group_batch,
     group_log_probs,
@@ -37,7 +38,6 @@ from grpo import (
     parts,
     policy_loss,
     sample_groups,
-    update,
 )
 from model import generate
 from pictures import Media
@@ -192,7 +192,7 @@ def counts_of(groups, args, fillers=0):
 def shared_update(world, groups, args, fillers=0):
     """Loss and gradients of grpo.update."""
     counts = counts_of(groups, args, fillers)
-    sums = update(world.model, groups, counts, args, world.banned, "cpu")
+    sums = accumulate_gradient(world.model, groups, counts, args, world.banned, "cpu")
     return sums["policy"] + sums["kl_loss"], gradients(world.model)
 
 
@@ -330,7 +330,7 @@ def test_loss_is_trls(loss_type, masked):
     def model(*_):
         return mine, torch.zeros(len(mine))
 
-    sums = update(model, [group], counts_of([group], args), args, None, "cpu")
+    sums = accumulate_gradient(model, [group], counts_of([group], args), args, None, "cpu")
     assert counts_of([group], args)["kept_tokens"] == int(mask.sum())
     assert abs(sums["policy"] + sums["kl_loss"] - expected.item()) <= 1e-6
     assert torch.allclose(mine.grad, per_token_logps.grad[inside], atol=1e-7)
@@ -552,7 +552,9 @@ def test_every_picture_reaches_every_forward(world, monkeypatch, kind):
         groups[0].ids, groups[0].lengths = completions or (groups[0].ids, groups[0].lengths)
         (reference,) = log_probs_of(world.reference, world, groups, 2, 1.0)
         counts = counts_of(groups, args)
-        entropy = update(world.model, groups, counts, args, world.banned, "cpu")["entropy"]
+        entropy = accumulate_gradient(world.model, groups, counts, args, world.banned, "cpu")[
+            "entropy"
+        ]
         world.model.zero_grad()
         with torch.no_grad():
             sft = world.model(
@@ -921,8 +923,8 @@ def test_equal_sums_of_other_parts_are_equal(world, monkeypatch):
     args = settings(num_generations=4, reward_funcs=["a", "b"], reward_weights=[1.0, 1.0])
     groups, _ = sampled(world, [0, 1], args, monkeypatch)
     assert all(group.advantages.tolist() == [0.0] * 4 for group in groups)
-    ranks = SimpleNamespace(gather=lambda rows: [rows])
-    metrics = grpo.rollout_metrics(grpo.rollout_rows(groups, 1, ranks))
+    ranks = SimpleNamespace(sum=lambda *numbers: list(numbers))
+    metrics = grpo.rollout_metrics(groups, ranks)
     assert metrics["frac_reward_zero_std"] == 1.0
     assert metrics["reward_std"] == 0.0
 

@@ -99,7 +99,7 @@ def claim(name):
 ranks = Ranks("cpu")
 ranks.print("once")
 said = {
-    "sum": ranks.sum(loss=0.5 + ranks.rank, tokens=3),
+    "sum": ranks.sum_named({"loss": 0.5 + ranks.rank, "tokens": 3}),
     "gather": ranks.gather([ranks.rank]),
     "once": ranks.once(claim, "whole"),
 }

@@ -22,7 +22,7 @@ from checkpoint import load_model
 from data import IGNORE, Processor, collate, cost, read_all, style_of
 from files import UserError
 from runtime import check_lengths, micro_batches, recipe_settings, rows_of_step, run_length
-from train_sft import Rows, train_step, with_replay
+from train_sft import Rows, accumulate_gradient, with_replay
 
 FILES = {
     "1": "spld_grounding_data.jsonl",
@@ -99,7 +99,7 @@ def mixed_examples(world, rooms, count=8):
 
 
 def step_of(world, batches):
-    loss = train_step(world.model, batches, sum(len(b.targets) for b in batches))
+    loss = accumulate_gradient(world.model, batches, sum(len(b.targets) for b in batches))
     grads = {name: p.grad.clone() for name, p in world.model.named_parameters()}
     world.model.zero_grad()
     return loss, grads
@@ -379,9 +379,9 @@ def test_a_stop_in_the_last_step_loses_nothing(call, rooms, tiny_model, tmp_path
         def at_last(model, batches, targets):
             if next(step) == 6:
                 signal.raise_signal(signal.SIGTERM)
-            return train_step(model, batches, targets)
+            return accumulate_gradient(model, batches, targets)
 
-        patch.setattr(train_sft, "train_step", at_last)
+        patch.setattr(train_sft, "accumulate_gradient", at_last)
         call(train_sft, *flags, "--out", tmp_path / "parts")
     assert [row["step"] for row in read_rows(log)] == [1, 2, 3, 4, 5, 6]
     assert not (tmp_path / "parts" / "config.json").exists()
