@@ -495,7 +495,7 @@ def main():
     steps = min(steps, args.max_steps or steps)
 
     # policy and reference
-    run = Run(args, ranks)
+    run = Run(args, ranks, samples)
     if run.finished:
         return
     model = load_sharded(

@@ -128,7 +128,7 @@ def main():
     steps = min(steps, args.max_steps or steps)
 
     # model
-    run = Run(args, ranks)
+    run = Run(args, ranks, samples)
     if run.finished:
         return
     model = load_sharded(
