@@ -17,9 +17,9 @@ CONFIG = "config_run.json"  # the settings that an output folder was begun with
 MADE_OF = "made_of"  # in it: the fingerprint of each input
 LOCK = ".lock"  # in an output folder; the process that works there holds it
 MODEL_FILES = ("*.safetensors", "*config.json", "tokenizer.json")  # what a model depends on
-PIECE = 1 << 14  # bytes that are read at one place of a large file
 OF_WEIGHTS = 1 << 24  # bytes that are read of a file of weights: 16 MB of at most 5 GB
-OF_PICTURE = 1 << 16  # bytes that are read of a picture or a video
+OF_PICTURE = 1 << 14  # bytes that are read of a picture or a video
+PIECE = 1 << 16  # bytes that are read at one place of a large file, at most
 LONGEST_REASON = 150  # characters of another library's error that are shown
 
 
@@ -140,10 +140,11 @@ def pieces(file, most):
         return
     head = most // 4
     yield file.read(head)
-    count = (most - head) // PIECE
+    piece = min(head, PIECE)
+    count = (most - head) // piece
     for i in range(1, count + 1):  # the last one ends where the file ends
-        file.seek(head + (size - head) * i // count - PIECE)
-        yield file.read(PIECE)
+        file.seek(head + (size - head) * i // count - piece)
+        yield file.read(piece)
 
 
 def fingerprint(sources, most=math.inf):
@@ -207,7 +208,7 @@ def changes(before, config, free):
     earlier = before.get(MADE_OF, prints)
     for name in sorted(prints.keys() | earlier.keys()):
         if prints.get(name) != earlier.get(name):
-            words.append(f"other contents of {name} {config.get(name, '')!s:.80}".strip())
+            words.append(f"other contents of {name} {config.get(name) or ''}".strip())
     return ", ".join(words)
 
 

@@ -550,8 +550,11 @@ class Run:
                 write_text(path, "".join(line + "\n" for line in kept))
 
     def append(self, name, rows):
-        """Add rows to a log. The ranks meet at the end of a step: a full disk is told there."""
-        if self.ranks.rank == 0:
+        """Add rows to a log. The ranks meet at the end of a step: a full disk is told there.
+
+        Nothing is written after it, as its last line may be torn.
+        """
+        if self.ranks.rank == 0 and self.problem is None:
             try:
                 append_jsonl(self.out / name, rows)
             except UserError as error:
