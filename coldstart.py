@@ -18,11 +18,21 @@ import torch
 from checkpoint import load_model
 from data import Processor, prompt_text, read_all
 from eval import answer_once, subset
-from files import CONFIG, UserError, claim, read_jsonl, text_table, write_json, write_jsonl
+from files import (
+    CONFIG,
+    MADE_OF,
+    UserError,
+    claim,
+    made_of,
+    read_jsonl,
+    text_table,
+    write_json,
+    write_jsonl,
+)
 from grpo import noise, sample_completions
 from rewards import accuracy_reward, format_reward
 from runtime import Ranks, compute_dtype, main_guard
-from settings import PICTURES, Parser, add_flags, positive, share, values
+from settings import MAY_CHANGE, PICTURES, Parser, add_flags, positive, share, values
 
 # What the chains depend on; the other flags choose among them.
 SAMPLING = (
@@ -44,17 +54,16 @@ def sample_chains(model, processor, samples, rows, args, device):
     """Chains for some samples, with both rewards; any number of processes samples the same.
 
     Args:    rows: numbers into samples.
-    Returns: {"index": row, "completions": texts, "format": rewards, "accuracy": rewards} for each.
+    Returns: {"completions": texts, "format": rewards, "accuracy": rewards} for each.
     """
     G, length = args.num_generations, args.max_completion_length
     # As in GRPO, each chain's noise depends on seed and row only: (B * G, length).
     uniforms = torch.cat([noise(args.seed, 0, row, G, length) for row in rows]).to(device)
     groups = sample_completions(model, processor, samples, rows, G, uniforms, args, device)
     chains = []
-    for row, group in zip(rows, groups):
+    for group in groups:
         chains.append(
             {
-                "index": row,
                 "completions": group.texts,
                 "format": format_reward(group.texts),
                 "accuracy": accuracy_reward(group.texts, group.sample),
@@ -193,9 +202,12 @@ def main():
     if out.exists() and not folder.is_dir():
         raise UserError(f"{out}: exists already; give another --out")
 
-    # 2. Their chains, saved as they are sampled: the folder goes on with the same settings.
+    # 2. Their chains, saved as they are sampled: the folder goes on with the same settings and the
+    #    same teacher. A chain belongs to its question, wherever that stands.
     config = values(args, (*SAMPLING, "limit"))
-    ranks.once(claim, folder, config)
+    prompts = {"prompts": args.prompts and [args.prompts]}
+    config[MADE_OF] = ranks.once(made_of, args.model, prompts)
+    ranks.once(claim, folder, config, MAY_CHANGE)
     model = load_model(args.model, compute_dtype(args.dtype, ranks.device), ranks.device)
     processor = Processor(args.model, model.config, args)
     ranks.once(write_json, folder / CONFIG, config)

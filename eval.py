@@ -11,12 +11,11 @@ localization rows always answer in boxes. Each process holds a whole model and a
 Answers are written as they are made: an interrupted evaluation goes on with the same command.
 """
 
-import hashlib
+import json
 import os
 import random
 import time
-from collections import defaultdict
-from functools import cache
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import torch
@@ -32,13 +31,17 @@ from benchmarks import (
     summarize,
     table,
 )
-from checkpoint import checkpoint_tensors, load_model
+from checkpoint import load_config, load_model
 from data import Processor, collate, cost, picture_paths, read_all, style_of
 from files import (
     CONFIG,
+    MADE_OF,
+    OF_PICTURE,
     UserError,
     append_jsonl,
     claim,
+    fingerprint,
+    made_of,
     read_json,
     read_jsonl,
     write_json,
@@ -47,7 +50,7 @@ from files import (
 from model import generate
 from rewards import CHOICE_TYPES, NUMBER_TYPES
 from runtime import Ranks, compute_dtype, main_guard
-from settings import PICTURES, Parser, add_flags, positive, values
+from settings import MAY_CHANGE, PICTURES, Parser, add_flags, positive, values
 
 # ---------------------------------------------------------------------------------- samples
 
@@ -108,7 +111,7 @@ def answer_rows(model, processor, samples, rows, args, device):
 
     Args:    rows: numbers into samples.
              args: holds prompt_style and max_completion_length.
-    Returns: a row of predictions.jsonl for each, without its score.
+    Returns: for each what predictions.jsonl has of it beside facts(sample) and the score.
     """
     chosen = [samples[row] for row in rows]
     # The way of training (data.py), but a prompt ends where the assistant begins.
@@ -129,11 +132,6 @@ def answer_rows(model, processor, samples, rows, args, device):
         # the prompt as text, with one pad token for each picture, and how often it is repeated
         prompt, vision_tokens = processor.shown(example)
         answer = {
-            "index": rows[i],
-            "id": sample.id,
-            "where": sample.where,
-            "question_type": sample.question_type,
-            "images": picture_paths(sample),
             "prompt": prompt,
             "vision_tokens": vision_tokens,
             # ids (B, C): the first `length` of a row are its completion, zeros follow
@@ -151,17 +149,55 @@ def answer_rows(model, processor, samples, rows, args, device):
     return answers
 
 
-def cut_torn_lines(out):
-    """Remove what a killed process left behind its last whole line; it is answered again."""
-    for path in out.glob("answers-rank*.jsonl"):
-        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+def facts(sample):
+    """What predictions.jsonl says of a row: where it stands now, and what is to be seen in it."""
+    return {
+        "id": sample.id,
+        "where": sample.where,
+        "question_type": sample.question_type,
+        "images": picture_paths(sample),
+    }
+
+
+# ---------------------------------------------------------------------------------- stored answers
+# Rows may be mended, sorted or added between two tries. An answer belongs to what was asked.
+
+
+def asked(samples):
+    """A name for each row by what it asks: its texts and the contents of its pictures.
+
+    Each of several rows that ask the same has a name of its own: they are several samples.
+    """
+    prints = {}  # source -> fingerprint: a picture stands in many rows
+    times = Counter()
+    names = []
+    for sample in samples:
+        question = [sample.question, sample.question_type, sample.options, sample.prompt]
+        question += [sample.answer, sample.data_type]
+        for role, parts in sample.messages or ():
+            question += [role, *[part if isinstance(part, str) else "" for part in parts]]
+        for media in sample.media:
+            question += [media.kind, media.seconds_per_frame]
+            for source in media.sources:
+                if source not in prints:
+                    prints[source] = fingerprint([source], OF_PICTURE)
+                question.append(prints[source])
+        name = fingerprint([json.dumps(question).encode()])
+        times[name] += 1
+        names.append(f"{name}-{times[name]}")
+    return names
 
 
 def saved_answers(out):
-    """Row number -> answer, of all processes and of all tries."""
+    """Name -> answer, of all processes and of all tries.
+
+    What a killed process left behind its last whole line is cut off: it is answered again.
+    """
     answers = {}
     for path in sorted(out.glob("answers-rank*.jsonl")):
-        answers.update((row["index"], row) for _, row in read_jsonl(path))
+        if path.is_file():
+            os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+            answers |= {row.pop("key", None): row for _, row in read_jsonl(path)}
     return answers
 
 
@@ -169,36 +205,34 @@ def answer_once(samples, size, ranks, out, answer):
     """Answer every sample once: what an interrupted run has written is not done again.
 
     Args:    size: samples in a batch; batches are shared out over the ranks.
-             answer: rows (numbers into samples) -> an object with "index", the row, for each.
+             answer: rows (numbers into samples) -> an object for each.
     Returns: on every rank, the answers in row order.
     """
-    ranks.once(cut_torn_lines, out)
-    saved = saved_answers(out)
+    names = ranks.once(asked, samples)
+    saved = ranks.once(saved_answers, out)
+    kept = sum(name in saved for name in names)
+    if saved and not kept:
+        raise UserError(f"{out}: its answers are to other questions; give another --out")
+    if saved:
+        ranks.print(f"{out}: has {kept} of {len(names)} answers")
     # Samples of like length stand together, so that little is padded. The longest come first:
-    # what does not fit into memory shows at once, and no rank gets the longest last. Batches are
-    # the same in every try: their rows are all saved, or all left.
+    # what does not fit into memory shows at once, and no rank gets the longest last. Batches of
+    # one size are the same in every try: their rows are all saved, or all left.
     order = sorted(range(len(samples)), key=lambda row: (cost(samples[row]), row), reverse=True)
     batches = [order[first : first + size] for first in range(0, len(order), size)]
-    mine = [batch for batch in batches[ranks.rank :: ranks.world] if not saved.keys() >= set(batch)]
+    left = []
+    for batch in batches[ranks.rank :: ranks.world]:
+        if any(names[row] not in saved for row in batch):
+            left.append(batch)
     progress = {"disable": ranks.rank != 0, "mininterval": 2, "dynamic_ncols": True}
-    for batch in tqdm(mine, desc="answers", **progress):
+    for batch in tqdm(left, desc="answers", **progress):
+        rows = [{"key": names[row], **given} for row, given in zip(batch, answer(batch))]
         # Every rank writes a file of its own: nobody waits for the others, and a kill loses no
         # more than the batches that are being answered.
-        append_jsonl(out / f"answers-rank{ranks.rank}.jsonl", answer(batch))
+        append_jsonl(out / f"answers-rank{ranks.rank}.jsonl", rows)
     ranks.gather(None)  # wait until all ranks have written
-    saved = saved_answers(out)
-    return [saved[row] for row in range(len(samples))]
-
-
-@cache
-def model_hash(directory):
-    """First 16 hex digits of the SHA-256 of a model's weight files."""
-    digest = hashlib.sha256()
-    for path in sorted({path for path, _ in checkpoint_tensors(directory).values()}):
-        with open(path, "rb") as file:
-            while chunk := file.read(1 << 24):  # 16 MB
-                digest.update(chunk)
-    return digest.hexdigest()[:16]
+    saved = ranks.once(saved_answers, out)
+    return [saved[name] for name in names]
 
 
 # ---------------------------------------------------------------------------------- main
@@ -246,16 +280,21 @@ def main():
     recipe = values(args, sorted(names))
     if args.predictions:
         answers = given_answers(args.predictions, samples, benchmark)
+        recipe["predictions"] = os.path.realpath(args.predictions)
     else:
-        model = load_model(args.model, compute_dtype(args.dtype, ranks.device), ranks.device)
-        processor = Processor(args.model, model.config, args)
+        config = load_config(args.model)
+        processor = Processor(args.model, config, args)
         recipe |= values(processor, ("min_pixels", "max_pixels")) | {"decoding": "greedy"}
-        # A folder's weights may change under its name, as when a rung is trained anew.
-        recipe["model_hash"] = ranks.once(model_hash, args.model)
+        prompts = {"prompts": args.prompts and [args.prompts]}
+        recipe[MADE_OF] = ranks.once(made_of, args.model, prompts)
 
     # 3. The answers, each rank its share. An output folder holds one evaluation: with the same
-    #    recipe it goes on where it was interrupted, another recipe is refused.
-    ranks.once(claim, out, recipe)
+    #    recipe it goes on where it was interrupted, another recipe is refused. Where the model and
+    #    the rows lie is free: the model's contents are in the recipe, answers belong to questions.
+    ranks.once(claim, out, recipe, (*MAY_CHANGE, "bench", "blind_from"))
+    if not args.predictions:
+        dtype = compute_dtype(args.dtype, ranks.device)
+        model = load_model(args.model, dtype, ranks.device)
     ranks.once(write_json, out / CONFIG, recipe)
     if not args.predictions:
         # answer_once knows nothing of models: coldstart.py samples chains with it.
@@ -266,7 +305,9 @@ def main():
 
     # 4. The scores. rows: what predictions.jsonl holds, a row for each sample.
     if ranks.rank == 0:
-        rows = [row | extra for row, extra in zip(answers, extras)]
+        rows = []
+        for sample, row, extra in zip(samples, answers, extras):
+            rows.append(facts(sample) | row | extra)
         rows = score_rows(rows, bench, args.scorer, args.prompt_style == "thinking")
         rows = list(add_baselines(rows, samples, bench.scorers[args.scorer].match, train))
         write_jsonl(out / "predictions.jsonl", rows)

@@ -1,15 +1,26 @@
 """Files: read with one-line errors that name the file, written whole or not at all.
 
-Everything here is for people's files: JSON, JSON lines, output folders, text tables. No torch.
+Everything here is for people's files: JSON, JSON lines, output folders, text tables, and what tells
+the contents of two files apart. No torch.
 """
 
 import codecs
+import fcntl
+import hashlib
+import io
 import json
+import math
 import os
 from contextlib import contextmanager
 from pathlib import Path
 
 CONFIG = "config_run.json"  # the settings that an output folder was begun with
+MADE_OF = "made_of"  # in it: the fingerprint of each input
+LOCK = ".lock"  # in an output folder; the process that works there holds it
+MODEL_FILES = ("*.safetensors", "*config.json", "tokenizer.json")  # what a model depends on
+OF_WEIGHTS = 1 << 24  # bytes that are read of a file of weights: 16 MB of at most 5 GB
+OF_PICTURE = 1 << 14  # bytes that are read of a picture or a video
+PIECE = 1 << 16  # bytes that are read at one place of a large file, at most
 LONGEST_REASON = 150  # characters of another library's error that are shown
 
 
@@ -153,13 +164,107 @@ def append_jsonl(path, rows):
         file.write(jsonl(rows))
 
 
-def claim(folder, settings, go_on=True):
-    """Take an output folder: a new one, an empty one, or one that was begun with equal settings.
+# ---------------------------------------------------------------------------------- contents
+# A path does not say what is in the file: a model may be trained anew under its old name, rows may
+# be mended, a folder may move. What a result depends on is told by its contents.
 
-    Nothing is written but the folder itself. The caller writes CONFIG when the work begins, so
-    that a mistake found before then leaves an empty folder.
 
-    Args:    settings: what the results depend on, as JSON knows it.
+def pieces(file, most):
+    """Yield a file's size and its bytes; of one that is larger than `most`, bytes from all over it.
+
+    The first quarter of `most` is the file's beginning: the header of a safetensors file is there.
+    """
+    size = file.seek(0, io.SEEK_END)
+    yield str(size).encode()
+    file.seek(0)
+    if size <= most:
+        while chunk := file.read(1 << 20):
+            yield chunk
+        return
+    head = most // 4
+    yield file.read(head)
+    piece = min(head, PIECE)
+    count = (most - head) // piece
+    for i in range(1, count + 1):  # the last one ends where the file ends
+        file.seek(head + (size - head) * i // count - piece)
+        yield file.read(piece)
+
+
+def fingerprint(sources, most=math.inf):
+    """16 hex digits that tell contents apart.
+
+    Args: sources: paths of files, or the bytes of one. most: bytes that are read of each.
+    """
+    digest = hashlib.sha256()
+    for source in sources:
+        try:
+            with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
+                for piece in pieces(file, most):
+                    digest.update(piece)
+        except (OSError, ValueError):
+            # Whoever needs the file says what is wrong with it. Here its name stands for it.
+            digest.update(str(source).encode())
+    return digest.hexdigest()[:16]
+
+
+def made_of(model, files):
+    """The fingerprints that a run keeps in CONFIG, under MADE_OF.
+
+    Args:    model: a model directory. files: name -> list of paths, or None.
+    Returns: name -> fingerprint of each that is not None.
+    """
+    prints = {name: fingerprint(paths) for name, paths in files.items() if paths}
+    paths = []
+    for pattern in MODEL_FILES:
+        paths += sorted(Path(model).glob(pattern))
+    return prints | {"model": fingerprint(paths, OF_WEIGHTS)}
+
+
+# ---------------------------------------------------------------------------------- output folders
+
+
+def hold(folder):
+    """Keep other processes out of an output folder for as long as this one lives.
+
+    The system lets go of the lock when the process ends, however it ends. Processes that it forks
+    do not hold it: a loader of pictures that outlives a killed run keeps nobody out.
+    """
+    with writing(folder):
+        file = os.open(Path(folder) / LOCK, os.O_RDWR | os.O_CREAT, 0o666)  # stays open
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise UserError(
+            f"{folder}: another process is at work there; wait for its end, or give another --out"
+        ) from None
+    except OSError:
+        pass  # a file system without locks
+
+
+def changes(before, config, free):
+    """What is not as it was, in words. See claim."""
+    words = []
+    for name, value in config.items():
+        if name not in (MADE_OF, *free) and before.get(name) != value:
+            words.append(f"{name} {before.get(name)!r}, now {value!r}")
+    prints = config.get(MADE_OF, {})
+    earlier = before.get(MADE_OF, prints)
+    for name in sorted(prints.keys() | earlier.keys()):
+        if prints.get(name) != earlier.get(name):
+            words.append(f"other contents of {name} {config.get(name) or ''}".strip())
+    return ", ".join(words)
+
+
+def claim(folder, config, free=(), go_on=True, lock=True):
+    """Take an output folder: a new one, an empty one, or one that was begun with an equal config.
+
+    No other process can take it as long as this one lives. Nothing is written but the folder and
+    its lock. The caller writes CONFIG when the work begins, so that a mistake found before then
+    leaves an empty folder.
+
+    Args:    config: what the caller will write to CONFIG. Under MADE_OF it has the fingerprints of
+             what the results depend on.
+             free: settings that may differ: how results are made, and where inputs lie.
              go_on: False refuses a folder that was begun before.
     Returns: True if the folder was begun before.
     Raises:  UserError that names what is in the way.
@@ -169,23 +274,19 @@ def claim(folder, settings, go_on=True):
         folder.mkdir(parents=True, exist_ok=True)
     begun = (folder / CONFIG).is_file()
     if begun and go_on:
-        before = read_json(folder / CONFIG)
-        now = json.loads(json.dumps(settings))  # a tuple is a list there
-        changed = [
-            f"{key} {before.get(key)!r}, now {value!r}"
-            for key, value in now.items()
-            if before.get(key) != value
-        ]
+        now = json.loads(json.dumps(config))  # a tuple is a list there
+        changed = changes(read_json(folder / CONFIG), now, free)
         if changed:
             raise UserError(
-                f"{folder}: was begun with other settings: {', '.join(changed)}; give another --out"
+                f"{folder}: was begun with other settings: {changed}; give another --out"
             )
-        return True
     # A file *.tmp is what a try left that was killed at once.
-    if any(path.suffix != ".tmp" for path in folder.iterdir()):
+    elif any(path.suffix != ".tmp" and path.name != LOCK for path in folder.iterdir()):
         hint = "continue it with --resume auto, or " if begun else ""
         raise UserError(f"{folder}: not empty; {hint}give another --out")
-    return False
+    if lock:
+        hold(folder)
+    return begun
 
 
 # ---------------------------------------------------------------------------------- showing

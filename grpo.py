@@ -510,7 +510,7 @@ def main():
     need_inputs(args, ranks)
     samples, held_out = read_prompts_and_questions(args)
     steps, end = run_length(args, len(samples), args.prompts_per_step)
-    run = Run(args, ranks)
+    run = Run(args, ranks, samples)
     if run.finished:
         return
     processor = Processor(args.model, load_config(args.model), args)

@@ -23,8 +23,19 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from files import CONFIG, UserError, claim, read_json, read_jsonl, text_table, write_json
-from settings import Parser, add_flags, positive, values
+from files import (
+    CONFIG,
+    MADE_OF,
+    UserError,
+    claim,
+    hold,
+    made_of,
+    read_json,
+    read_jsonl,
+    text_table,
+    write_json,
+)
+from settings import MAY_CHANGE, Parser, add_flags, positive, values
 
 # ---------------------------------------------------------------------------------- the rungs
 
@@ -374,10 +385,17 @@ def main():
     args = settings()
     begun = args.folder / CONFIG
     # Only what a ladder began is deleted: a trainer's folder has other settings.
-    if args.fresh and begun.is_file() and read_json(begun).keys() == args.config.keys():
+    if args.fresh and begun.is_file() and read_json(begun).keys() >= args.config.keys():
+        hold(args.folder)
         shutil.rmtree(args.folder)
-    claim(args.folder, args.config)  # a new folder, or this very ladder, which then goes on
-    write_json(begun, args.config)
+    # A new folder, or this very ladder, which then goes on. Other test rows are no other ladder:
+    # eval.py answers what it has not answered.
+    data = args.config["data"]
+    rows = data and [Path(data) / name for name in (GROUNDING, SPATIAL, COLDSTART)]
+    base = args.config["model"] or Path(__file__).parent / BASE
+    config = args.config | {MADE_OF: made_of(base, {"data": rows})}
+    claim(args.folder, config, (*MAY_CHANGE, "test"))
+    write_json(begun, config)
 
     rungs = []
     climb(args, commands(args), rungs)

@@ -41,9 +41,14 @@ from checkpoint import build_model, load_config, load_weights, save_model
 from data import style_of
 from files import (
     CONFIG,
+    MADE_OF,
+    OF_PICTURE,
     UserError,
     append_jsonl,
+    changes,
     claim,
+    fingerprint,
+    made_of,
     parse_line,
     read_json,
     reason,
@@ -52,7 +57,7 @@ from files import (
     writing,
 )
 from ladder import MADE_BY, RECIPES, launch
-from settings import GRPO, SETTINGS, SFT, Parser, add_flags
+from settings import GRPO, MAY_CHANGE, SETTINGS, SFT, Parser, add_flags
 
 # NCCL ends a run whose ranks wait longer for one another: one rank may make rooms meanwhile, or
 # write a large model to a slow disk.
@@ -462,19 +467,29 @@ def leave_process_group(worker):
 # ---------------------------------------------------------------------------------- the run
 
 
-class Run:
-    """An output folder: config_run.json, log.jsonl, resume/step-N, in the end the model itself."""
+def inputs(args, samples):
+    """The fingerprints of what a run is made of: the model, the rows, the pictures, the prompts."""
+    files = {name: getattr(args, name, None) for name in ("data", "replay", "eval_data")}
+    prints = made_of(args.model, files | {"prompts": args.prompts and [args.prompts]})
+    pictures = []
+    for media in samples[0].media if samples else ():  # they stand for all: there may be 100,000
+        pictures += media.sources
+    return prints | {"images": fingerprint(pictures, OF_PICTURE)}
 
-    def __init__(self, args, ranks):
+
+class Run:
+    """An output folder: config_run.json, log.jsonl, resume/step-N, in the end the model itself.
+
+    Args: samples: the rows that are trained on.
+    """
+
+    def __init__(self, args, ranks, samples=()):
         self.args, self.ranks, self.out = args, ranks, Path(args.out)
         self.stopping = False  # Ctrl-C or SIGTERM came
+        self.problem = None  # why the log could not be written
         self.saved = 0  # step of the newest trainer state
-        self.config = {
-            name: value
-            for name, value in vars(args).items()
-            if name not in SETTINGS or not SETTINGS[name].may_change
-        }
-        ranks.once(claim, self.out, self.config, bool(args.resume))
+        self.config = vars(args) | {MADE_OF: ranks.once(inputs, args, samples)}
+        ranks.once(claim, self.out, self.config, MAY_CHANGE, bool(args.resume))
         ranks.print("settings:", json.dumps(self.config))
         self.finished = (self.out / "config.json").is_file()
         if self.finished:
@@ -527,21 +542,45 @@ class Run:
             if not (Path(choice) / ".metadata").is_file():
                 raise UserError(f"--resume {choice}: no trainer state there (no .metadata in it)")
             states = [Path(choice)]
+        self.ranks.once(write_json, self.out / CONFIG, self.config)
         if self.ranks.rank == 0:
-            write_json(self.out / CONFIG, self.config)
             for left in self.out.glob("resume/*.tmp"):  # by a save that was interrupted
                 shutil.rmtree(left)
         if not (choice and states):
-            self.cut_log(0)
+            self.ranks.once(self.cut_log, 0)
             return 0
         for path in states:
             step = self.load_state(path, model, optimizer)
             if step is not None:
                 self.ranks.print(f"resumed {path}")
-                self.cut_log(step)
-                self.saved = step
+                self.go_on_from(path, step, model, optimizer)
                 return step
         raise UserError(f"{self.out}: none of its {len(states)} trainer states can be read")
+
+    def go_on_from(self, path, step, model, optimizer):
+        """Leave the old way: states and rows of later steps, which will be done again.
+
+        The states go first, the newest before the others: wherever this is interrupted, the newest
+        state that is left has all of its log.
+        """
+        here = self.out / "resume" / f"step-{step:06d}"
+        if path.resolve() != here.resolve():  # of another folder
+            begun = read_json(path / "meta.json").get("config", self.config)
+            changed = changes(begun, self.config, MAY_CHANGE)
+            if changed:
+                self.ranks.print(f"{path}: of a run with other settings: {changed}")
+            self.save(model, optimizer, step)  # `auto` is to find it here
+        self.saved = step
+        self.ranks.once(self.leave_states, here)
+        self.ranks.once(self.cut_log, step)
+
+    def leave_states(self, last):
+        """Remove the states after `last`."""
+        for path in sorted(last.parent.glob("step-??????"), reverse=True):
+            if path > last:
+                with writing(path):
+                    shutil.rmtree(path)
+                print(f"{path}: removed, its steps are done again", flush=True)
 
     def load_state(self, path, model, optimizer):
         """Fill model and optimizer from a trainer state. Returns: its step, None if unreadable."""
@@ -590,14 +629,25 @@ class Run:
         """Drop the rows of steps that will be done again."""
         for name in ("log.jsonl", "rollouts.jsonl"):
             path = self.out / name
-            if self.ranks.rank == 0 and path.is_file():
+            if path.is_file():
                 lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # a torn end is dropped
                 kept = [line for line in lines if parse_line(line.encode(), path)["step"] <= step]
                 write_text(path, "".join(line + "\n" for line in kept))
 
     def append(self, name, rows):
-        if self.ranks.rank == 0:
-            append_jsonl(self.out / name, rows)
+        """Add rows to a log. The ranks meet at the end of a step: a full disk is told there.
+
+        Nothing is written after it, as its last line may be torn.
+        """
+        if self.ranks.rank == 0 and self.problem is None:
+            try:
+                append_jsonl(self.out / name, rows)
+            except UserError as error:
+                self.problem = error
+
+    def tell_problem(self):
+        if self.problem:
+            raise self.problem
 
     # ------------------------------------------------------------------ the loop
 
@@ -625,7 +675,12 @@ class Run:
         self.append("log.jsonl", [{"step": step, **row, **timing}])
         self.bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
 
-        stop = boundary and self.ranks.sum(self.stopping)[0] > 0
+        stop = False
+        if boundary:
+            stopping, failed = self.ranks.sum(self.stopping, self.problem is not None)
+            stop = stopping > 0
+            if failed:
+                self.ranks.once(self.tell_problem)  # rank 0 has it
         due = self.args.save_every and step - self.saved >= self.args.save_every
         if stop or (boundary and due and step < self.total):
             self.save(model, optimizer, step)
@@ -646,6 +701,7 @@ class Run:
 
     def finish(self, model, processor):
         """Write the model directory; with config.json in it the run is complete."""
+        self.ranks.once(self.tell_problem)
         if self.ranks.rank == 0:
             with writing(self.out, "the model", SafetensorError):
                 tensors = whole_tensors(model)

@@ -44,26 +44,29 @@ class Setting:
     default: Any
     help: str
     check: Any = None
-    may_change: bool = False  # when a run goes on: how it is done, not what is done
+    # When a run goes on: how it is done, not what is done; a path, whose contents may not.
+    may_change: bool = False
 
 
 SETTINGS = {
     # where things are
-    "model": Setting(str, None, "model directory to start from"),
-    "data": Setting([str], None, "jsonl files to train on"),
+    "model": Setting(str, None, "model directory to start from", may_change=True),
+    "data": Setting([str], None, "jsonl files to train on", may_change=True),
     "images": Setting(
-        str, None, "folder that picture paths are relative to (default: images beside each file)"
+        str,
+        None,
+        "folder that picture paths are relative to (default: images beside each file)",
+        may_change=True,
     ),
-    "out": Setting(str, None, "output directory; in the end a model directory"),
+    "out": Setting(str, None, "output directory; in the end a model directory", may_change=True),
     "resume": Setting(
         str,
         None,
         "auto: go on from the newest trainer state in --out; or a state's path",
-        None,
-        True,
+        may_change=True,
     ),
     # rows
-    "replay": Setting([str], None, "jsonl files of earlier stages to mix in"),
+    "replay": Setting([str], None, "jsonl files of earlier stages to mix in", may_change=True),
     "replay_ratio": Setting(float, 0.0, "share of all rows that are replayed", below_one),
     "curriculum": Setting(
         float, 1.0, "share of the rows, from the file's beginning, for the first steps", share
@@ -79,7 +82,9 @@ SETTINGS = {
     "video_seconds": Setting(
         ("grid", "real"), "grid", "time of frames: one second for each pair, or their true times"
     ),
-    "prompts": Setting(str, None, "JSON file with prompt texts to use in place of ours"),
+    "prompts": Setting(
+        str, None, "JSON file with prompt texts to use in place of ours", may_change=True
+    ),
     "prompt_style": Setting(
         ("thinking", "direct"), "thinking", "ask for a chain of thought, or for the bare answer"
     ),
@@ -121,21 +126,24 @@ SETTINGS = {
     "eval_every": Setting(
         int, 0, "optimizer steps between answers to held-out questions; 0: never", not_negative
     ),
-    "eval_data": Setting([str], None, "jsonl files of held-out questions"),
+    "eval_data": Setting([str], None, "jsonl files of held-out questions", may_change=True),
     "eval_limit": Setting(int, 64, "held-out questions that are answered", positive),
     # the machine
     "save_every": Setting(
         int, 0, "optimizer steps between trainer states; 0: only when stopped", not_negative, True
     ),
     "keep_last": Setting(int, 2, "trainer states that are kept", positive, True),
-    "device": Setting(("cpu", "cuda"), None, "default: cuda if there is one", None, True),
+    "device": Setting(("cpu", "cuda"), None, "default: cuda if there is one", may_change=True),
     "dtype": Setting(
         ("float32", "bfloat16"),
         None,
         "what is computed in (default: bfloat16 on a GPU); trained weights are float32",
     ),
     "activation_checkpointing": Setting(
-        bool, False, "compute layers again in the backward: less memory, a third more work"
+        bool,
+        False,
+        "compute layers again in the backward: less memory, a third more work",
+        may_change=True,
     ),
     "freeze_vision": Setting(bool, False, "do not train the vision encoder and its merger"),
 }
@@ -158,6 +166,7 @@ GRPO = (
 PICTURES = (  # what Processor takes
     *("min_pixels", "max_pixels", "num_frames", "fps", "max_frames", "video_seconds", "prompts"),
 )
+MAY_CHANGE = tuple(name for name, setting in SETTINGS.items() if setting.may_change)
 
 
 # ---------------------------------------------------------------------------------- flags

@@ -136,7 +136,7 @@ def main():
         source = f"{len(samples)} of {source}, {replayed} replayed of {', '.join(args.replay)}"
         samples = mixed
     steps, end = run_length(args, len(samples), args.batch_size)
-    run = Run(args, ranks)
+    run = Run(args, ranks, samples)
     if run.finished:
         return
     processor = Processor(args.model, load_config(args.model), args)

@@ -45,10 +45,15 @@ from ask import draw_boxes
 from benchmarks import bootstrap_interval
 from checkpoint import load_model
 from data import IGNORE, Processor, collate, read_all, style_of
-from eval import answer_rows, model_hash, our_files, subset
+from eval import answer_rows, asked, our_files, subset
 from files import (
     CONFIG,
+    MADE_OF,
     UserError,
+    changes,
+    fingerprint,
+    hold,
+    made_of,
     read_json,
     text_table,
     write_json,
@@ -68,6 +73,7 @@ from rewards import (
 )
 from runtime import choose_device, compute_dtype, main_guard
 from settings import (
+    MAY_CHANGE,
     PICTURES,
     Parser,
     add_flags,
@@ -187,6 +193,11 @@ def batches(items, size):
     return [items[first : first + size] for first in range(0, len(items), size)]
 
 
+def save_picture(picture, path):
+    with writing(path):
+        picture.save(path)
+
+
 # ---------------------------------------------------------------------------------- hints
 
 
@@ -270,7 +281,7 @@ def probe_hints(model, processor, pairs, args, device):
     """
     for condition in CONDITIONS:
         picture = open_picture(hinted(*pairs[0], condition).media[0].source)
-        picture.save(args.pictures.with_name(condition + ".png"))
+        save_picture(picture, args.pictures.with_name(condition + ".png"))
     for part in batches(pairs, args.micro_batch):
         figures = [{"chance": 1 / len(question.options)} for question, _ in part]
         for condition in CONDITIONS:
@@ -435,7 +446,7 @@ def probe_attention(model, processor, pairs, args, device):
             figures[kind + "entropy"] = map_entropy(heat)
             if row < PAINTED:
                 painted = overlay(picture, heat, located.answer)
-                painted.save(f"{args.pictures}-{kind.strip(': ')}{row + 1}.png")
+                save_picture(painted, f"{args.pictures}-{kind.strip(': ')}{row + 1}.png")
         random = [attended_iou(rng.random(heat.shape), truth) for _ in range(RANDOM_MAPS)]
         figures["random cells"] = np.mean(random)
         figures["best cells"] = best_iou(heat.shape, truth)
@@ -554,21 +565,34 @@ def questions_for(what, samples, args):
     return list(zip(*subset(*zip(*pairs), args.limit or LIMITS[what], args.seed)))
 
 
+def contents(pairs, prompts):
+    """The fingerprint of what a probe asks: questions with their pictures, and prompts."""
+    rows = []
+    for pair in pairs:
+        rows += [sample for sample in pair if sample]
+    names = "\n".join(asked(rows))
+    return fingerprint([names.encode(), *prompts])
+
+
 def probe(what, models, pairs, args):
     """Run one probe on all models. The results are written after each model."""
     folder = Path(args.out, what)  # of its pictures
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder.with_suffix(".json")
     settings = {"data": str(args.data), "questions": len(pairs), **values(args, USED)}
-    result = {"what": what, "settings": settings, "rows": [], "paper": PAPER[what]}
+    prompts = [args.prompts] if args.prompts else []
+    result = {"what": what, "settings": settings, MADE_OF: contents(pairs, prompts)}
+    result |= {"rows": [], "paper": PAPER[what]}
     earlier = []
-    if path.is_file() and read_json(path)["settings"] == settings:
-        earlier = read_json(path)["rows"]
+    if path.is_file():
+        before = read_json(path)
+        if not changes(before["settings"], settings, MAY_CHANGE):
+            earlier = [row for row in before["rows"] if before.get(MADE_OF) == result[MADE_OF]]
     device = choose_device(args.device)
     for name, directory, style in models:
         args.prompt_style = "direct" if what == "attention" else style
         args.pictures = folder / name
-        row = {"name": name, "style": args.prompt_style, "model": model_hash(directory)}
+        weights = made_of(directory, {})["model"]
+        row = {"name": name, "style": args.prompt_style, "model": weights}
         same = [old for old in earlier if row.items() <= old.items()]
         if same:
             row = same[0]
@@ -627,9 +651,13 @@ def main():
     samples = read_all(our_files(args.data), args.images)
     chosen = PROBES if args.what == "all" else (args.what,)
     questions = {what: questions_for(what, samples, args) for what in chosen}
-    with writing(args.out, "results"):
-        for what in chosen:
-            probe(what, models, questions[what], args)
+    for what in chosen:
+        folder = Path(args.out, what)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        hold(folder)  # before a model is loaded
+    for what in chosen:
+        probe(what, models, questions[what], args)
 
 
 if __name__ == "__main__":

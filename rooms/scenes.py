@@ -395,7 +395,7 @@ def write_rooms(
     rooms = {"train": scenes, "val": test_scenes // 2, "test": test_scenes}
     request = {"rooms": rooms, "seed": seed, "size": size, "cast": cast, "tasks": tasks}
     request |= difficulty
-    if claim(out, request):
+    if claim(out, request, lock=False):  # the folder is made beside and renamed
         print(f"{out} already holds these rooms")
         return
     with (

@@ -2,10 +2,11 @@
 
     python tests/kill_resume.py --kills 50          # makes a few rooms and a tiny model first
     python tests/kill_resume.py --kills 20 --nproc-per-node 2 --script grpo
+    python tests/kill_resume.py --race 20           # two processes start in one folder each time
 
 Every time: the directory continues without help; a model directory, once visible, is whole; no more
 than --save-every steps are done again; and a run that is done has the very weights and log of one
-that nobody disturbed.
+that nobody disturbed. Of two that race for a folder one trains, and the other ends with one line.
 """
 
 import argparse
@@ -105,6 +106,72 @@ def assert_whole(out, undisturbed, model):
 # ---------------------------------------------------------------------------------- the disturbance
 
 
+def training(train, model, script="train_sft", processes=1):
+    """The words of a training, less its --out. train, model: rooms and model directory."""
+    flags = [train / word if word.endswith(".jsonl") else word for word in FLAGS[script]]
+    flags += ["--model", model, "--resume", "auto"]
+    flags += ["--max-steps", STEPS, "--save-every", SAVE_EVERY, "--out"]
+    return command(processes, REPOSITORY / f"{script}.py", *flags)
+
+
+def undisturbed(words, folder):
+    """Train to the end. Returns: --out; the seconds from the look at the directory to the end."""
+    whole, said = folder / "whole", folder / "said.txt"
+    process = start([*words, str(whole)], said)
+    began = time.time()
+    assert process.wait() == 0, said.read_text()
+    return whole, time.time() - began
+
+
+def start_both(words, folder):
+    """Start a training twice at the same moment and wait until one has ended.
+
+    Returns: (process, file of its output) of the one that has ended, and of the other.
+    """
+    both = []
+    for name in ("one.txt", "two.txt"):
+        said = folder / name
+        with open(said, "w") as file:
+            process = subprocess.Popen(words, stdout=file, stderr=file, env=ENVIRONMENT)
+        both.append((process, said))
+    while all(process.poll() is None for process, _ in both):
+        time.sleep(0.01)
+    return sorted(both, key=lambda one: one[0].poll() is None)
+
+
+def race(folder, train, model, tries, seed=0):
+    """Let two trainings race for one --out, and kill the one that has it at a random moment.
+
+    Returns: a sentence. AssertionError if both train, none does, or anything is lost.
+    """
+    rng = random.Random(seed)
+    words = training(train, model)
+    whole, lasts = undisturbed(words, folder)
+    finished = late = 0
+    for _ in range(tries):
+        out = folder / f"run{finished}"
+        (first, said), (other, others) = start_both([*words, str(out)], folder)
+        if first.returncode == 0:  # it was done before the other looked at the directory
+            late += 1
+            assert other.wait() == 0, others.read_text()
+            assert "finished already" in others.read_text()
+        else:
+            assert first.returncode == 2, said.read_text()
+            assert "another process is at work there" in said.read_text()
+            assert len(said.read_text().splitlines()) == 1, said.read_text()
+            moment = time.time() + rng.uniform(0, lasts)
+            while other.poll() is None and time.time() < moment:
+                time.sleep(0.002)
+            if other.poll() is None:
+                kill(other)
+            assert other.returncode in (0, -signal.SIGKILL), others.read_text()
+        steps_ahead(out)  # every step once, in order
+        if (out / "config.json").exists():
+            assert_whole(out, whole, model)
+            finished += 1
+    return f"{tries} races ({late} that one was late for), {finished} runs ended, one log each"
+
+
 def disturb(folder, train, model, kills, script="train_sft", processes=1, seed=0):
     """Kill `kills` runs of a script, one after another, each in an --out until that is finished.
 
@@ -112,20 +179,13 @@ def disturb(folder, train, model, kills, script="train_sft", processes=1, seed=0
     Returns: a sentence. AssertionError if anything is lost.
     """
     rng = random.Random(seed)
-    flags = [train / word if word.endswith(".jsonl") else word for word in FLAGS[script]]
-    flags += ["--model", model, "--resume", "auto"]
-    flags += ["--max-steps", STEPS, "--save-every", SAVE_EVERY, "--out"]
-    words = command(processes, REPOSITORY / f"{script}.py", *flags)
-
-    whole, said = folder / "whole", folder / "said.txt"
-    process = start([*words, str(whole)], said)
-    began = time.time()
-    assert process.wait() == 0, said.read_text()
-    lasts = time.time() - began  # from the look at the directory to the end
+    words = training(train, model, script, processes)
+    whole, lasts = undisturbed(words, folder)
 
     killed = finished = repeated = 0
     while killed < kills:
         out = folder / f"run{finished}"
+        said = folder / "said.txt"
         process = start([*words, str(out)], said)
         moment = time.time() + rng.uniform(0, lasts)
         while process.poll() is None and time.time() < moment:
@@ -157,6 +217,7 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--race", type=int, help="start two at once, so many times")
     parser.add_argument("--script", choices=tuple(FLAGS), default="train_sft")
     parser.add_argument("--nproc-per-node", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
@@ -166,6 +227,9 @@ def main():
         train, model = folder / "rooms" / "train", folder / "base"
         make("rooms.scenes", "--out", folder / "rooms", "--scenes", 12, "--test-scenes", 2)
         make("rooms.tiny", "--data", train, "--out", model)
+        if args.race:
+            print(race(folder, train, model, args.race, args.seed))
+            return
         processes = args.nproc_per_node
         print(disturb(folder, train, model, args.kills, args.script, processes, args.seed))
 

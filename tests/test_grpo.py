@@ -51,7 +51,9 @@ FINISHED = ((True, False, True, True), (True, True, False, True))
 
 @pytest.fixture(scope="module")
 def world(rooms, tiny_model, tmp_path_factory):
-    """Model, a perturbed reference, one from before an update, processor, banned words and a row of each kind."""
+    """Model, a perturbed reference, one from before an update, processor, banned words and a row of
+    each kind.
+    """
 
     def perturbed(size, seed):
         model, generator = (
@@ -103,7 +105,9 @@ def settings(*flags, **changes):
 
 
 def make_groups(world, kind, args):
-    """Two groups of four random completions of unequal lengths, some of them truncated, for rows of one kind."""
+    """Two groups of four random completions of unequal lengths, some of them truncated, for rows of
+    one kind.
+    """
     generator, groups = torch.Generator().manual_seed(0), []
     words = (~world.banned).nonzero()[:, 0]
     for lengths, finished in zip(map(torch.tensor, LENGTHS), map(torch.tensor, FINISHED)):
@@ -146,7 +150,9 @@ def plain_log_probs(model, world, group, args):
 
 
 def plain_loss(groups, now, old, reference, args):
-    """The loss as the papers write it, one completion after another. now, old, reference: [[(length,)]]."""
+    """The loss as the papers write it, one completion after another. now, old, reference:
+    [[(length,)]].
+    """
     high, terms, tokens = args.epsilon if args.epsilon_high is None else args.epsilon_high, [], 0
     for g, group in enumerate(groups):
         centred = group.reward - group.reward.mean()
@@ -208,7 +214,7 @@ def assert_same(mine, theirs, loss_tolerance=1e-6, tolerance=1e-5):
         assert (mine[1][name] - expected).abs().max() <= tolerance * expected.abs().max(), name
 
 
-# ---------------------------------------------------------------------------------------------- the formulas
+# -------------------------------------------------------------------------- the formulas
 
 
 def test_doctests():
@@ -242,7 +248,9 @@ def test_equal_rewards_are_exactly_equal(scale):
 
 
 def test_k3_estimates_the_kl_without_bias():
-    """Its expectation under the policy is KL(policy || reference); the direction and the sign are easily swapped."""
+    """Its expectation under the policy is KL(policy || reference); the direction and the sign are
+    easily swapped.
+    """
     generator = torch.Generator().manual_seed(0)
     policy, reference = torch.randn(2, 50, generator=generator, dtype=torch.float64).log_softmax(-1)
     expected = (policy.exp() * (policy - reference)).sum()
@@ -251,8 +259,9 @@ def test_k3_estimates_the_kl_without_bias():
 
 @given(st.floats(-1e6, 1e6) | st.floats(-1e-2, 1e-2), st.floats(-1e6, 1e6) | st.floats(-1e-2, 1e-2))
 def test_k3_never_overflows(policy, reference):
-    """One token that the policy has all but forgotten must not turn loss or gradient into inf or nan; and near zero,
-    where a policy starts, rounding must not make it negative."""
+    """One token that the policy has all but forgotten must not turn loss or gradient into inf or
+    nan; and near zero, where a policy starts, rounding must not make it negative.
+    """
     log_prob = torch.tensor(policy, requires_grad=True)
     kl = kl_k3(log_prob, torch.tensor(reference))
     kl.backward()
@@ -260,7 +269,9 @@ def test_k3_never_overflows(policy, reference):
 
 
 def test_clipped_tokens_have_no_gradient():
-    """`clipped` says exactly which tokens the clip has cut off; a separate upper bound moves only the upper one."""
+    """`clipped` says exactly which tokens the clip has cut off; a separate upper bound moves only
+    the upper one.
+    """
     log_probs = torch.tensor([1.1, 1.25, 1.35, 0.9, 0.75]).log().repeat(2).requires_grad_()
     advantages = torch.tensor([1.0] * 5 + [-1.0] * 5)
     for high, expected in (
@@ -275,10 +286,11 @@ def test_clipped_tokens_have_no_gradient():
 @pytest.mark.parametrize("masked", (False, True))
 @pytest.mark.parametrize("loss_type", ("grpo", "dr_grpo", "dapo"))
 def test_loss_is_trls(loss_type, masked):
-    """Loss and gradient for given log-probs equal TRL's expressions on padded (rows, tokens) tensors.
+    """Loss and gradient for given log-probs equal TRL's expressions on padded (rows, tokens)
+    tensors.
 
-    dapo: TRL divides by num_items_in_batch. We take it as the tokens in the loss, as its other trainers do; its
-    GRPOTrainer counts those of masked completions as well.
+    dapo: TRL divides by num_items_in_batch. We take it as the tokens in the loss, as its other
+    trainers do; its GRPOTrainer counts those of masked completions as well.
     """
     args = settings(
         loss_type=loss_type, mask_truncated_completions=masked, epsilon_high=0.28, beta=0.04
@@ -336,17 +348,18 @@ def test_loss_is_trls(loss_type, masked):
     assert torch.allclose(mine.grad, per_token_logps.grad[inside], atol=1e-7)
 
 
-# ---------------------------------------------------------------------------------------------- the shared prompt
+# -------------------------------------------------------------------------- the shared prompt
 
 
 @pytest.mark.parametrize("iterations", (1, 2))
 @pytest.mark.parametrize("loss_type", ("grpo", "dr_grpo", "dapo"))
 @pytest.mark.parametrize("kind", KINDS)
 def test_update_equals_the_naive_way(world, kind, loss_type, iterations):
-    """One sequence that shares its prompt trains as a row per completion does: pictures, views, video, all losses.
+    """One sequence that shares its prompt trains as a row per completion does: pictures, views,
+    video, all losses.
 
-    In the second iteration the policy has moved on from the sampler (old log-probs of other weights, some ratios
-    clipped); the reference differs always.
+    In the second iteration the policy has moved on from the sampler (old log-probs of other
+    weights, some ratios clipped); the reference differs always.
     """
     args = settings(loss_type=loss_type, beta=0.04, temperature=0.9, num_iterations=iterations)
     groups = make_groups(world, kind, args)
@@ -413,7 +426,9 @@ def test_options_reach_the_loss(world, changes):
 
 @pytest.mark.parametrize("loss_type", ("grpo", "dr_grpo", "dapo"))
 def test_micro_batches_and_fillers_change_nothing(world, loss_type):
-    """1, 2 or 3 completions at once, and a forward repeated to keep step with other ranks, give the same gradient."""
+    """1, 2 or 3 completions at once, and a forward repeated to keep step with other ranks, give the
+    same gradient.
+    """
     args = settings(loss_type=loss_type, beta=0.04)
     groups = make_groups(world, "video", args)
     for model, name in ((world.before, "old"), (world.reference, "reference")):
@@ -437,7 +452,9 @@ def test_a_group_without_a_finished_completion_trains_nothing(world):
 
 
 def test_first_update_has_zero_policy_loss_but_a_gradient(world):
-    """With the grpo loss the standardized advantages of a group add up to zero, so the loss starts at 0."""
+    """With the grpo loss the standardized advantages of a group add up to zero, so the loss starts
+    at 0.
+    """
     args = settings(beta=0.0)
     groups = make_groups(world, "single_image", args)
     loss, grads = shared_update(world, groups, args)
@@ -445,7 +462,9 @@ def test_first_update_has_zero_policy_loss_but_a_gradient(world):
 
 
 def test_group_batch_targets_every_token_once(world):
-    """Completions' tokens are the targets in order, first ones predicted at the prompt's end, padding never."""
+    """Completions' tokens are the targets in order, first ones predicted at the prompt's end,
+    padding never.
+    """
     group = make_groups(world, "single_image", settings())[0]
     batch = group_batch(group.prompt, group.ids, group.lengths)
     P, C = group.prompt.ids.shape[1], group.ids.shape[1]
@@ -456,7 +475,7 @@ def test_group_batch_targets_every_token_once(world):
     ]
 
 
-# ---------------------------------------------------------------------------------------------- rollouts
+# -------------------------------------------------------------------------- rollouts
 
 
 def sampled(world, rows, args, monkeypatch, step=1, share=(0, 1)):
@@ -478,7 +497,9 @@ def sampled(world, rows, args, monkeypatch, step=1, share=(0, 1)):
 
 @pytest.mark.parametrize("temperature", (1.0, 0.7))
 def test_rollout_log_probs_equal_the_trained_ones(world, monkeypatch, temperature):
-    """What the sampler drew from is what the update differentiates: same bans, temperature, pictures, positions."""
+    """What the sampler drew from is what the update differentiates: same bans, temperature,
+    pictures, positions.
+    """
     args = settings(num_generations=3, temperature=temperature)
     rows = list(world.rows.values())
     groups, rollout = sampled(world, rows, args, monkeypatch)
@@ -489,7 +510,9 @@ def test_rollout_log_probs_equal_the_trained_ones(world, monkeypatch, temperatur
 
 
 def test_a_group_does_not_depend_on_its_company(world, monkeypatch):
-    """Rows sampled together and alone give the same completions: ranks may share prompts out as they like."""
+    """Rows sampled together and alone give the same completions: ranks may share prompts out as
+    they like.
+    """
     args = settings(num_generations=3, max_completion_length=20)
     rows = list(world.rows.values())[:3]
     together, _ = sampled(world, rows, args, monkeypatch)
@@ -542,8 +565,10 @@ def test_sampling_repeats_with_its_seed(world, monkeypatch):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_picture_reaches_every_forward(world, monkeypatch, kind):
-    """Darkening any one picture or frame changes SFT, rollout, policy and reference (a past bug elsewhere: video
-    and later pictures were dropped from the log-prob forwards, and training went on)."""
+    """Darkening any one picture or frame changes SFT, rollout, policy and reference (a past bug
+    elsewhere: video and later pictures were dropped from the log-prob forwards, and training went
+    on).
+    """
     args, row = settings(num_generations=2, max_completion_length=4), world.rows[kind]
     sample, original = world.samples[row], data.to_patches
 
@@ -570,7 +595,8 @@ def test_every_picture_reaches_every_forward(world, monkeypatch, kind):
     completions = None
     completions, plain = outcome()
     assert all(torch.equal(a, b) for a, b in zip(plain, outcome()[1]))
-    pictures = []  # (number of the to_patches call, number of the frame in it; a still picture is given twice)
+    # (number of the to_patches call, number of the frame in it; a still picture is given twice)
+    pictures = []
     with monkeypatch.context() as patch:
         calls = itertools.count()
         patch.setattr(
@@ -589,24 +615,20 @@ def test_every_picture_reaches_every_forward(world, monkeypatch, kind):
         with monkeypatch.context() as patch:
             calls = itertools.count()
 
-            def darkened(frames, size):
+            def darkened(frames, size, calls=calls, changed=changed):
                 call, still = next(calls) % len(sample.media), sample.media[0].kind == "image"
-                return original(
-                    [
-                        frame.point(lambda value: value // 2)
-                        if changed == (call, i * (not still))
-                        else frame
-                        for i, frame in enumerate(frames)
-                    ],
-                    size,
-                )
+                seen = []
+                for i, frame in enumerate(frames):
+                    dark = changed == (call, 0 if still else i)
+                    seen.append(frame.point(lambda value: value // 2) if dark else frame)
+                return original(seen, size)
 
             patch.setattr(data, "to_patches", darkened)
             for name, a, b in zip(("SFT", "rollout", "reference", "policy"), plain, outcome()[1]):
                 assert not torch.equal(a, b), f"{changed} of {kind} does not reach {name}"
 
 
-# ---------------------------------------------------------------------------------------------- a run
+# -------------------------------------------------------------------------- a run
 
 
 def read_rows(path):
@@ -652,7 +674,9 @@ KEYS = [
 
 
 def test_a_run_writes_log_and_rollouts(call, rooms, tiny_model, tmp_path, monkeypatch):
-    """Whole groups of whole steps are logged under the agreed keys, and the metrics are those of the rollouts."""
+    """Whole groups of whole steps are logged under the agreed keys, and the metrics are those of
+    the rollouts.
+    """
     monkeypatch.setitem(rewards.REWARDS, "accuracy", varied_reward)
     data_file, out = rooms / "train" / "spld_spatial_data.jsonl", tmp_path / "out"
     call(grpo, "--model", tiny_model, "--data", data_file, "--out", out, *FEW)
@@ -662,9 +686,9 @@ def test_a_run_writes_log_and_rollouts(call, rooms, tiny_model, tmp_path, monkey
         {row["where"] for row in rollouts}
     ) == 8
     for row in rollouts:
-        assert (
-            ",".join(row)
-            == "step,where,question_type,prompt,answer,images,completions,lengths,finished,rewards,reward,advantages"
+        assert " ".join(row) == (
+            "step where question_type prompt answer images completions lengths finished rewards "
+            "reward advantages"
         )
         assert all(
             len(values) == 3
@@ -690,8 +714,9 @@ def test_a_run_writes_log_and_rollouts(call, rooms, tiny_model, tmp_path, monkey
 
 
 def test_held_out_questions_are_answered_greedily(call, rooms, tiny_model, tmp_path, monkeypatch):
-    """After step 1 and every N-th, the same ones; what is logged is the mean reward of plain greedy answers, and the run
-    is not changed by the asking."""
+    """After step 1 and every N-th, the same ones; what is logged is the mean reward of plain greedy
+    answers, and the run is not changed by the asking.
+    """
     monkeypatch.setitem(rewards.REWARDS, "accuracy", varied_reward)
     data_file, questions = (
         rooms / "train" / "spld_spatial_data.jsonl",
@@ -732,7 +757,9 @@ def test_held_out_questions_are_answered_greedily(call, rooms, tiny_model, tmp_p
 
 
 def test_stage_1_goes_on_by_reinforcement(call, rooms, tiny_model, tmp_path, monkeypatch):
-    """Localization rows are asked for boxes, as stage 1 asks, and paid by their IoU in the pixels the model sees."""
+    """Localization rows are asked for boxes, as stage 1 asks, and paid by their IoU in the pixels
+    the model sees.
+    """
     judged = []
     monkeypatch.setitem(
         rewards.REWARDS,
@@ -775,7 +802,9 @@ def test_stage_1_goes_on_by_reinforcement(call, rooms, tiny_model, tmp_path, mon
 
 @pytest.mark.parametrize("loss_type", ("grpo", "dr_grpo", "dapo"))
 def test_the_reward_rises(call, rooms, tiny_model, tmp_path, monkeypatch, loss_type):
-    """A reward for digits teaches an untrained model to write digits: the sign of the whole update is right."""
+    """A reward for digits teaches an untrained model to write digits: the sign of the whole update
+    is right.
+    """
     monkeypatch.setitem(
         rewards.REWARDS,
         "accuracy",
@@ -810,7 +839,7 @@ def test_the_reward_rises(call, rooms, tiny_model, tmp_path, monkeypatch, loss_t
     assert np.mean(reward[-3:]) > np.mean(reward[:3]) + 0.3  # measured: from 0.35 to 0.95
 
 
-# ---------------------------------------------------------------------------------------------- bad input
+# -------------------------------------------------------------------------- bad input
 
 
 @pytest.mark.parametrize(

@@ -381,7 +381,9 @@ def test_a_ladder_goes_on_with_equal_settings_only(monkeypatch, call, capsys, tm
     assert len(ran) == 3 * first and not (out / "thesis.txt").exists()
     begun = json.loads((out / "config_run.json").read_text())
     keys = ("preset", "model", "data", "test", "seed", "limit", "scenes", "smoke")
+    made_of = begun.pop("made_of")
     assert begun == dict(zip(keys, ("tiny", None, None, None, 0, 20, 3600, False)))
+    assert set(made_of) == {"model"}
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
-"""train_sft.py: what is trained, that its loss is plain cross entropy, and that batches can be cut as one likes."""
+"""train_sft.py: what is trained, that its loss is plain cross entropy, and that batches can be cut
+as one likes.
+"""
 
 import json
 import math
@@ -41,12 +43,14 @@ def read_rows(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-# ---------------------------------------------------------------------------------------------- what is trained
+# -------------------------------------------------------------------------- what is trained
 
 
 @pytest.mark.parametrize("stage", FILES)
 def test_labels_are_the_answer_and_its_end(world, rooms, stage):
-    """Exactly the answer's text and the end of the turn are trained, in one piece: neither prompt nor pictures."""
+    """Exactly the answer's text and the end of the turn are trained, in one piece: neither prompt
+    nor pictures.
+    """
     path, processor = rooms / "train" / FILES[stage], world.processor
     for row, sample in zip(read_rows(path), read_all([path], None), strict=True):
         example = processor.example(sample, style_of(sample))
@@ -87,7 +91,7 @@ def test_replay_makes_up_its_ratio(ratio):
     assert mixed == with_replay(new, earlier, ratio, seed=1)
 
 
-# ---------------------------------------------------------------------------------------------- the step
+# -------------------------------------------------------------------------- the step
 
 
 def mixed_examples(world, rooms, count=8):
@@ -112,7 +116,7 @@ def assert_same(mine, theirs):
 
 
 def test_loss_is_cross_entropy_over_the_answers(world, rooms):
-    """Loss and gradient equal F.cross_entropy of all logits of all places, labels shifted by one."""
+    """Loss and gradient equal F.cross_entropy of all logits, labels shifted by one."""
     examples, hidden = mixed_examples(world, rooms), []
     batch = collate(examples, world.model.config)
     mine = step_of(world, [batch])
@@ -140,22 +144,26 @@ def test_loss_is_cross_entropy_over_the_answers(world, rooms):
 
 @pytest.mark.parametrize("sizes", ([4, 4], [2, 2, 2, 2], [1, 7], [1] * 8), ids=str)
 def test_micro_batches_do_not_change_the_gradient(world, rooms, sizes):
-    """Answers differ in length, so averaging micro-batches' means would not do; a text-only filler adds zero."""
+    """Answers differ in length, so averaging micro-batches' means would not do; a text-only filler
+    adds zero.
+    """
     examples = mixed_examples(world, rooms)
     whole = step_of(world, [collate(examples, world.model.config)])
     rest = iter(examples)
     batches = [collate([next(rest) for _ in range(size)], world.model.config) for size in sizes]
     filler = world.processor.example(read_all([rooms / "train" / FILES["1"]], None)[0], "localize")
     filler.labels.fill_(IGNORE)
-    assert_same(step_of(world, batches + [collate([filler], world.model.config)]), whole)
+    assert_same(step_of(world, [*batches, collate([filler], world.model.config)]), whole)
 
 
-# ---------------------------------------------------------------------------------------------- order
+# -------------------------------------------------------------------------- order
 
 
 @given(st.integers(1, 40), st.integers(1, 50), st.integers(0, 3), st.integers(1, 4))
 def test_every_row_comes_once_an_epoch(count, batch_size, seed, epochs):
-    """Whatever the batch size, each stretch of `count` rows is a permutation: no row is left out at an epoch's end."""
+    """Whatever the batch size, each stretch of `count` rows is a permutation: no row is left out at
+    an epoch's end.
+    """
     steps = -(-epochs * count // batch_size)
     rows = [
         row for step in range(1, steps + 1) for row in rows_of_step(step, count, batch_size, seed)
@@ -167,7 +175,9 @@ def test_every_row_comes_once_an_epoch(count, batch_size, seed, epochs):
 
 @given(st.integers(1, 9), st.integers(1, 40), st.integers(1, 50), st.floats(0.01, 0.99))
 def test_a_window_holds_the_first_rows_only(step, count, batch_size, window):
-    """A curriculum's step draws from the beginning of the file, and is a pure function of its number too."""
+    """A curriculum's step draws from the beginning of the file, and is a pure function of its
+    number too.
+    """
     rows = rows_of_step(step, count, batch_size, 0, window)
     assert len(rows) == batch_size and all(0 <= row < math.ceil(window * count) for row in rows)
     assert rows == rows_of_step(step, count, batch_size, 0, window)
@@ -180,7 +190,9 @@ def test_epochs_and_seeds_differ_in_order():
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=40), st.integers(1, 9), st.integers(1, 6))
 def test_ranks_share_a_step_evenly(costs, size, world):
-    """All rows once over all ranks, as many micro-batches on each, and no more fillers than that needs."""
+    """All rows once over all ranks, as many micro-batches on each, and no more fillers than that
+    needs.
+    """
     rows = list(range(100, 100 + len(costs)))
     shares = [micro_batches(rows, costs, size, rank, world) for rank in range(world)]
     assert len({len(share) for share in shares}) == 1
@@ -191,7 +203,7 @@ def test_ranks_share_a_step_evenly(costs, size, world):
     assert all(1 <= len(batch) <= size for share in shares for batch in share)
 
 
-# ---------------------------------------------------------------------------------------------- a run
+# -------------------------------------------------------------------------- a run
 
 
 FEW = ("--batch-size", 6, "--micro-batch", 3, "--max-steps", 6)
@@ -209,7 +221,9 @@ KEYS = {
 
 @pytest.mark.parametrize("stage", FILES)
 def test_a_few_steps_reduce_the_loss(call, rooms, tiny_model, tmp_path, stage):
-    """Each stage's command learns, logs the agreed keys and leaves a model directory that loads and has moved."""
+    """Each stage's command learns, logs the agreed keys and leaves a model directory that loads and
+    has moved.
+    """
     out = tmp_path / "out"
     call(
         train_sft,
@@ -245,7 +259,9 @@ def test_a_few_steps_reduce_the_loss(call, rooms, tiny_model, tmp_path, stage):
 
 
 def test_a_loss_that_is_not_finite_is_refused(call, rooms, tiny_model, tmp_path, monkeypatch):
-    """Step, value and rows are named, nothing is applied, nothing saved: the last good checkpoint stays."""
+    """Step, value and rows are named, nothing is applied, nothing saved: the last good checkpoint
+    stays.
+    """
     broken = tmp_path / "broken"
     shutil.copytree(tiny_model, broken)
     weights = load_file(broken / "model.safetensors")
@@ -276,7 +292,9 @@ def test_a_loss_that_is_not_finite_is_refused(call, rooms, tiny_model, tmp_path,
 
 
 def test_a_broken_picture_names_its_row(rooms, tiny_model, tmp_path):
-    """One line with file:line and picture, the same when a worker process reads it, whose traceback torch adds."""
+    """One line with file:line and picture, the same when a worker process reads it, whose traceback
+    torch adds.
+    """
     shutil.copytree(rooms / "train", tmp_path / "train")
     path, images = tmp_path / "train" / FILES["1"], tmp_path / "train" / "images"
     for picture in images.glob("*/view*.jpg"):
@@ -303,7 +321,9 @@ def test_a_broken_picture_names_its_row(rooms, tiny_model, tmp_path):
 
 
 def test_cost_grows_with_pictures_and_words(rooms):
-    """Rows of like length are padded together: a video is dearer than a picture, a chain than an answer."""
+    """Rows of like length are padded together: a video is dearer than a picture, a chain than an
+    answer.
+    """
     samples = [s for name in FILES.values() for s in read_all([rooms / "train" / name], None)]
     by_type = {
         kind: [cost(s) for s in samples if s.data_type == kind and s.solution is None]
@@ -407,7 +427,7 @@ def test_a_row_beyond_the_context_shows_at_once(call, rooms, tiny_model, tmp_pat
 
 @pytest.mark.parametrize("stage", FILES)
 def test_every_length_is_below_its_glance(world, rooms, stage, monkeypatch):
-    """check_lengths measures no row of a context that is large enough, and finds the longest one."""
+    """check_lengths measures no row if the context is large enough, and finds the longest one."""
     samples = read_all([rooms / "train" / FILES[stage]], None)
     examples = [world.processor.example(sample, style_of(sample)) for sample in samples]
     longest = max(len(example.ids) for example in examples)
