@@ -273,6 +273,8 @@ def run(command):
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = [signal.signal(number, stop) for number in numbers]
     code = child.wait()
+    if code < 0:  # ended by a signal
+        code = 128 - code
     if stopped and not code:  # a trainer that was told to stop has saved and ends well
         code = 128 + stopped[0]  # what a shell says of a command that a signal ended
     for number, handler in zip(numbers, before):

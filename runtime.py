@@ -82,7 +82,12 @@ def recipe_settings(doc, stage=None, argv=None):
     parser.add_argument("--preset", choices=tuple(RECIPES), default="tiny", help="see ladder.py")
     if stage is None:
         stages = [name for name in RECIPES["tiny"] if name != "grpo"]
-        parser.add_argument("--stage", choices=stages, required=True, help="see ladder.py")
+        parser.add_argument(
+            "--stage",
+            choices=stages,
+            required=True,
+            help="1: boxes; 2: questions; cold: chains of thought; base: before the ladder",
+        )
     names = GRPO if stage == "grpo" else SFT
     add_flags(parser, names, **dict.fromkeys(names))  # None: not given
     given = {
@@ -193,6 +198,9 @@ def main_guard(main):
         # In one piece: all ranks write to the same terminal.
         sys.stderr.write(": ".join([Path(sys.argv[0]).name, *rank, line]) + "\n")
         code = 2
+    except KeyboardInterrupt:  # Ctrl-C where no run saves its state first
+        sys.stderr.write(f"{Path(sys.argv[0]).name}: stopped\n")
+        code = 128 + signal.SIGINT
     if dist.is_initialized():
         if code and dist.get_backend() == "nccl":
             # Destroying NCCL's group waits for collectives that other ranks may never join.

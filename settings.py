@@ -50,15 +50,17 @@ class Setting:
 
 SETTINGS = {
     # where things are
-    "model": Setting(str, None, "model directory to start from", may_change=True),
-    "data": Setting([str], None, "jsonl files to train on", may_change=True),
+    "model": Setting(str, None, "model directory", may_change=True),
+    "data": Setting([str], None, "jsonl files to read", may_change=True),
     "images": Setting(
         str,
         None,
         "folder that picture paths are relative to (default: images beside each file)",
         may_change=True,
     ),
-    "out": Setting(str, None, "output directory; in the end a model directory", may_change=True),
+    "out": Setting(
+        str, None, "folder to write; a trainer's becomes a model directory", may_change=True
+    ),
     "resume": Setting(
         str,
         None,
