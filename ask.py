@@ -14,12 +14,10 @@ from PIL import ImageDraw
 from checkpoint import load_model
 from data import Processor, Sample, collate
 from model import generate
-from pictures import Media, open_picture
+from pictures import Media, is_film, open_picture
 from rewards import extract_answer, parse_boxes
 from runtime import choose_device, compute_dtype, main_guard
 from settings import PICTURES, Parser, add_flags, values
-
-VIDEOS = (".mp4", ".mov", ".avi", ".mkv", ".webm")
 
 
 def draw_boxes(picture, boxes, scale):
@@ -41,7 +39,7 @@ def main():
     parser = Parser(__doc__)
     parser.add_argument("model", help="model directory")
     parser.add_argument("question")
-    parser.add_argument("media", nargs="*", help=f"pictures, and videos ({' '.join(VIDEOS)})")
+    parser.add_argument("media", nargs="*", help="pictures and videos")
     names = ("max_completion_length", "device", "dtype", *PICTURES)
     add_flags(parser, names, max_completion_length=512, num_frames=32, video_seconds="real")
     args = parser.parse_args()
@@ -52,7 +50,7 @@ def main():
 
     media = []
     for path in args.media:
-        kind = "video" if Path(path).suffix.lower() in VIDEOS else "image"
+        kind = "video" if is_film(path) else "image"
         media.append(Media(kind, path))
     sample = Sample(
         where="command line",

@@ -48,7 +48,6 @@ IGNORE = -100  # label of a token that is not trained
 NO_PATCHES = torch.empty(0, PATCH_VALUES)
 
 DATA_TYPES = ("single_image", "multi_view", "video")
-PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 LONGEST_PATH = 1000  # what is longer is a picture in letters, without the head of a data: URI
 LETTER = re.compile(r"[(\[]?([A-Za-z])(?![A-Za-z0-9])")  # of an option, which may stand in brackets
 
@@ -229,14 +228,9 @@ def parse_media(row, images):
     seconds = need(row, "seconds_per_frame", int, float, default=None)
     if seconds is not None and not 0 < seconds < math.inf:
         raise UserError(f"seconds_per_frame is {seconds}, expected a positive number")
-    if len(sources) == 1 and is_film(sources[0]):
-        sources = sources[0]  # a video file, not the one frame of a short video
+    if len(sources) == 1:
+        sources = sources[0]  # a video file, or the one frame of a short video: see Media
     return (Media("video", sources, seconds),)
-
-
-def is_film(source):
-    """Whether a source is a video file; bytes are a picture's."""
-    return isinstance(source, str) and Path(source).suffix.lower() not in PICTURE_SUFFIXES
 
 
 def source_of(name, images):
@@ -592,7 +586,7 @@ class Processor:
     """Everything between a Sample and an Example: tokenizer, picture limits, prompts.
 
     Args:    min_pixels, max_pixels: area of a picture or frame; the model directory's where None.
-             num_frames, fps: how many frames are taken from a video file.
+             num_frames, fps, max_frames: how many frames are taken from a video file.
              video_seconds: "grid" takes one second for a slice of two frames, as the authors' runs
              did; "real" takes the true times where they are known.
              prompts: a JSON file that replaces texts of PROMPTS.
@@ -606,13 +600,13 @@ class Processor:
         max_pixels=None,
         num_frames=16,
         fps=None,
+        max_frames=768,
         video_seconds="grid",
         prompts=None,
     ):
         directory = Path(directory)
         self.config = config
-        self.num_frames = num_frames
-        self.fps = fps
+        self.frames = (num_frames, fps, max_frames)
         self.video_seconds = video_seconds
         self.prompts = read_prompts(prompts) if prompts else PROMPTS
         self.tokenizer = load_tokenizer(directory)
@@ -717,10 +711,10 @@ class Processor:
         """Resize one picture or video and cut it into patches; without pixels, only measure it."""
         patches = NO_PATCHES
         if pixels:
-            frames, interval = open_frames(media, self.num_frames, self.fps)
+            frames, interval = open_frames(media, *self.frames)
             count, (width, height) = len(frames), frames[0].size
         else:
-            count, (width, height), interval = measure(media, self.num_frames, self.fps)
+            count, (width, height), interval = measure(media, *self.frames)
         h, w = smart_resize(height, width, *self.limits[media.kind])
         if pixels:
             patches, _ = to_patches(frames, (h, w))

@@ -6,13 +6,17 @@ turns each patch into a vector, and its merger each 2 x 2 patches into one visio
 
 import io
 import math
+import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
+from queue import Empty, Queue
+from threading import Thread
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image
 
 from files import UserError
 
@@ -24,14 +28,28 @@ PATCH_VALUES = 3 * 2 * PATCH * PATCH  # channels x frames x height x width of on
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+# How a picture is turned for each orientation that its EXIF block may name; 1 is upright.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+PATIENCE = 60  # seconds that a film's next frame may take
+MISSING = 0.25  # seconds at a film's beginning that may be impossible to decode
+
 
 @dataclass(frozen=True)
 class Media:
     """One picture or one video of a prompt."""
 
     kind: str  # "image" | "video"
-    # An image: its path, or the bytes of its file. A video: the path of its file, or a tuple of the
-    # paths of its frames.
+    # An image: its path, or the bytes of its file. A video: the path of its file or of its one
+    # frame, or a tuple of the paths of its frames.
     source: object
     seconds_per_frame: float | None = None  # between the frames of a tuple, where the row gives it
 
@@ -42,7 +60,7 @@ class Media:
 
     @property
     def is_video_file(self):
-        return self.kind == "video" and not isinstance(self.source, tuple)
+        return self.kind == "video" and isinstance(self.source, str) and is_film(self.source)
 
 
 def smart_resize(height, width, min_pixels, max_pixels):
@@ -72,26 +90,58 @@ def multiple(side, to_whole):
     return to_whole(side / FACTOR) * FACTOR
 
 
+def name_of(source):
+    """How messages name a picture: by its path."""
+    return "picture given as bytes" if isinstance(source, bytes) else source
+
+
 @contextmanager
 def opened(source):
     """PIL's image of a path, or of the bytes of a file; whatever PIL raises becomes one line."""
-    name, file = source, source
-    if isinstance(source, bytes):
-        name, file = "picture given as bytes", io.BytesIO(source)
     try:
-        with Image.open(file) as image:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             yield image
     # PIL raises each of these for a damaged file: SyntaxError for PNG, RuntimeError for AVIF.
     except (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError) as error:
         # "cannot identify image file <_io.BytesIO object at 0x...>" ends at " <"
         reason = str(error).split(" <")[0]
-        raise UserError(f"{name}: not a readable picture ({reason})") from None
+        raise UserError(f"{name_of(source)}: not a readable picture ({reason})") from None
+
+
+@cache
+def is_film(path):
+    """Whether a file is a video: PIL cannot open it, or finds several frames in it.
+
+    What is named as a picture is one, so that a damaged one is called a damaged picture.
+    """
+    if Path(path).suffix.lower() in PICTURE_SUFFIXES:
+        return False
+    try:
+        with opened(path) as image:
+            return image.format == "MPEG" or getattr(image, "n_frames", 1) > 1
+    except UserError:
+        return True
+
+
+def turn_of(image):
+    """The transposition that makes a picture upright, None if it is.
+
+    Nothing but the orientation is read: what else the EXIF block holds, or a block that cannot be
+    read, changes nothing.
+    """
+    try:
+        return TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # PIL's parser raises nearly everything for a damaged block
+        return None
 
 
 def open_picture(source):
     """A picture as RGB, upright as its EXIF says; what is transparent shows white."""
     with opened(source) as image:
-        image = ImageOps.exif_transpose(image)
+        image.load()
+        turn = turn_of(image)
+        if turn is not None:
+            image = image.transpose(turn)
         if image.has_transparency_data:
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image.convert("RGBA"))
@@ -103,75 +153,192 @@ def open_header(source):
     """(width, height) of the upright picture, from the file's header alone."""
     with opened(source) as image:
         width, height = image.size
-        if image.getexif().get(ExifTags.Base.Orientation, 1) > 4:  # 5 to 8 lie on their side
+        # PIL gives the size of a TIFF as it is when upright.
+        sideways = [TURNS[orientation] for orientation in (5, 6, 7, 8)]
+        if image.format != "TIFF" and turn_of(image) in sideways:
             return height, width
         return width, height
 
 
-def read_video(path, num_frames, fps):
-    """Frames of a video file, spread evenly: num_frames (fewer if it is short), or `fps` a second.
+# ---------------------------------------------------------------------------------- films
+# decord's seeking is not used: in many files it goes to another frame than was asked for, or never
+# comes back. Decoding from the first frame to the last is right in all of them.
 
-    Returns: list of RGB pictures, seconds between two of them.
+
+def decode(path, limit, queue):
+    """Put a film's (timestamps, frames per second) into the queue, then its frames, then None.
+
+    The timestamps are those of the file, in order, also of frames that are hidden or damaged. An
+    error is put there in place of a frame.
+
+    Args:    limit: frames to decode at most.
+    """
+    import decord
+
+    try:
+        # Without fault_tol the last frame is repeated for each one that cannot be decoded.
+        reader = decord.VideoReader(path, num_threads=1, fault_tol=1e-9)
+        numbers = range(len(reader))
+        times = reader.get_frame_timestamp(numbers)[:, 0].astype(np.float64)
+        rate = reader.get_avg_fps()
+        if not 0 < rate < math.inf:
+            raise ValueError("no frame rate")
+        queue.put((times, rate))
+        for _ in numbers[:limit]:
+            queue.put(reader.next())
+        queue.put(None)
+    except (decord.DECORDLimitReachedError, StopIteration):
+        queue.put(None)
+    except (decord.DECORDError, OSError, RuntimeError, ValueError, IndexError) as error:
+        # "[12:00:00] /github/workspace/src/video/video_reader.cc:270: [a.ogv] Failed to ..."
+        reason = str(error).strip().splitlines()[0].split(": ", 1)[-1][:100]
+        queue.put(UserError(f"{path}: not a readable video ({reason})"))
+
+
+def film(path, limit=None):
+    """Yield what `decode` finds: (timestamps, frames per second), then one frame after the other.
+
+    A decoder that hangs cannot be stopped, only left behind: therefore it runs in a thread.
     """
     try:
-        import decord
+        import decord  # noqa: F401
     except ImportError:
         raise UserError(
             f"{path}: reading video files needs decord (pip install decord; "
             "it has no build for ARM), or give the frames as a list of pictures"
         ) from None
-    try:
-        reader = decord.VideoReader(str(path), num_threads=1)
-        total = len(reader)
-        rate = float(reader.get_avg_fps())
-        count = num_frames if fps is None else max(1, round(total / rate * fps))
-        # Evenly from the first frame to the last; astype rounds down.
-        index = np.linspace(0, total - 1, min(count, total)).astype(int)
-        frames = reader.get_batch(index).asnumpy()
-        del reader  # decord keeps its decoder's memory as long as the reader lives
-        interval = total / rate / len(index)
-    except (decord.DECORDError, OSError, RuntimeError, ValueError, ZeroDivisionError) as error:
-        reason = str(error).strip().splitlines()[0][:100]
-        raise UserError(f"{path}: not a readable video ({reason})") from None
-    return [Image.fromarray(frame) for frame in frames], interval
+    queue = Queue(maxsize=4)
+    thread = Thread(target=decode, args=(str(path), limit, queue), daemon=True)
+    thread.start()
+    while True:
+        try:
+            item = queue.get(timeout=PATIENCE)
+        except Empty:
+            raise UserError(f"{path}: no frame could be read in {PATIENCE} seconds") from None
+        if isinstance(item, UserError):
+            raise item
+        if item is None:
+            thread.join(PATIENCE)
+            return
+        yield item
 
 
-def open_frames(media, num_frames, fps):
+def moments(times, rate):
+    """Timestamps that can be used: the file's own, or even ones where its own are not in order.
+
+    Frames without a timestamp (of AVI and MPEG files) have one far below zero.
+
+    Returns: timestamps in seconds, number of frames that are shown. Frames before second 0 are
+             hidden: a clip that was cut without encoding it again begins at an earlier key frame.
+    """
+    if times[0] < -1e6 or (np.diff(times) <= 0).any():
+        return np.arange(len(times)) / rate, len(times)
+    return times, max(1, int((times > -0.001).sum()))
+
+
+def spread(times, rate, num_frames, fps, max_frames):
+    """Choose frames that are evenly spread in time, from the first frame to the last.
+
+    Args:    times: of the frames, growing. The others: see read_video.
+    Returns: numbers of frames (those on the screen at even moments), seconds between two of them.
+
+    >>> spread(np.array([0, 1, 2, 3, 6, 9]), 1.0, 4, None, 768)  # moments 0, 3, 6, 9
+    (array([0, 3, 4, 5]), 2.7)
+    """
+    total = len(times)
+    length = 1 / rate
+    if total > 1:  # the last frame is shown as long as the others are
+        length = (times[-1] - times[0]) * total / (total - 1)
+    count = num_frames
+    if fps is not None:
+        count = max(1, round(length * fps))
+        if count > max_frames:
+            count = max_frames
+            tell_cut(fps, max_frames)
+    if count >= total:
+        return np.arange(total), float(length / total)
+    wanted = np.linspace(times[0], times[-1], count)
+    index = np.searchsorted(times, wanted + 0.001, side="right") - 1
+    return index, float(length / count)
+
+
+@cache  # once in a process, not for every film
+def tell_cut(fps, max_frames):
+    print(
+        f"--fps {fps:g}: of films longer than {max_frames / fps:g} seconds only "
+        f"--max-frames {max_frames} are shown, evenly spread",
+        file=sys.stderr,
+    )
+
+
+def read_video(path, num_frames, fps=None, max_frames=768, shown=None):
+    """Frames of a video file, spread evenly over its time.
+
+    Args:    num_frames: how many (fewer if the film is short).
+             fps: frames per second in place of num_frames; max_frames in all.
+             shown: frames that are shown, the last ones of the file; None: by their timestamps.
+    Returns: list of RGB pictures, seconds between two of them.
+    """
+    reader = film(path)
+    times, rate = next(reader)
+    times, by_time = moments(times, rate)
+    expected = shown or by_time
+    times = times[len(times) - expected :]
+    index, interval = spread(times, rate, num_frames, fps, max_frames)
+
+    wanted = set(index.tolist())
+    frames, count = {}, 0
+    for frame in reader:
+        if count in wanted:
+            frames[count] = Image.fromarray(frame.asnumpy())
+        count += 1
+    if count != expected:
+        # Frames are missing at the beginning, where those are not there that they are built on.
+        if shown or not count or times[max(0, expected - count)] - times[0] > MISSING:
+            raise UserError(
+                f"{path}: only {count} of its {expected} frames can be decoded; "
+                f"write it anew: ffmpeg -i {Path(path).name} new.mp4"
+            )
+        return read_video(path, num_frames, fps, max_frames, count)
+    return [frames[number] for number in index.tolist()], interval
+
+
+def open_frames(media, num_frames, fps=None, max_frames=768):
     """The frames of a video, or the one picture, ready for to_patches.
 
     Returns: list of RGB pictures of one size, seconds between two of them (None: not known).
     """
     if media.is_video_file:
-        frames, interval = read_video(media.source, num_frames, fps)
-    else:
-        frames = [open_picture(source) for source in media.sources]
-        interval = media.seconds_per_frame
+        return read_video(media.source, num_frames, fps, max_frames)
+    frames = [open_picture(source) for source in media.sources]
     check_sizes([frame.size for frame in frames], media)
-    return frames, interval
+    return frames, media.seconds_per_frame
 
 
 @cache
-def measure(media, num_frames, fps):
-    """What open_frames would give, for counting tokens: only headers of pictures are read.
+def measure(media, num_frames, fps=None, max_frames=768):
+    """What open_frames would give, for counting tokens: only headers are read, and one frame.
 
     Returns: number of frames, (width, height) of each, seconds between two (None: not known).
     """
-    if media.is_video_file:  # it has no header that tells how many frames can be decoded
-        frames, interval = open_frames(media, num_frames, fps)
-        return len(frames), frames[0].size, interval
+    if media.is_video_file:
+        (times, rate), *first = film(media.source, 1)
+        times, shown = moments(times, rate)
+        index, interval = spread(times[-shown:], rate, num_frames, fps, max_frames)
+        if not first:
+            raise UserError(f"{media.source}: none of its frames can be decoded")
+        height, width, _ = first[0].shape
+        return len(index), (width, height), interval
     sizes = [open_header(source) for source in media.sources]
     check_sizes(sizes, media)
     return len(sizes), sizes[0], media.seconds_per_frame
 
 
 def check_sizes(sizes, media):
-    """Raise UserError unless all frames have one size, and one that can be cut into patches."""
-    name = media.sources[0]
-    width, height = sizes[0]
+    """Raise UserError unless all frames have one size."""
     if len(set(sizes)) > 1:
+        name = name_of(media.sources[0])
         raise UserError(f"{name}: the frames of one video differ in size")
-    if min(width, height) < FACTOR:
-        raise UserError(f"{name}: {width}x{height} pixels, expected at least 28 on each side")
 
 
 def to_patches(pictures, size):

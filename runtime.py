@@ -14,6 +14,7 @@ process does nothing.
 import argparse
 import json
 import math
+import multiprocessing
 import os
 import shlex
 import shutil
@@ -23,6 +24,7 @@ import time
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import torch
@@ -54,6 +56,7 @@ from settings import GRPO, SETTINGS, SFT, Parser, add_flags
 # NCCL ends a run whose ranks wait longer for one another: one rank may make rooms meanwhile, or
 # write a large model to a slow disk.
 PATIENCE = timedelta(hours=4)
+PASSED_ON = 5  # seconds in which torchrun passes on a signal that its processes got as well
 MEMORY_HINT = (
     "out of GPU memory; lower --micro-batch, --max-pixels or --prompts-per-step (eval.py, "
     "coldstart.py: --batch-size), add --activation-checkpointing, or take more GPUs"
@@ -398,9 +401,13 @@ def micro_batches(rows, costs, size, rank, world):
 def own_group(worker):
     """Let a DataLoader's worker leave the process group.
 
-    Ctrl-C reaches all of a group, and the step that is finished after it needs its workers.
+    Ctrl-C reaches all of a group, and the step that is finished after it needs its workers. A
+    worker's own signals are not the run's.
     """
     os.setpgrp()
+    signal.set_wakeup_fd(-1)
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, signal.SIG_DFL)
 
 
 # ---------------------------------------------------------------------------------- the run
@@ -423,14 +430,37 @@ class Run:
         self.finished = (self.out / "config.json").is_file()
         if self.finished:
             ranks.print(f"{self.out}: finished already")
+        # Each signal is also written to a pipe as a byte, at once, whatever the main thread does.
+        signals, write = os.pipe()
+        os.set_blocking(write, False)
+        signal.set_wakeup_fd(write)
         for name in (signal.SIGTERM, signal.SIGINT):
             signal.signal(name, self.stop)
+        Thread(target=self.listen, args=(signals,), daemon=True).start()
 
     def stop(self, number, frame):
-        """Finish the step, save, end. A second signal ends at once, but torchrun sends its own."""
-        if self.stopping and not self.ranks.launched:
-            raise KeyboardInterrupt
+        """Finish the step, save, end."""
         self.stopping = True
+
+    def listen(self, signals):
+        """End at once when a second signal comes. A thread, because the main one may be stuck.
+
+        Under torchrun one Ctrl-C may come twice, by itself and passed on: both count as the first.
+        """
+        first = None
+        while True:
+            number = os.read(signals, 1)[0]
+            if number not in (signal.SIGTERM, signal.SIGINT):
+                continue
+            now = time.monotonic()
+            if first is None:
+                first = now
+            elif not self.ranks.launched or now - first > PASSED_ON:
+                break
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        sys.stderr.write(f"{Path(sys.argv[0]).name}: ended by a second signal, nothing is saved\n")
+        os._exit(128 + number)
 
     # ------------------------------------------------------------------ trainer states
 

@@ -75,6 +75,7 @@ SETTINGS = {
     "max_pixels": Setting(int, None, "largest area of a picture (default: the model's)", positive),
     "num_frames": Setting(int, 16, "frames taken from a video file, spread evenly", positive),
     "fps": Setting(float, None, "frames per second of a video file, not --num-frames", positive),
+    "max_frames": Setting(int, 768, "frames of a video file at most, with --fps", positive),
     "video_seconds": Setting(
         ("grid", "real"), "grid", "time of frames: one second for each pair, or their true times"
     ),
@@ -141,7 +142,7 @@ SETTINGS = {
 
 COMMON = (  # what every trainer takes
     *("model", "data", "images", "out", "resume", "seed", "workers"),
-    *("min_pixels", "max_pixels", "num_frames", "fps", "video_seconds", "prompts"),
+    *("min_pixels", "max_pixels", "num_frames", "fps", "max_frames", "video_seconds", "prompts"),
     *("epochs", "max_steps", "micro_batch", "learning_rate", "lr_scheduler_type", "warmup_ratio"),
     *("weight_decay", "betas", "max_grad_norm", "save_every", "keep_last", "device", "dtype"),
     *("activation_checkpointing", "freeze_vision"),
@@ -154,7 +155,9 @@ GRPO = (
     *("scale_rewards", "mask_truncated_completions", "reward_funcs", "reward_weights"),
     *("eval_every", "eval_data", "eval_limit"),
 )
-PICTURES = ("min_pixels", "max_pixels", "num_frames", "fps", "video_seconds", "prompts")
+PICTURES = (  # what Processor takes
+    *("min_pixels", "max_pixels", "num_frames", "fps", "max_frames", "video_seconds", "prompts"),
+)
 
 
 # ---------------------------------------------------------------------------------- flags

@@ -2,8 +2,9 @@
 
     python -m look.check FILE.jsonl --images DIR [--model DIR] [--max-pixels N] [--max-tokens N]
 
-An error is a row that training would stop at; a warning is a row worth a look. Every picture is
-decoded once, by all cores. With --model, tokens are counted. Exit code 2 if there are errors.
+An error is a row that training would stop at; a warning is a row worth a look. Every picture and
+every frame of a video is decoded once, by all cores. With --model, tokens are counted. Exit code 2
+if there are errors.
 """
 
 import sys
@@ -16,7 +17,7 @@ from tqdm import tqdm
 from checkpoint import load_config
 from data import Processor, Sample, check_media, parse_row, scale_boxes, style_of
 from files import UserError, one_line, parse_line, read_lines
-from pictures import open_header, open_picture
+from pictures import name_of, open_header, open_picture, opened, read_video
 from rewards import NUMBER_TYPES, parse_number
 from runtime import main_guard
 from settings import PICTURES, Parser, add_flags, values
@@ -33,33 +34,50 @@ def read_rows(path, images):
     return rows
 
 
-def pictures_of(sample):
-    """Paths of a sample's pictures and frames, without video files."""
-    paths = []
+def files_of(sample):
+    """[(path, whether it is a video file)] of all that a sample shows."""
+    files = []
     for media in sample.media:
-        if not media.is_video_file:
-            paths += media.sources
-    return paths
+        files += [(source, media.is_video_file) for source in media.sources]
+    return files
 
 
-def decode_error(path):
-    """What is wrong with a picture beyond its header, such as an end that is missing."""
+def decode(file):
+    """-> error, oddity of a file beyond its header, such as an end that is missing; None for none.
+
+    Of a video every frame is decoded, as training does, and only one is kept.
+    """
+    source, is_video = file
     try:
-        open_picture(path)
+        if is_video:
+            read_video(source, 1)
+            return None, None
+        open_picture(source)
+        return None, odd_values(source)
     except UserError as error:
-        return str(error)
-    return None
+        return str(error), None
+
+
+def odd_values(source):
+    """What a 16-bit or a float picture loses: its values are cut to whole numbers of 0 to 255."""
+    with opened(source) as image:
+        if image.mode[0] not in "IF":
+            return None
+        low, high = image.getextrema()
+    if low >= 0 and high <= 255 and high - low > 1:
+        return None
+    return f"{name_of(source)}: values {low:g} to {high:g}, of which the model sees 0 to 255"
 
 
 def decode_all(samples):
-    """-> {path: error or None} of all pictures."""
-    paths = {}  # a dict keeps the order and holds each path once
+    """-> {(path, is video): (error, oddity)} of all pictures and videos."""
+    files = {}  # a dict keeps the order and holds each file once
     for sample in samples:
-        paths |= dict.fromkeys(pictures_of(sample))
+        files |= dict.fromkeys(files_of(sample))
     with Pool() as pool:
-        results = pool.imap(decode_error, paths, 16)
+        results = pool.imap(decode, files, 16)
         # disable=None: no bar in a log file
-        return dict(zip(paths, tqdm(results, "pictures", len(paths), disable=None)))
+        return dict(zip(files, tqdm(results, "pictures", len(files), disable=None)))
 
 
 def oddities(sample, example=None):
@@ -92,7 +110,7 @@ def check(path, images, processor=None, max_tokens=None):
     rows = read_rows(path, images)
     if not rows:
         raise UserError(f"{path}: no rows in it")
-    broken = decode_all([row for row in rows.values() if isinstance(row, Sample)])
+    decoded = decode_all([row for row in rows.values() if isinstance(row, Sample)])
     errors, warnings, kinds = [], [], Counter()
     longest = 0
     first = {}  # id -> the row that had it first
@@ -100,14 +118,16 @@ def check(path, images, processor=None, max_tokens=None):
         if isinstance(sample, str):
             errors.append(sample)
             continue
-        reasons = [broken[name] for name in pictures_of(sample) if broken[name]]
+        found = [decoded[file] for file in files_of(sample)]
+        reasons = [error for error, _ in found if error]
         if reasons:
             errors.append(f"{where}: {reasons[0]}")
             continue
         example = None
         if processor:
             example = processor.example(sample, style_of(sample), pixels=False)
-        odd = list(oddities(sample, example))
+        odd = [oddity for _, oddity in found if oddity]
+        odd += oddities(sample, example)
         earlier = first.setdefault(sample.id, where)
         if earlier != where:
             odd.append(f"id {sample.id:.80} stands at {earlier} too")
