@@ -1,26 +1,34 @@
-"""data.py's pictures and videos: bit-equal to transformers' PIL processor; broken files."""
+"""pictures.py: bit-equal to transformers' PIL processor; kinds of files, films, broken files."""
 
 import io
 import math
 import os
 import random
 import struct
+import sys
+import time
 import zlib
+from fractions import Fraction
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, features
 
+import pictures as module
 from files import UserError
 from pictures import (
+    TURNS,
     Media,
+    is_film,
     measure,
     open_frames,
     open_header,
     open_picture,
     read_video,
     smart_resize,
+    spread,
     to_patches,
 )
 
@@ -217,13 +225,127 @@ def test_pictures_are_turned_upright(theirs, orientation):
     assert open_header(saved(turned, exif=exif)) == (120, 70)
 
 
-@pytest.mark.parametrize("size", [(27, 100), (100, 27), (1, 1)])
-def test_pictures_below_28_are_refused(tmp_path, size):
+def with_exif(*tags, orientation=None):
+    """A JPEG of 120 x 70 with an EXIF block of these tags: (number, TIFF type, count, 4 bytes)."""
+    if orientation is not None:
+        tags = (*tags, (0x0112, 3, 1, struct.pack(">H", orientation)))
+    entries = b""
+    for number, kind, count, value in sorted(tags):
+        entries += struct.pack(">HHI", number, kind, count) + value.ljust(4, b"\0")
+    block = b"Exif\0\0MM\0*" + struct.pack(">IH", 8, len(tags)) + entries + bytes(40)
+    content = saved(Image.fromarray(noise(120, 70)), "JPEG")
+    return content[:2] + b"\xff\xe1" + struct.pack(">H", len(block) + 2) + block + content[2:]
+
+
+@pytest.mark.parametrize(
+    "tag",
+    [
+        (296, 2, 2, b"2"),
+        (282, 2, 3, b"72"),
+        (271, 4, 1, b"\0\0\0\7"),
+        (306, 11, 1, struct.pack(">f", 1.5)),
+        (256, 2, 4, b"120"),
+        (0x8769, 4, 1, b"\xff\xff\xff\xff"),
+        (33434, 5, 9, b"\0\0\xff\0"),
+        (700, 99, 1, b"x"),
+    ],
+    ids=str,
+)
+def test_exif_turns_by_the_orientation_alone(tag):
+    """Whatever else the block holds, of whatever type: the picture is turned as without it."""
+    for orientation, size in ((6, (70, 120)), (3, (120, 70)), (None, (120, 70))):
+        expected = open_picture(with_exif(orientation=orientation))
+        content = with_exif(tag, orientation=orientation)
+        found = open_picture(content)
+        assert found.size == open_header(content) == expected.size == size
+        assert found.tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(with_exif(orientation=number) for number in (0, 9, 99, 65535)),
+        with_exif((0x0112, 2, 2, b"6")),
+        with_exif((0x0112, 7, 4, b"abcd")),
+        with_exif((0x0112, 1, 1, b"\6")),
+        with_exif((0x0112, 12, 1, b"\xff")),
+        with_exif((0x0112, 3, 9, b"\xff\xff\xff\xff")),
+        with_exif(orientation=6).replace(b"MM\0*", b"MX\0*"),
+        with_exif(orientation=6).replace(b"MM\0*", b"II*\0"),
+    ],
+)
+def test_an_orientation_that_is_none_turns_nothing(content):
+    found = open_picture(content)
+    assert found.size == open_header(content) == (120, 70)
+    assert found.tobytes() == open_picture(with_exif()).tobytes()
+
+
+@pytest.mark.parametrize(
+    "kind", ["JPEG", "PNG", "WEBP", "TIFF", *(["AVIF"] if features.check("avif") else [])]
+)
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_header_and_pixels_agree(kind, orientation):
+    """Turned once, in the size as in the pixels: PIL turns TIFF files by itself."""
+    upright = Image.new("RGB", (120, 70), "black")
+    upright.paste("white", (0, 0, 60, 35))  # the corner above on the left
+    undo = {None: None, **{turn: turn for turn in TURNS.values()}}
+    undo |= {TURNS[6]: TURNS[8], TURNS[8]: TURNS[6]}
+    turn = undo[TURNS.get(orientation)]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = saved(upright if turn is None else upright.transpose(turn), kind, exif=exif)
+    found = open_picture(content)
+    assert found.size == open_header(content) == (120, 70)
+    difference = np.asarray(found, float) - np.asarray(upright, float)
+    assert abs(difference).mean() < 3  # JPEG, WEBP and AVIF lose a little
+
+
+SMALL = [(27, 100), (100, 27), (257, 27), (20, 20), (13, 14), (1, 1), (5, 900), (2, 400)]
+
+
+@pytest.mark.parametrize("size", SMALL)
+def test_small_pictures_are_grown_as_transformers_grows_them(theirs, tmp_path, size):
+    picture = Image.fromarray(noise(*size))
     path = tmp_path / "small.png"
-    Image.new("RGB", size).save(path)
-    message = rf"small\.png: {size[0]}x{size[1]} pixels, expected at least 28"
-    with pytest.raises(UserError, match=message):
-        measure(Media("image", str(path)), 1, None)
+    picture.save(path)
+    assert measure(Media("image", str(path)), 1) == (1, size, None)
+    frames, _ = open_frames(Media("image", str(path)), 1)
+    for limits in (LIMITS, (4 * 28 * 28, 128 * 28 * 28)):
+        assert same(ours(frames[0], limits), theirs(picture, limits))
+    assert ours(frames[0])[1][0] == 1 and min(ours(frames[0])[1][1:]) >= 2
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".bmp", ".gif", ".tif", ".webp", ".ppm", ""])
+def test_a_picture_is_one_frame(tmp_path, suffix):
+    """By its name, or by its content where the name tells nothing; in capitals too."""
+    path = tmp_path / f"frame{suffix.upper()}"
+    path.write_bytes(
+        saved(Image.new("RGB", (64, 48)), Image.registered_extensions().get(suffix, "PNG"))
+    )
+    assert not is_film(str(path))
+    media = Media("video", str(path))
+    assert not media.is_video_file
+    frames, interval = open_frames(media, 8)
+    assert measure(media, 8) == (len(frames), frames[0].size, interval) == (1, (64, 48), None)
+
+
+@pytest.mark.parametrize(
+    "suffix", [".mp4", ".m4v", ".mov", ".avi", ".mkv", ".mpg", ".ts", ".wmv", ".webm", ""]
+)
+def test_all_else_is_a_film(tmp_path, suffix):
+    path = tmp_path / f"film{suffix}"
+    path.write_bytes(b"not a video really")
+    assert is_film(str(path)) and Media("video", str(path)).is_video_file
+    with pytest.raises(UserError, match="not a readable video"):
+        open_frames(Media("video", str(path)), 8)
+
+
+def test_a_picture_that_moves_is_a_film(tmp_path):
+    """Its first frame alone would be taken for the whole."""
+    path = tmp_path / "moving.gif"
+    frames = [Image.new("RGB", (64, 48), colour) for colour in ("red", "blue")]
+    frames[0].save(path, save_all=True, append_images=frames[1:])
+    assert is_film(str(path))
 
 
 @pytest.mark.parametrize(
@@ -313,16 +435,35 @@ def test_frames_become_temporal_patches(theirs, count):
     assert grid == (slices, h, w) and torch.equal(patches, expected.view(-1, 1176))
 
 
-def write_video(path, frames=30, fps=10, width=64, height=48):
-    """An mp4 whose frame i is plain grey of value 7 * i + 20: a decoded frame tells its number."""
+def write_video(path, frames=30, fps=10, width=64, height=48, codec="mpeg4", times=None, **more):
+    """A video whose frame i is plain grey of value 7 * i + 20: a decoded frame tells its number.
+
+    times: of the frames, in milliseconds. more: options of the encoder.
+    """
     with av.open(str(path), "w") as file:
-        stream = file.add_stream("mpeg4", rate=fps)
+        stream = file.add_stream(codec, rate=fps, options=more)
         stream.width, stream.height, stream.pix_fmt, stream.gop_size = width, height, "yuv420p", 5
         stream.bit_rate = 4_000_000
+        if times:
+            stream.codec_context.time_base = Fraction(1, 1000)
         for i in range(frames):
-            picture = np.full((height, width, 3), 7 * i + 20, np.uint8)
-            file.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            picture = np.full((height, width, 3), (7 * i + 20) % 256, np.uint8)
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            if times:
+                frame.pts, frame.time_base = times[i], Fraction(1, 1000)
+            file.mux(stream.encode(frame))
         file.mux(stream.encode())
+    return path
+
+
+def cut(path, seconds):
+    """Let an mp4 begin later, without encoding it again: its edit list hides what is before."""
+    content = bytearray(path.read_bytes())
+    scale = content.index(b"mdhd") + 16  # units of a second
+    start = content.index(b"elst") + 16  # of what is shown, in these units
+    units, begins = (struct.unpack(">I", content[i : i + 4])[0] for i in (scale, start))
+    content[start : start + 4] = struct.pack(">I", begins + round(seconds * units))
+    path.write_bytes(content)
     return path
 
 
@@ -365,6 +506,144 @@ def test_frames_of_a_file(video, num_frames, fps, expected, seconds):
     assert all(p.size == (64, 48) and p.mode == "RGB" for p in pictures)
 
 
+H264 = {"codec": "libx264", "bf": "3", "sc_threshold": "0"}
+
+
+@pytest.mark.parametrize("gop", ["5", "12", "250"])
+@pytest.mark.parametrize("hidden", [1, 4, 7, 13])
+@pytest.mark.parametrize("count", [1, 4, 8, 64])
+def test_clips_that_were_cut_without_encoding(tmp_path, gop, hidden, count):
+    """Frames before the cut are in the file, but not shown: what is read begins at the cut."""
+    path = cut(write_video(tmp_path / "cut.mp4", **H264, g=gop), hidden / 10)
+    pictures, between = read_video(path, count)
+    shown = list(range(hidden, 30))
+    index = np.linspace(0, len(shown) - 1, min(count, len(shown))).astype(int)
+    assert numbers(pictures) == [shown[i] for i in index]
+    assert between == pytest.approx(len(shown) / 10 / len(index), rel=0.01)
+    assert measure(Media("video", str(path)), count) == (len(index), (64, 48), between)
+
+
+KINDS = {
+    "mkv": H264,
+    "mov": H264,
+    "flv": H264,
+    "avi": H264,
+    "avi b-frames": {"codec": "mpeg4", "bf": "2"},
+    "mp4 open groups": H264 | {"x264-params": "open-gop=1"},
+    "mp4 fragments": H264,
+    "webm": {"codec": "libvpx", "deadline": "realtime", "crf": "4"},
+    "wmv": {"codec": "wmv2"},
+    "mpg": {"codec": "mpeg2video", "bf": "2"},
+    "mpg 1": {"codec": "mpeg1video", "bf": "2"},
+    "ts": {"codec": "mpeg2video", "bf": "2"},
+    "ts h264": H264,
+    "m2ts": H264,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("count", [4, 7, 30])
+def test_frames_of_every_container(tmp_path, kind, count):
+    """The right frames in order, or a word: of MPEG streams the first ones may be out of reach."""
+    path = tmp_path / f"film.{kind.split()[0]}"
+    write_video(path, fps=25, **KINDS[kind])
+    try:
+        pictures, between = read_video(path, count)
+    except UserError as error:
+        assert "frames can be decoded; write it anew: ffmpeg -i film." in str(error)
+        assert kind.startswith(("ts", "m2ts", "mpg"))
+        return
+    found = numbers(pictures)
+    first = found[0]
+    assert first * 0.04 <= module.MISSING and (first == 0 or path.suffix in (".ts", ".m2ts"))
+    expected = first + np.linspace(0, 29 - first, min(count, 30 - first)).astype(int)
+    assert found == expected.tolist()
+    assert between == pytest.approx((30 - first) * 0.04 / len(found), rel=0.02)
+
+
+def test_an_mpeg_stream_without_its_beginning(tmp_path):
+    """A recording that begins within a group of frames, cut in its middle."""
+    whole = write_video(tmp_path / "whole.ts", codec="mpeg2video", g="3")
+    content = whole.read_bytes()
+    path = tmp_path / "late.ts"
+    path.write_bytes(content[len(content) // 2 // 188 * 188 :])
+    try:
+        found = numbers(read_video(path, 64)[0])
+    except UserError as error:
+        assert "frames can be decoded" in str(error)
+    else:
+        assert found == list(range(found[0], 30)) and 10 < found[0] < 20
+
+
+VARIABLE = [50 * i for i in range(20)] + [1000 * i for i in range(2, 12)]  # milliseconds
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "mov"])
+@pytest.mark.parametrize("count", [2, 3, 8, 16])
+def test_frames_are_even_in_time_where_the_rate_is_not(tmp_path, suffix, count):
+    """20 frames in the first second, then one a second: what is on the screen at even moments."""
+    path = write_video(tmp_path / f"variable.{suffix}", fps=20, times=VARIABLE)
+    pictures, between = read_video(path, count)
+    wanted = np.linspace(0, 11000, count)
+    expected = np.searchsorted(VARIABLE, wanted + 1, side="right") - 1
+    assert numbers(pictures) == expected.tolist()
+    assert between == pytest.approx(11 * 30 / 29 / count, rel=0.01)
+    assert len(read_video(path, 1, fps=0.5)[0]) == 6
+    assert numbers(read_video(path, 30)[0]) == list(range(30))
+
+
+@pytest.mark.parametrize("damage", ["twice", "none"])
+def test_without_usable_timestamps_frames_are_even(damage):
+    """Two recordings in one file count their time twice; some frames have no time at all."""
+    times = {"twice": np.repeat(np.arange(5) / 10, 2), "none": np.arange(-1, 9) / 10}[damage]
+    if damage == "none":
+        times[0] = -1e14
+    found, shown = module.moments(times, 10.0)
+    assert shown == 10 and found.tolist() == [i / 10 for i in range(10)]
+    index, between = spread(found, 10.0, 4, None, 768)
+    assert index.tolist() == [0, 3, 6, 9] and between == pytest.approx(0.25)
+
+
+def test_long_films_have_a_cap(tmp_path, capsys, monkeypatch):
+    """With a word, once; --num-frames is not capped."""
+    module.tell_cut.cache_clear()
+    path = write_video(tmp_path / "long.mp4")
+    for _ in range(2):
+        pictures, between = read_video(path, 1, fps=10, max_frames=4)
+        assert numbers(pictures) == [0, 9, 19, 29] and between == pytest.approx(0.75)
+    assert measure(Media("video", str(path)), 1, 10, 4) == (4, (64, 48), between)
+    said = capsys.readouterr().err
+    assert said == (
+        "--fps 10: of films longer than 0.4 seconds only --max-frames 4 are shown, evenly spread\n"
+    )
+    assert len(read_video(path, 8, max_frames=4)[0]) == 8
+    assert capsys.readouterr().err == ""
+
+
+def test_a_film_is_measured_by_its_first_frame(tmp_path, monkeypatch):
+    """15 minutes at 2 frames a second are 768 frames, of which none but the first is decoded."""
+    decord = pytest.importorskip("decord")
+    path = write_video(tmp_path / "v.mp4", frames=200)
+    decoded, following = [], decord.VideoReader.next
+    count = lambda reader: decoded.append(1) or following(reader)  # noqa: E731
+    monkeypatch.setattr(decord.VideoReader, "next", count)
+    assert measure(Media("video", str(path)), 1, 5.0)[0] == 100
+    assert len(decoded) == 1
+
+
+def test_a_reader_that_never_comes_back_is_one_line(monkeypatch):
+    class Stuck:
+        def __init__(self, *names, **options):
+            time.sleep(60)
+
+    errors = {"DECORDError": RuntimeError, "DECORDLimitReachedError": EOFError}
+    monkeypatch.setitem(sys.modules, "decord", SimpleNamespace(VideoReader=Stuck, **errors))
+    monkeypatch.setattr(module, "PATIENCE", 0.2)
+    for read in (read_video, lambda path, count: measure(Media("video", path), count)):
+        with pytest.raises(UserError, match=r"stuck\.mp4: no frame could be read in 0\.2 seconds"):
+            read("stuck.mp4", 4)
+
+
 @pytest.mark.parametrize("keep", [0, 100, 0.5, 0.9])
 def test_truncated_videos_are_one_line_with_the_path(video, tmp_path, keep):
     """An empty file, a bit of header, files that lost their end, where an mp4 keeps its index."""
@@ -372,7 +651,7 @@ def test_truncated_videos_are_one_line_with_the_path(video, tmp_path, keep):
     path = tmp_path / "broken.mp4"
     path.write_bytes(content[: keep if isinstance(keep, int) else int(keep * len(content))])
     with pytest.raises(UserError, match=r"broken\.mp4: ") as error:
-        read_video(str(path), 4, None)
+        read_video(str(path), 4)
     assert "\n" not in str(error.value)
 
 
@@ -393,7 +672,7 @@ def test_other_files_are_no_video(tmp_path, name, content):
 
 def test_no_such_video(tmp_path):
     with pytest.raises(UserError, match=r"nothing\.mp4: not a readable video"):
-        read_video(str(tmp_path / "nothing.mp4"), 4, None)
+        read_video(str(tmp_path / "nothing.mp4"), 4)
 
 
 def resident():
@@ -408,8 +687,8 @@ def test_reading_videos_does_not_fill_the_memory(tmp_path):
     """decord keeps its decoder while its reader lives; 200 reads of 0.9 MB frames fit in 20 MB."""
     path = write_video(tmp_path / "small.mp4", frames=8, width=640, height=480)
     for _ in range(20):
-        read_video(str(path), 4, None)
+        read_video(str(path), 4)
     before = resident()
     for _ in range(200):
-        read_video(str(path), 4, None)
+        read_video(str(path), 4)
     assert resident() - before < 20e6
