@@ -94,7 +94,7 @@ def paragraph(text):
 def conversation(prompt):
     """What was said up to the answer: one question, or turns that begin with their role.
 
-    >>> conversation("<|im_start|>user\nHow many?<|im_end|>\n<|im_start|>assistant\n")
+    >>> conversation("<|im_start|>user\\nHow many?<|im_end|>\\n<|im_start|>assistant\\n")
     'How many?'
     """
     turns = []
