@@ -583,6 +583,15 @@ def load_tokenizer(directory):
     return tokenizer
 
 
+def special_tokens(tokenizer, apart_from):
+    """{name: id} of the special tokens, apart from some ids."""
+    tokens = {}
+    for token, added in tokenizer.get_added_tokens_decoder().items():
+        if added.special and token not in apart_from:
+            tokens[added.content] = token
+    return tokens
+
+
 class Processor:
     """Everything between a Sample and an Example: tokenizer, picture limits, prompts.
 
@@ -628,10 +637,7 @@ class Processor:
         self.stop_ids = read_stop_ids(directory, size) or (self.special["<|im_end|>"],)
         # Special tokens are the chat's structure, or the model's own words, such as <|box_start|>.
         self.structure = {*self.stop_ids, *map(self.tokenizer.token_to_id, STRUCTURE)}
-        self.own_tokens = {}
-        for token, added in self.tokenizer.get_added_tokens_decoder().items():
-            if added.special and token not in self.structure:
-                self.own_tokens[added.content] = token
+        self.own_tokens = special_tokens(self.tokenizer, self.structure)
         names = sorted(self.own_tokens, key=len, reverse=True)  # the longest that matches is meant
         pattern = "|".join(map(re.escape, names)) or "(?!)"  # which matches nowhere
         self.own_pattern = re.compile(f"({pattern})")

@@ -199,6 +199,34 @@ def name_options(embedding, tokenizer):
 # ---------------------------------------------------------------------------------- the directory
 
 
+def side_files(token, max_pixels):
+    """The small files beside config.json and tokenizer.json. token: name -> id."""
+    end = token("<|endoftext|>")
+    return {
+        "tokenizer_config.json": {
+            # transformers 5's Qwen2Tokenizer puts Qwen2's pieces in place of PIECES.
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": "<|im_end|>",
+            "pad_token": "<|endoftext|>",
+            "chat_template": CHAT_TEMPLATE,
+            "additional_special_tokens": list(SPECIAL[1:]),
+        },
+        "chat_template.json": {"chat_template": CHAT_TEMPLATE},  # transformers' processor reads it
+        "generation_config.json": {"eos_token_id": [token("<|im_end|>"), end], "pad_token_id": end},
+        "preprocessor_config.json": {
+            "image_processor_type": "Qwen2VLImageProcessor",
+            "processor_class": "Qwen2_5_VLProcessor",
+            "patch_size": 14,
+            "temporal_patch_size": 2,
+            "merge_size": 2,
+            "min_pixels": 4 * 28 * 28,
+            "max_pixels": max_pixels,
+            "image_mean": MEAN,  # vLLM does not normalize without them
+            "image_std": STD,
+        },
+    }
+
+
 def write_model(out, source, tokenizer, max_pixels, seed):
     """Write a model directory of random weights. Returns: how many weights.
 
@@ -225,29 +253,7 @@ def write_model(out, source, tokenizer, max_pixels, seed):
 
     out.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(out / "tokenizer.json"))
-    files = {
-        "tokenizer_config.json": {
-            # transformers 5's Qwen2Tokenizer puts Qwen2's pieces in place of PIECES.
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "eos_token": "<|im_end|>",
-            "pad_token": "<|endoftext|>",
-            "chat_template": CHAT_TEMPLATE,
-            "additional_special_tokens": list(SPECIAL[1:]),
-        },
-        "chat_template.json": {"chat_template": CHAT_TEMPLATE},  # transformers' processor reads it
-        "generation_config.json": {"eos_token_id": [end_of_turn, end], "pad_token_id": end},
-        "preprocessor_config.json": {
-            "image_processor_type": "Qwen2VLImageProcessor",
-            "processor_class": "Qwen2_5_VLProcessor",
-            "patch_size": 14,
-            "temporal_patch_size": 2,
-            "merge_size": 2,
-            "min_pixels": 4 * 28 * 28,
-            "max_pixels": max_pixels,
-            "image_mean": MEAN,  # vLLM does not normalize without them
-            "image_std": STD,
-        },
-    }
+    files = side_files(token, max_pixels)
     for name, content in files.items():
         write_json(out / name, content)
     save_model(out, model.named_parameters(), model.config)

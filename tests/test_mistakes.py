@@ -185,6 +185,18 @@ def set_tensors(**tensors):
 
 
 INDEX = "model.safetensors.index.json"
+
+
+def index_alone(text):
+    """An index without the single file, which would be taken before it."""
+
+    def breaks(folder):
+        (folder / "model.safetensors").unlink()
+        (folder / INDEX).write_text(text)
+
+    return breaks
+
+
 MODELS = {  # name of a model directory -> (what breaks it, what the error must hold)
     "empty": (
         delete_all,
@@ -216,7 +228,7 @@ MODELS = {  # name of a model directory -> (what breaks it, what the error must 
     ),
     "half_the_heads": (
         set_config(num_attention_heads=2, rope_scaling={"mrope_section": [8, 12, 12]}),
-        "weights do not fit config.json: model.layers.0.self_attn.k_proj",
+        "weights do not fit config.json: 24, such as model.layers.0.self_attn.k_proj",
     ),
     "width": (
         set_config(hidden_size="wide"),
@@ -255,11 +267,15 @@ MODELS = {  # name of a model directory -> (what breaks it, what the error must 
         "model.norm.weight is stored as I64, expected F32, BF16 or F16",
     ),
     "index": (
-        write(INDEX, '{"weight_map": {"a": "b.safetensors"}}'),
+        index_alone('{"weight_map": {"a": "b.safetensors"}}'),
         f"{INDEX}: names files that do not exist: b.safetensors",
     ),
     "index_list": (
-        write(INDEX, "[]"),
+        index_alone("[]"),
+        f"{INDEX}: expected a JSON object, found list",
+    ),
+    "index_empty": (
+        index_alone("{}"),
         f"{INDEX}: expected an object with a 'weight_map'",
     ),
     "no_tokenizer": (
