@@ -42,6 +42,7 @@ from pictures import (
     smart_resize,
     to_patches,
 )
+from pictures import open_picture, read_video  # noqa: F401  whoever has data.py opens with it
 from rewards import CHOICE_TYPES, NUMBER_TYPES, is_box, parse_choice, parse_number
 from settings import PICTURES, SETTINGS
 
