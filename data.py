@@ -39,10 +39,11 @@ from pictures import (
     measure,
     open_frames,
     open_header,
+    open_picture,  # noqa: F401  data.py is all that a script needs to import
+    read_video,  # noqa: F401
     smart_resize,
     to_patches,
 )
-from pictures import open_picture, read_video  # noqa: F401  whoever has data.py opens with it
 from rewards import CHOICE_TYPES, NUMBER_TYPES, is_box, parse_choice, parse_number
 from settings import PICTURES, SETTINGS
 
