@@ -145,12 +145,12 @@ class Group:
     lengths: torch.Tensor  # (G,) int64
     finished: torch.Tensor  # (G,) bool: ended by itself
     texts: list
-    shown: str = ""  # the prompt as text, with one pad for each picture
     rewards: dict | None = None  # name -> (G,) float32
     reward: torch.Tensor | None = None  # (G,) weighted sum
     advantages: torch.Tensor | None = None  # (G,)
     old: torch.Tensor | None = None  # (n,) log-probs at the time of sampling
     reference: torch.Tensor | None = None  # (n,) log-probs of the reference model
+    shown: str = ""  # the prompt as text, with one pad for each picture
 
 
 def parts(group, size):
@@ -228,7 +228,7 @@ def sample_completions(model, processor, samples, rows, G, uniforms, args, devic
         prompt = collate([example], processor.config)
         shown, _ = processor.shown(example)
         finished = all_finished[completions]
-        groups.append(Group(sample, prompt, ids, lengths, finished, texts, shown))
+        groups.append(Group(sample, prompt, ids, lengths, finished, texts, shown=shown))
     return groups
 
 
