@@ -138,7 +138,6 @@ class Group:
     lengths: torch.Tensor  # (G,) int64
     finished: torch.Tensor  # (G,) bool: ended by itself
     texts: list
-    shown: str = ""  # the prompt as text, with one pad for each picture
     rewards: dict | None = None  # name -> G floats
     reward: torch.Tensor | None = None  # (G,) weighted sum
     advantages: torch.Tensor | None = None  # (G,)
@@ -146,6 +145,7 @@ class Group:
     # the rollout: the same forward as in the update gives ratios of exactly 1.
     old: torch.Tensor | None = None
     reference: torch.Tensor | None = None  # (n,) log-probs of the reference model
+    shown: str = ""  # the prompt as text, with one pad for each picture
 
 
 def parts(group, size):
@@ -221,7 +221,7 @@ def sample_completions(model, processor, samples, rows, G, uniforms, args, devic
         prompt = collate([example], processor.config)
         shown, _ = processor.shown(example)
         finished = all_finished[completions]
-        groups.append(Group(sample, prompt, ids, lengths, finished, texts, shown))
+        groups.append(Group(sample, prompt, ids, lengths, finished, texts, shown=shown))
     return groups
 
 

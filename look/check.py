@@ -92,8 +92,8 @@ def oddities(sample, example=None):
             corners = box["bbox_2d"]
             name = f"{box['label']:.80} at {corners}"
             left, top, right, bottom = seen["bbox_2d"]
-            if left == right or top == bottom:
-                yield f"{name} vanishes: {seen['bbox_2d']} in whole pixels of the model's picture"
+            if min(right - left, bottom - top) <= 1:
+                yield f"{name} is a pixel thin, or nothing, for the model: {seen['bbox_2d']}"
             x1, y1, x2, y2 = corners
             if min(x1, y1) == 0 or x2 >= width - 1 or y2 >= height - 1:
                 edge = f"the edge of the picture of {width}x{height} pixels"

@@ -92,6 +92,23 @@ def test_check_finds_everything_in_one_go(tmp_path, images, tiny_model, processo
     )
 
 
+def test_boxes_that_vanish_are_odd(tmp_path, images, tiny_model):
+    """300 x 200 becomes 112 x 84: one pixel is nothing there, two may be one."""
+    found = [[98, 100, 99, 150], [100, 11, 150, 13], [20.1, 10, 20.4, 50], [100, 100, 110, 110]]
+    boxes = [{"bbox_2d": corners, "label": f"lamp {i}"} for i, corners in enumerate(found)]
+    path = write_rows(tmp_path / "rows.jsonl", LOCALIZE | {"answer": boxes})
+
+    def warnings(*flags):
+        done = launch("look.check", path, "--images", images, *flags)
+        assert done.returncode == 0
+        return re.findall(r"lamp (\d) at .+ is a pixel thin, or nothing, .+: (.+)\n", done.stdout)
+
+    seen = [("0", "[37, 42, 37, 63]"), ("1", "[37, 5, 56, 5]"), ("2", "[8, 4, 8, 21]")]
+    assert warnings("--model", tiny_model) == seen
+    true = [("0", "[98, 100, 99, 150]"), ("2", "[20, 10, 20, 50]")]
+    assert warnings() == true
+
+
 def test_check_of_a_clean_file_exits_with_0(tmp_path, images):
     path = write_rows(tmp_path / "rows.jsonl", LOCALIZE, VIEWS)
     done = launch("look.check", path, "--images", images)

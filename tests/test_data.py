@@ -27,6 +27,7 @@ from data import (
 )
 from files import UserError
 from pictures import Media, open_header, open_picture
+from rewards import accuracy_reward
 
 REPO = Path(__file__).resolve().parents[1]
 BOX = {"bbox_2d": [30, 20, 150, 100], "label": "door"}
@@ -396,6 +397,60 @@ def test_the_three_released_files_and_chat_are_read_as_they_are(tmp_path, images
         and talk.id == f"{path}:7"
         and talk.media == (picture,)
     )
+
+
+def test_nulls_are_absent(tmp_path, images):
+    """`datasets` gives every row every column, and every part every key."""
+    keys = {key for row in (LOCALIZE, CHOICE, VIDEO, COLD, CHAT) for key in row}
+    nulls = dict.fromkeys((*keys, "conversations", "id", "seconds_per_frame", "images", "system"))
+    rows = [LOCALIZE, CHOICE, NUMBER, VIEWS, VIDEO, COLD, CHAT]
+    path = write_rows(tmp_path / "rows.jsonl", *rows)
+    plain = read_samples(path, images)
+    write_rows(path, *[nulls | row for row in rows])
+    assert read_samples(path, images) == plain
+
+
+@pytest.mark.parametrize(
+    "options",
+    (
+        ["A. lamp", "B. bed"],
+        ["(A) lamp", "(B) bed"],
+        ["a. lamp", "b. bed"],
+        ["A) lamp", "B) bed"],
+        ["A: lamp", "B: bed"],
+        ["[A] lamp", "[B] bed"],
+        [" A lamp", "B bed"],
+        ["A", "B"],
+        ["B. bed", "A. lamp"],
+    ),
+    ids=str,
+)
+@pytest.mark.parametrize("answer", ("B", "b", "(B)", "B. bed"))
+def test_options_stand_in_the_forms_of_benchmarks(options, answer, tmp_path, images):
+    """As they are in the prompt; a third letter is none of them."""
+    row = CHOICE | {"options": options, "answer": answer}
+    (sample,) = read_samples(write_rows(tmp_path / "rows.jsonl", row), images)
+    assert sample.options == tuple(options) and accuracy_reward(["B", "A"], sample) == [1, 0]
+    with pytest.raises(UserError, match="answer is 'C', expected the letter of one of the options"):
+        read_samples(write_rows(tmp_path / "rows.jsonl", row | {"answer": "C"}), images)
+
+
+@pytest.mark.parametrize(
+    "row, tags",
+    (
+        (CHOICE, "<image>\n"),
+        (VIEWS, "<image>"),
+        (VIEWS, "<image>" * 8),
+        (VIDEO, "<video>\n"),
+        (VIDEO, "<image>"),
+        (VIDEO, "<image>" * 5),
+    ),
+)
+def test_tags_in_a_question_are_not_read_to_the_model(row, tags, tmp_path, images):
+    """Nor in a prompt of the row's own."""
+    rows = [row | {"question": tags + "Where?"}, row | {"prompt": tags + "Where?"}]
+    tagged, own = read_samples(write_rows(tmp_path / "rows.jsonl", *rows), images)
+    assert tagged.question == own.prompt == "Where?"
 
 
 # ------------------------------------------------------------ positions

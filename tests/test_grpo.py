@@ -5,8 +5,10 @@ causal rows, one loss term for each completion. TRL's formulas are those of
 trl/trainer/grpo_trainer.py (`_compute_loss`, 0.2x), for padded rows.
 """
 
+import base64
 import dataclasses
 import doctest
+import io
 import itertools
 import json
 import re
@@ -20,6 +22,7 @@ import torch
 from conftest import varied_reward
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 import data
 import grpo
@@ -671,6 +674,35 @@ KEYS = [
     "loss/policy",
     "loss/kl",
 ]
+
+
+def test_rollouts_hold_the_conversation_of_a_chat(call, tiny_model, tmp_path, capsys):
+    """All that was said up to the answer, in the words of --prompts."""
+    file = io.BytesIO()
+    Image.new("RGB", (56, 56), "red").save(file, "PNG")
+    uri = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    Image.new("RGB", (56, 56), "blue").save(tmp_path / "a.png")
+    turns = [
+        {"role": "user", "content": "<image><image>How wide?"},
+        {"role": "assistant", "content": "85"},
+        {"role": "user", "content": "And high?"},
+        {"role": "assistant", "content": "200"},
+    ]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": turns, "images": [uri, "a.png"]}))
+    (tmp_path / "prompts.json").write_text('{"system": "Be brief."}')
+    flags = ["--model", tiny_model, "--data", tmp_path / "rows.jsonl", "--images", tmp_path]
+    flags += ["--prompts", tmp_path / "prompts.json", "--out", tmp_path / "out", "--max-steps", 1]
+    flags += ["--prompts-per-step", 1, "--num-generations", 2, "--max-completion-length", 4]
+    call(grpo, *flags, "--reward-funcs", "accuracy", "--reward-weights", 1)
+    (row,) = read_rows(tmp_path / "out" / "rollouts.jsonl")
+    assert row["images"] == [str(tmp_path / "a.png")] and row["answer"] == "200"
+    picture = "<|vision_start|><|image_pad|><|vision_end|>"
+    assert row["prompt"] == (
+        f"<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n{picture}{picture}How wide?"
+        "<|im_end|>\n<|im_start|>assistant\n85<|im_end|>\n<|im_start|>user\nAnd high?<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    assert f"1 prompts, 1 steps of 1 groups of 2: {tmp_path}/rows.jsonl" in capsys.readouterr().out
 
 
 def test_a_run_writes_log_and_rollouts(call, rooms, tiny_model, tmp_path, monkeypatch):

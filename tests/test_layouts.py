@@ -11,7 +11,7 @@ from test_data import REPO, write_rows
 import data
 from checkpoint import load_config
 from data import Processor, read_all, read_samples
-from files import UserError
+from files import UserError, read_json
 from pictures import Media, open_picture
 
 USER, SAID = {"role": "user", "content": "How wide?"}, {"role": "assistant", "content": "85"}
@@ -332,6 +332,8 @@ def test_a_json_list_is_read_item_by_item(indent, mark, images):
 
 
 def test_marks_of_concatenated_files_are_no_text(images):
+    (images / "a.json").write_bytes(b'\xef\xbb\xbf{"a": 1}')
+    assert read_json(images / "a.json") == {"a": 1}
     path = images.parent / "rows.jsonl"
     line = b"\xef\xbb\xbf" + json.dumps(chat("Hi", "Hello")).encode() + b"\r\n"
     path.write_bytes(line + line + b"\xef\xbb\xbf\r\n")

@@ -73,7 +73,7 @@ ROWS = {  # name of a data file -> (what stands in its second line, what the err
     ),
     "no_question": (
         ROW | {"question": None},
-        "rows.jsonl:2: question is null, expected str",
+        "rows.jsonl:2: question is missing, expected str",
     ),
     "no_image": (
         ROW | {"image": []},

@@ -278,7 +278,7 @@ def test_prompts_and_the_chat_row_are_read(tmp_path, pictures):
     assert read_prompts(tmp_path / "prompts.json")["system"] == "You look at pictures of rooms."
 
     (tmp_path / "images" / pictures[0]).rename(tmp_path / "images" / "a.jpg")
-    row = json.loads(data_block('"messages": [{"role": "user"'))
+    row = json.loads(data_block('{"type": "image", "image": "a.jpg"}'))
     write_jsonl(tmp_path / "rows.jsonl", [row])
     (sample,) = read_samples(tmp_path / "rows.jsonl", tmp_path / "images")
     assert sample.media[0].kind == "image"

@@ -290,6 +290,17 @@ def test_prompts_are_shown_without_special_tokens(run):
     assert "How many?" in text and "image_pad" not in text and "im_start" not in text
 
 
+def test_a_chat_is_shown_as_a_conversation():
+    """Every turn up to the answer, with its role; a single question stands alone."""
+    head = "<|im_start|>assistant\n"
+    first = "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>How wide?<|im_end|>\n"
+    system = "<|im_start|>system\nBe brief.<|im_end|>\n"
+    more = "<|im_start|>assistant\n85<|im_end|>\n<|im_start|>user\nAnd high?<|im_end|>\n"
+    assert report.conversation(system + first + head) == "How wide?"
+    said = report.conversation(system + first + more + head)
+    assert said == "user: How wide?\nassistant: 85\nuser: And high?"
+
+
 def test_long_texts_are_cut_and_say_so():
     shown = report.paragraph("a" * 1000)
     assert "a" * 500 + " … (500 more characters)" in shown and "a" * 501 not in shown

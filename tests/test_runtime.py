@@ -175,6 +175,8 @@ def exit_line(capsys, function, *arguments):
         ("--stage 1 --batch-size -8", "--batch-size is -8, expected a positive number"),
         ("--stage 1 --learning-rate nan", "--learning-rate is nan, expected a positive number"),
         ("--stage 1 --epochs inf", "--epochs is inf, expected a positive number"),
+        ("--stage 1 --data a --replay-ratio 0.5", "--replay is missing"),
+        ("--stage 1 --data a --replay b", "--replay-ratio is missing"),
         ("--stage 1 --replay-ratio 1", "--replay-ratio is 1.0, expected 0 or more and below 1"),
         ("--stage 1 --curriculum 2", "--curriculum is 2.0, expected 0 to 1"),
         ("--stage 1 --seed -1", "--seed is -1, expected 0 or more"),

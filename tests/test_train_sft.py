@@ -220,7 +220,7 @@ KEYS = {
 
 
 @pytest.mark.parametrize("stage", FILES)
-def test_a_few_steps_reduce_the_loss(call, rooms, tiny_model, tmp_path, stage):
+def test_a_few_steps_reduce_the_loss(call, rooms, tiny_model, tmp_path, stage, capsys):
     """Each stage's command learns, logs the agreed keys and leaves a model directory that loads and
     has moved.
     """
@@ -241,6 +241,11 @@ def test_a_few_steps_reduce_the_loss(call, rooms, tiny_model, tmp_path, stage):
         0.2,
         *FEW,
     )
+    line = r"(\d+) rows, 6 steps of \d+: (\d+) of (.+), (\d+) replayed of (.+)\n"
+    said = re.search(line, capsys.readouterr().out)
+    whole, own, path, replayed, earlier = said.groups()
+    assert int(whole) == int(own) + int(replayed) and int(own) == len(read_all([path], None))
+    assert (path, earlier) == (f"{rooms}/train/{FILES[stage]}", f"{rooms}/train/{FILES['1']}")
     log = read_rows(out / "log.jsonl")
     assert [row["step"] for row in log] == [1, 2, 3, 4, 5, 6] and all(
         set(row) == KEYS for row in log
