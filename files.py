@@ -4,6 +4,7 @@ Everything here is for people's files: JSON, JSON lines, output folders, text ta
 the contents of two files apart. No torch.
 """
 
+import atexit
 import codecs
 import fcntl
 import hashlib
@@ -17,6 +18,7 @@ from pathlib import Path
 CONFIG = "config_run.json"  # the settings that an output folder was begun with
 MADE_OF = "made_of"  # in it: the fingerprint of each input
 LOCK = ".lock"  # in an output folder; the process that works there holds it
+HELD = {}  # path of each lock that this process holds -> its open file
 MODEL_FILES = ("*.safetensors", "*config.json", "tokenizer.json")  # what a model depends on
 OF_WEIGHTS = 1 << 24  # bytes that are read of a file of weights: 16 MB of at most 5 GB
 OF_PICTURE = 1 << 14  # bytes that are read of a picture or a video
@@ -229,16 +231,32 @@ def hold(folder):
     The system lets go of the lock when the process ends, however it ends. Processes that it forks
     do not hold it: a loader of pictures that outlives a killed run keeps nobody out.
     """
-    with writing(folder):
-        file = os.open(Path(folder) / LOCK, os.O_RDWR | os.O_CREAT, 0o666)  # stays open
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        raise UserError(
-            f"{folder}: another process is at work there; wait for its end, or give another --out"
-        ) from None
-    except OSError:
-        pass  # a file system without locks
+    path = Path(folder).resolve() / LOCK
+    while True:
+        with writing(folder):
+            file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise UserError(
+                f"{folder}: another process is at work there; wait for its end, or give another "
+                "--out"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        if path.exists() and os.path.samestat(os.stat(path), os.fstat(file)):
+            break
+        os.close(file)  # the process that had it has removed it meanwhile
+    HELD[path] = file
+
+
+@atexit.register
+def let_go():
+    """Remove the locks of this process. One that a killed process leaves keeps nobody out."""
+    while HELD:
+        path, file = HELD.popitem()
+        path.unlink(missing_ok=True)
+        os.close(file)
 
 
 def changes(before, config, free):

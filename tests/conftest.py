@@ -152,12 +152,15 @@ def call(monkeypatch):
 
     import torch.distributed as dist
 
+    import files
+
     def call_main(script, *flags):
         handlers = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGINT)}
         monkeypatch.setattr(sys, "argv", [f"{script.__name__.split('.')[-1]}.py", *map(str, flags)])
         try:
             script.main()
         finally:
+            files.let_go()
             if dist.is_initialized():
                 dist.destroy_process_group()
             for name, handler in handlers.items():
