@@ -234,9 +234,13 @@ MODELS = {  # name of a model directory -> (what breaks it, what the error must 
         set_config(hidden_size="wide"),
         "config.json: a value is of the wrong type (TypeError",
     ),
-    "other_width": (
+    "other_tokenizer": (
         set_config(vocab_size=1000),
-        "expected [1000, 128]",
+        "tokenizer and model have other vocabularies: ",
+    ),
+    "other_width": (
+        set_config(intermediate_size=256),
+        "expected [256, 128]",
     ),
     "dtype": (
         set_config(torch_dtype="int4"),
@@ -406,7 +410,7 @@ COMMANDS = (
     ("ask.py {model}", "the following arguments are required: question"),
     ("ask.py {rooms}/none Where? {picture}", "none: not a model directory"),
     ("ask.py {model} Where? {rooms}/none.jpg", "none.jpg: not a readable picture"),
-    ("ask.py {model} Where? {void}", "void.jsonl: not a readable picture"),
+    ("ask.py {model} Where? {torn}", "torn.jpg: not a readable picture"),
     ("ask.py {model} Where? {picture} --max-pixel 9", "unknown argument --max-pixel, did you mean"),
     ("ask.py {model} Where? --max-completion-length 0", "--max-completion-length is 0, expected"),
     ("ask.py {model} Where? {picture} --device cuda", "--device cuda: torch finds no GPU"),
@@ -494,8 +498,8 @@ COMMANDS = (
         "probes.py entropy --model {model} --data {grounding} --out {out}",
         "grounding_data.jsonl: no rows for entropy; ",
     ),
-    (PROBE + " --model {rooms}/none", "none: no model.safetensors and no"),
-    (PROBE + " --out {void}", "void.jsonl: cannot write results"),
+    (PROBE + " --model {rooms}/none", "none: not a model directory"),
+    (PROBE + " --out {void}", "void.jsonl/hints: cannot write there"),
     (PROBE + " --limit 0", "--limit is 0, expected a positive number"),
     (PROBE + " --limits 3", "unknown argument --limits, did you mean --limit?"),
     (PROBE + " --temperature 0", "--temperature is 0.0, expected a positive number"),
@@ -541,6 +545,7 @@ def places(rooms, tiny_model, tmp_path_factory):
         (folder / "ladders" / name / "config_run.json").write_text('{"seed": 0, "scenes": 3600}')
     (folder / "ladders" / "torn" / "grpo" / "log.jsonl").write_text('{"step": 1, "lo')
     (folder / "void.jsonl").touch()
+    (folder / "torn.jpg").write_bytes(b"\xff\xd8\xff")
     (folder / "prompts.json").write_text('{"hello": "?"}')
     (folder / "slots.json").write_text('{"localize": "Boxes, please."}')
     typeless = ROW | {"answer": "yes", "solution": "It is."}
@@ -552,6 +557,7 @@ def places(rooms, tiny_model, tmp_path_factory):
         "rooms": rooms,
         "model": tiny_model,
         "void": folder / "void.jsonl",
+        "torn": folder / "torn.jpg",
         "prompts": folder / "prompts.json",
         "slots": folder / "slots.json",
         "typeless": folder / "typeless.jsonl",
