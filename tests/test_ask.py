@@ -158,7 +158,16 @@ def test_video_beside_a_picture(call, tiny_model, answers, grey, capsys):
     ]  # 8 frames in 12 seconds: pairs 3 s apart, 1 position a second
     assert capsys.readouterr().out.splitlines()[-1] == "1 boxes drawn on room.jpg: room_boxes.png"
     Path("room_boxes.png").unlink()
-    call(ask, tiny_model, "Where?", "clip.mp4", "--device", "cpu")
+    # What a file is does not hang on its name.
+    Path("clip.mp4").rename("clip.m4v")
+    Path("room.jpg").rename("room")
+    call(ask, tiny_model, "Where?", "clip.m4v", "room", "--device", "cpu", "--max-frames", 4)
+    kinds = [t for t, _, _ in seen[1].grids]
+    assert kinds == [16, 1]
+    assert capsys.readouterr().out.splitlines()[-1] == "1 boxes drawn on room: room_boxes.png"
+    Path("room_boxes.png").unlink()
+    call(ask, tiny_model, "Where?", "clip.m4v", "--device", "cpu", "--fps", 1, "--max-frames", 4)
+    assert [t for t, _, _ in seen[2].grids] == [2]
     assert not list(Path(".").glob("*.png"))
 
 
@@ -171,7 +180,10 @@ def test_bad_input_is_one_line(call, tiny_model, tmp_path):
     )
     for media, message in (
         ("nothing.mp4", "not a readable video"),
-        ("a\0b", "not a readable picture"),
+        ("nothing.m4v", "not a readable video"),
+        ("nothing.mpg", "not a readable video"),
+        ("nothing.tif", "not a readable picture"),
+        ("a\0b", "not a readable"),
     ):
         with pytest.raises(UserError, match=message):
             call(ask, tiny_model, "What?", tmp_path / media, "--device", "cpu")

@@ -2,8 +2,10 @@
 
 import re
 
+import numpy as np
 import pytest
 from conftest import launch
+from PIL import Image
 from test_data import (
     BOX,
     CHAT,
@@ -19,6 +21,7 @@ from test_data import (
     write_images,
     write_rows,
 )
+from test_pictures import write_video
 
 from checkpoint import load_config
 from data import Processor, parse_row
@@ -131,8 +134,59 @@ def test_a_picture_is_decoded_once_and_breaks_all_its_rows(tmp_path, images, cal
     assert [re.search(r"jsonl:(\d+)", line)[1] for line in lines[:3]] == ["1", "3", "4"]
     assert lines[-1] == f"{path}: 4 rows, 3 errors, 0 warnings"
     assert set(check.decode_all([parse_row(row, "", images) for row in broken])) == {
-        str(images / "cut.jpg")
+        (str(images / "cut.jpg"), False)
     }
+
+
+def test_a_film_is_read_as_training_reads_it(tmp_path, tiny_model):
+    """All its frames: one that ends early by its header is an error here, not in training."""
+    pytest.importorskip("av")
+    for name in ("whole.avi", "cut.avi"):
+        write_video(tmp_path / name)
+    content = (tmp_path / "cut.avi").read_bytes()
+    start = len(content) // 2
+    (tmp_path / "cut.avi").write_bytes(content[:start] + bytes(len(content) - start))
+    (tmp_path / "text.mpg").write_text("no film")
+    names = ["whole.avi", "cut.avi", "text.mpg"]
+    path = write_rows(tmp_path / "rows.jsonl", *(VIDEO | {"image": [name]} for name in names))
+    done = launch("look.check", path, "--images", tmp_path, "--model", tiny_model, "--fps", 4)
+    errors = [line for line in done.stdout.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 2
+    assert len(errors) == 2 and "rows.jsonl:2: " in errors[0] and "rows.jsonl:3: " in errors[1]
+    assert "text.mpg: not a readable video" in errors[1]
+    processor = Processor(tiny_model, load_config(tiny_model), fps=4)
+    samples = [parse_row(VIDEO | {"image": [name]}, "", tmp_path) for name in names]
+    tokens = len(processor.example(samples[0], "direct").ids)
+    assert done.stdout.endswith(f"3 rows, 2 errors, 0 warnings, at most {tokens} tokens\n")
+    for sample in samples[1:]:
+        with pytest.raises(UserError):
+            processor.example(sample, "direct")
+
+
+@pytest.mark.parametrize(
+    "values, said",
+    [
+        (np.linspace(500, 4500, 192).astype(np.uint16), "values 500 to 4500"),
+        (np.append(np.zeros(92), np.full(100, 900)).astype(np.uint16), "values 0 to 900"),
+        (np.linspace(0, 1, 192).astype(np.float32), "values 0 to 1"),
+        (np.linspace(-3, 200, 192).astype(np.float32), "values -3 to 200"),
+        (np.linspace(0, 255, 192).astype(np.float32), None),
+        (np.linspace(0, 255, 192).astype(np.uint16), None),
+        (np.linspace(0, 255, 192).astype(np.uint8), None),
+        (np.full(192, 7, np.uint8), None),
+    ],
+)
+def test_values_that_are_cut_are_odd(tmp_path, values, said):
+    """Depth in millimetres becomes all white, values of 0 to 1 all black, there as here."""
+    picture = Image.fromarray(values.reshape(12, 16))
+    picture.save(tmp_path / "a.tif")
+    sample = parse_row(NUMBER | {"image": ["a.tif"]}, "", tmp_path)
+    ((error, odd),) = check.decode_all([sample]).values()
+    assert error is None
+    expected = said and f"{tmp_path / 'a.tif'}: {said}, of which the model sees 0 to 255"
+    assert odd == expected
+    path = write_rows(tmp_path / "rows.jsonl", NUMBER | {"image": ["a.tif"]})
+    assert check.check(path, tmp_path) == 0
 
 
 def test_check_of_an_empty_file_and_of_tokens_without_a_model(tmp_path, images, call, capsys):

@@ -771,17 +771,6 @@ def test_the_log_is_cut_to_the_state(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["log.jsonl", "rollouts.jsonl"]
 
 
-def test_a_second_signal_ends_at_once():
-    """But torchrun passes a signal on that came already: there the step is finished."""
-    run = SimpleNamespace(stopping=False, ranks=SimpleNamespace(launched=True))
-    for _ in range(3):
-        Run.stop(run, signal.SIGINT, None)
-        assert run.stopping
-    run.ranks.launched = False
-    with pytest.raises(KeyboardInterrupt):
-        Run.stop(run, signal.SIGINT, None)
-
-
 def test_the_command_that_goes_on(monkeypatch):
     """As it was typed, under torchrun where it ran there, with --resume auto once."""
     monkeypatch.setattr(sys, "argv", ["grpo.py", "--out", "my run"])
