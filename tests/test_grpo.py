@@ -128,9 +128,8 @@ def make_groups(world, kind, args):
                 lengths,
                 finished,
                 [],
-                {},
-                reward,
-                group_advantages(reward, args.scale_rewards),
+                reward=reward,
+                advantages=group_advantages(reward, args.scale_rewards),
             )
         )
     return groups
@@ -334,11 +333,10 @@ def test_loss_is_trls(loss_type, masked):
         lengths,
         finished,
         [],
-        {},
-        rewards_,
-        group_advantages(rewards_),
-        old[inside],
-        reference[inside],
+        reward=rewards_,
+        advantages=group_advantages(rewards_),
+        old=old[inside],
+        reference=reference[inside],
     )
     args.micro_batch = 6
 
