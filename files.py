@@ -12,7 +12,7 @@ import io
 import json
 import math
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 CONFIG = "config_run.json"  # the settings that an output folder was begun with
@@ -244,10 +244,15 @@ def hold(folder):
             ) from None
         except OSError:
             pass  # a file system without locks
-        if path.exists() and os.path.samestat(os.stat(path), os.fstat(file)):
+        if is_at(path, file):
             break
         os.close(file)  # the process that had it has removed it meanwhile
     HELD[path] = file
+
+
+def is_at(path, file):
+    """Is this open file the one that lies there now?"""
+    return path.exists() and os.path.samestat(path.stat(), os.fstat(file))
 
 
 @atexit.register
@@ -255,7 +260,9 @@ def let_go():
     """Remove the locks of this process. One that a killed process leaves keeps nobody out."""
     while HELD:
         path, file = HELD.popitem()
-        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            if is_at(path, file):
+                path.unlink()
         os.close(file)
 
 
