@@ -15,8 +15,10 @@ where each of them belongs. data.parse_chat takes what comes out; errors get the
 """
 
 import re
+from pathlib import Path
 
 from files import UserError, given, need
+from pictures import PICTURE_SUFFIXES
 
 ROLES = {"human": "user", "gpt": "assistant"}
 TAG = re.compile(r"<(image|video)>")
@@ -117,7 +119,11 @@ def files_of(row, kind):
             columns.append(files)
     if len(columns) > 1:
         raise UserError(f"{kind} and {kind}s name other files, expected one of them")
-    return columns[0] if columns else []
+    files = columns[0] if columns else []
+    suffixes = {Path(str(file)).suffix.lower() for file in files}
+    if kind == "video" and suffixes and suffixes <= set(PICTURE_SUFFIXES):
+        return [files]  # pictures are the frames of one video, as they are in a part
+    return files
 
 
 def place(files, kind, turns):

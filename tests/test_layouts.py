@@ -96,6 +96,14 @@ READ = {  # what is in a row -> (the row, its turns as contents)
         chat("<video>How many?", "3", videos=[["a.jpg", "b.png"]]),
         [[("video", "a.jpg", "b.png"), "How many?"], ["3"]],
     ),
+    "frames of one video": (
+        llava("<video>How many?", "3", video=["a.jpg", "b.png"]),
+        [[("video", "a.jpg", "b.png"), "How many?"], ["3"]],
+    ),
+    "two videos": (
+        llava("<video><video>How many?", "3", video=["v.mp4", "w.mp4"]),
+        [[("video", "v.mp4"), ("video", "w.mp4"), "How many?"], ["3"]],
+    ),
     "parts without files": (
         chat(
             [{"type": "text", "text": "Same as "}, {"type": "image", "text": None}],
