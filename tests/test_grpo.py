@@ -700,7 +700,8 @@ def test_rollouts_hold_the_conversation_of_a_chat(call, tiny_model, tmp_path, ca
         "<|im_end|>\n<|im_start|>assistant\n85<|im_end|>\n<|im_start|>user\nAnd high?<|im_end|>\n"
         "<|im_start|>assistant\n"
     )
-    assert f"1 prompts, 1 steps of 1 groups of 2: {tmp_path}/rows.jsonl" in capsys.readouterr().out
+    line = f"1 prompts, 1 steps of 1 groups of 2, until --epochs 1: {tmp_path}/rows.jsonl\n"
+    assert line in capsys.readouterr().out
 
 
 def test_a_run_writes_log_and_rollouts(call, rooms, tiny_model, tmp_path, monkeypatch):

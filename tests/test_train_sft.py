@@ -241,7 +241,9 @@ def test_a_few_steps_reduce_the_loss(call, rooms, tiny_model, tmp_path, stage, c
         0.2,
         *FEW,
     )
-    line = r"(\d+) rows, 6 steps of \d+: (\d+) of (.+), (\d+) replayed of (.+)\n"
+    line = (
+        r"(\d+) rows, 6 steps of 6, until --max-steps 6 .*: (\d+) of (.+), (\d+) replayed of (.+)\n"
+    )
     said = re.search(line, capsys.readouterr().out)
     whole, own, path, replayed, earlier = said.groups()
     assert int(whole) == int(own) + int(replayed) and int(own) == len(read_all([path], None))
