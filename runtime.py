@@ -447,7 +447,7 @@ def micro_batches(rows, costs, size, rank, world):
 
     >>> micro_batches([7, 8, 9], [3, 1, 2], 2, rank=1, world=2)
     [[(7, True)]]
-    >>> micro_batches([7, 8, 9], [3, 1, 2], 2, rank=2, world=4)
+    >>> micro_batches([7, 8, 9], [3, 1, 2], 2, rank=3, world=4)
     [[(7, False)]]
     """
     size = min(size, math.ceil(len(rows) / world))  # larger ones would leave ranks without rows

@@ -129,7 +129,7 @@ def write_random(folder, config):
     """Write a model directory of random weights that never ends a completion."""
     weights = write_model(folder, config, train_tokenizer([TEXT]), 1024 * 28 * 28, 0)
     # The sampler does not use ids beyond the tokenizer's.
-    write_json(Path(folder, "generation_config.json"), {"eos_token_id": config["vocab_size"] - 1})
+    write_json(Path(folder, "generation_config.json"), {"eos_token_id": config["image_token_id"]})
     threads = torch.get_num_threads()
     print(
         f"{weights / 1e6:.0f} million random weights, {threads} threads, torch {torch.__version__}"

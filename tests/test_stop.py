@@ -31,7 +31,9 @@ class Rows:
 kind, folder = sys.argv[1], Path(sys.argv[2])
 runtime.PASSED_ON = 1
 ranks = runtime.Ranks("cpu")
-run = runtime.Run(Namespace(out=str(folder / "out"), resume=None), ranks)
+base = Path(runtime.__file__).parent / "base"
+args = Namespace(out=str(folder / "out"), resume=None, model=str(base), prompts=None)
+run = runtime.Run(args, ranks)
 (folder / f"ready {ranks.rank} {runtime.os.getpid()}").touch()
 if kind == "python":
     while True:
