@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import grpo
 from checkpoint import load_model
 from data import IGNORE, NO_PATCHES, Example, Processor, Sample, collate, mrope_positions, read_all
-from files import read_jsonl, write_json, write_jsonl
+from files import read_json, read_jsonl, write_json, write_jsonl
 from model import generate
 from pictures import Media, to_patches
 from rooms.render import mjpeg_avi
@@ -128,8 +128,9 @@ def encoded(picture, kind):
 def write_random(folder, config):
     """Write a model directory of random weights that never ends a completion."""
     weights = write_model(folder, config, train_tokenizer([TEXT]), 1024 * 28 * 28, 0)
-    # The sampler does not use ids beyond the tokenizer's.
-    write_json(Path(folder, "generation_config.json"), {"eos_token_id": config["image_token_id"]})
+    # The sampler never gives the picture's pad token.
+    pad = read_json(Path(folder, "config.json"))["image_token_id"]
+    write_json(Path(folder, "generation_config.json"), {"eos_token_id": pad})
     threads = torch.get_num_threads()
     print(
         f"{weights / 1e6:.0f} million random weights, {threads} threads, torch {torch.__version__}"

@@ -45,9 +45,9 @@ elif kind == "library":
 elif kind == "collective":
     if ranks.rank == 0:
         time.sleep(100)
-    ranks.sum(number=1)
+    ranks.sum(1)
 elif kind == "worker":
-    next(iter(DataLoader(Rows(), num_workers=1, worker_init_fn=runtime.own_group)))
+    next(iter(DataLoader(Rows(), num_workers=1, worker_init_fn=runtime.leave_process_group)))
 elif kind == "step":
     while not run.stopping:
         time.sleep(0.05)
