@@ -15,7 +15,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 # A run whose step never ends: in Python, inside of a library, or because a worker does not answer.
 DRIVER = """
-import ctypes, sys, time
+import ctypes, signal, sys, time
 from argparse import Namespace
 from pathlib import Path
 from torch.utils.data import DataLoader
@@ -29,6 +29,7 @@ class Rows:
         ctypes.CDLL(None).sleep(100)
 
 kind, folder = sys.argv[1], Path(sys.argv[2])
+signal.alarm(120)  # the test itself may have been killed
 runtime.PASSED_ON = 1
 ranks = runtime.Ranks("cpu")
 base = Path(runtime.__file__).parent / "base"
