@@ -11,6 +11,7 @@ paper's 1,255 chains come from a 7B model in this way; it does not say how they 
 
 import random
 from collections import Counter, defaultdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -205,17 +206,14 @@ def main():
     # 2. Their chains, saved as they are sampled: the folder goes on with the same settings and the
     #    same teacher. A chain belongs to its question, wherever that stands.
     config = values(args, (*SAMPLING, "limit"))
-    prompts = {"prompts": args.prompts and [args.prompts]}
-    config[MADE_OF] = ranks.once(made_of, args.model, prompts)
+    config[MADE_OF] = ranks.once(made_of, args.model, {"prompts": args.prompts})
     ranks.once(claim, folder, config, MAY_CHANGE)
     model = load_model(args.model, compute_dtype(args.dtype, ranks.device), ranks.device)
     processor = Processor(args.model, model.config, args)
     ranks.once(write_json, folder / CONFIG, config)
 
-    def sample_some(rows):
-        return sample_chains(model, processor, samples, rows, args, ranks.device)
-
-    chains = answer_once(samples, args.batch_size, ranks, folder, sample_some)
+    answer = partial(sample_chains, model, processor, samples, args=args, device=ranks.device)
+    chains = answer_once(samples, args.batch_size, ranks, folder, answer)
 
     # 3. The chains that stay.
     if ranks.rank == 0:

@@ -16,6 +16,7 @@ import os
 import random
 import time
 from collections import Counter, defaultdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -282,32 +283,26 @@ def main():
         answers = given_answers(args.predictions, samples, benchmark)
         recipe["predictions"] = os.path.realpath(args.predictions)
     else:
-        config = load_config(args.model)
-        processor = Processor(args.model, config, args)
+        processor = Processor(args.model, load_config(args.model), args)
         recipe |= values(processor, ("min_pixels", "max_pixels")) | {"decoding": "greedy"}
-        prompts = {"prompts": args.prompts and [args.prompts]}
-        recipe[MADE_OF] = ranks.once(made_of, args.model, prompts)
+        recipe[MADE_OF] = ranks.once(made_of, args.model, {"prompts": args.prompts})
 
     # 3. The answers, each rank its share. An output folder holds one evaluation: with the same
     #    recipe it goes on where it was interrupted, another recipe is refused. Where the model and
     #    the rows lie is free: the model's contents are in the recipe, answers belong to questions.
     ranks.once(claim, out, recipe, (*MAY_CHANGE, "bench", "blind_from"))
     if not args.predictions:
-        dtype = compute_dtype(args.dtype, ranks.device)
-        model = load_model(args.model, dtype, ranks.device)
+        model = load_model(args.model, compute_dtype(args.dtype, ranks.device), ranks.device)
     ranks.once(write_json, out / CONFIG, recipe)
     if not args.predictions:
         # answer_once knows nothing of models: coldstart.py samples chains with it.
-        def answer(rows):
-            return answer_rows(model, processor, samples, rows, args, ranks.device)
-
+        answer = partial(answer_rows, model, processor, samples, args=args, device=ranks.device)
         answers = answer_once(samples, args.batch_size, ranks, out, answer)
 
     # 4. The scores. rows: what predictions.jsonl holds, a row for each sample.
     if ranks.rank == 0:
-        rows = []
-        for sample, row, extra in zip(samples, answers, extras):
-            rows.append(facts(sample) | row | extra)
+        parts = zip(map(facts, samples), answers, extras)
+        rows = [about | answer | extra for about, answer, extra in parts]
         rows = score_rows(rows, bench, args.scorer, args.prompt_style == "thinking")
         rows = list(add_baselines(rows, samples, bench.scorers[args.scorer].match, train))
         write_jsonl(out / "predictions.jsonl", rows)

@@ -212,10 +212,13 @@ def fingerprint(sources, most=math.inf):
 def made_of(model, files):
     """The fingerprints that a run keeps in CONFIG, under MADE_OF.
 
-    Args:    model: a model directory. files: name -> list of paths, or None.
+    Args:    model: a model directory. files: name -> a path, a list of paths, or None.
     Returns: name -> fingerprint of each that is not None.
     """
-    prints = {name: fingerprint(paths) for name, paths in files.items() if paths}
+    prints = {}
+    for name, paths in files.items():
+        if paths:
+            prints[name] = fingerprint([paths] if isinstance(paths, str) else paths)
     paths = []
     for pattern in MODEL_FILES:
         paths += sorted(Path(model).glob(pattern))

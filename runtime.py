@@ -477,8 +477,8 @@ def leave_process_group(worker):
 
 def inputs(args, samples):
     """The fingerprints of what a run is made of: the model, the rows, the pictures, the prompts."""
-    files = {name: getattr(args, name, None) for name in ("data", "replay", "eval_data")}
-    prints = made_of(args.model, files | {"prompts": args.prompts and [args.prompts]})
+    names = ("data", "replay", "eval_data", "prompts")
+    prints = made_of(args.model, {name: getattr(args, name, None) for name in names})
     pictures = []
     for media in samples[0].media if samples else ():  # they stand for all: there may be 100,000
         pictures += media.sources

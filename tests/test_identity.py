@@ -288,9 +288,9 @@ class Evaluation:
         answered = []
         answer_rows = evaluation.answer_rows
 
-        def counted(model, processor, samples, rows, *others):
+        def counted(model, processor, samples, rows, **others):
             answered.extend(rows)
-            return answer_rows(model, processor, samples, rows, *others)
+            return answer_rows(model, processor, samples, rows, **others)
 
         with self.monkeypatch.context() as patch:
             patch.setattr(evaluation, "answer_rows", counted)
@@ -449,9 +449,9 @@ def sample(call, monkeypatch, parts):
     asked = []
     sample_chains = coldstart.sample_chains
 
-    def counted(model, processor, samples, rows, *others):
+    def counted(model, processor, samples, rows, **others):
         asked.extend(samples[row].question for row in rows)
-        return sample_chains(model, processor, samples, rows, *others)
+        return sample_chains(model, processor, samples, rows, **others)
 
     monkeypatch.setattr(coldstart, "sample_chains", counted)
     few = parts / "few.jsonl"
