@@ -583,12 +583,24 @@ class Run:
         self.ranks.once(self.cut_log, step)
 
     def leave_states(self, last):
-        """Remove the states after `last`."""
+        """Make the states after `last` no candidates for `auto`.
+
+        Who names a state with --resume goes back: what came after it is removed. With `auto` they
+        are states that could not be read. These are kept under another name: the disk may have had
+        a passing error.
+        """
         for path in sorted(last.parent.glob("step-??????"), reverse=True):
-            if path > last:
-                with writing(path):
+            if path <= last:
+                break
+            with writing(path):
+                if self.args.resume == "auto":
+                    aside = path.with_suffix(".unreadable")
+                    shutil.rmtree(aside, ignore_errors=True)
+                    os.replace(path, aside)
+                    print(f"{path}: kept as {aside.name}", flush=True)
+                else:
                     shutil.rmtree(path)
-                print(f"{path}: removed, its steps are done again", flush=True)
+                    print(f"{path}: removed, its steps are done again", flush=True)
 
     def load_state(self, path, model, optimizer):
         """Fill model and optimizer from a trainer state. Returns: its step, None if unreadable."""

@@ -856,7 +856,8 @@ def test_a_damaged_state_falls_back(
 ):
     """The newest state is unreadable: the run says so, takes the one before and ends the same.
 
-    If none can be read, the run is refused, not begun again.
+    It is kept aside, as a disk's error may pass. If none can be read, the run is refused, not begun
+    again.
     """
     whole, parts, worse = undisturbed(train_sft), tmp_path / "parts", tmp_path / "worse"
     flags = sft_flags(rooms, tiny_model, parts, "--save-every", 1)
@@ -864,10 +865,15 @@ def test_a_damaged_state_falls_back(
     assert states(parts) == ["step-000002", "step-000003"]  # the newest two are kept
     damage(parts / "resume" / "step-000003", how)
     shutil.copytree(parts, worse)
+    damaged = parts / "resume" / "step-000003"
+    held = {path.name: path.read_bytes() for path in damaged.iterdir()}
     capsys.readouterr()
     call(train_sft, *flags, "--resume", "auto")
     said = capsys.readouterr().out
-    assert f"{parts / 'resume' / 'step-000003'}: not readable" in said
+    assert f"{damaged}: not readable" in said
+    assert f"{damaged}: kept as step-000003.unreadable" in said
+    aside = damaged.with_suffix(".unreadable")
+    assert {path.name: path.read_bytes() for path in aside.iterdir()} == held
     assert f"resumed {parts / 'resume' / 'step-000002'}" in said
     assert_equal_runs(parts, whole)
 
