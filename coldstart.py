@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import load_model
+from checkpoint import load_config, load_model
 from data import Processor, prompt_text, read_all
 from eval import answer_once, subset
 from files import (
@@ -32,7 +32,7 @@ from files import (
 )
 from grpo import noise, sample_completions
 from rewards import accuracy_reward, format_reward
-from runtime import Ranks, compute_dtype, main_guard
+from runtime import Ranks, check_lengths, compute_dtype, main_guard
 from settings import MAY_CHANGE, PICTURES, Parser, add_flags, positive, share, values
 
 # What the chains depend on; the other flags choose among them.
@@ -188,18 +188,23 @@ def settings():
     return args
 
 
-def main():
-    args = settings()
-    ranks = Ranks(args.device)
-    out, folder = Path(args.out), Path(args.out).with_suffix(".samples")
-
-    # 1. The questions. A chain is judged by its answer: a box or a chat's turn has no chain.
+def read_questions(args):
+    """The rows to ask, at most --limit of each type. Boxes and chats have no chain to judge."""
     samples = read_all(args.data, args.images)
     for sample in samples:
         if sample.question_type == "localization" or sample.messages:
             kind = sample.question_type
             raise UserError(f"{sample.where}: {kind} row, expected a question with an answer")
-    samples, _ = subset(samples, samples, args.limit, args.seed)
+    return subset(samples, samples, args.limit, args.seed)[0]
+
+
+def main():
+    args = settings()
+    ranks = Ranks(args.device)
+    out, folder = Path(args.out), Path(args.out).with_suffix(".samples")
+
+    # 1. The questions.
+    samples = read_questions(args)
     if out.exists() and not folder.is_dir():
         raise UserError(f"{out}: exists already; give another --out")
 
@@ -208,8 +213,10 @@ def main():
     config = values(args, (*SAMPLING, "limit"))
     config[MADE_OF] = ranks.once(made_of, args.model, {"prompts": args.prompts})
     ranks.once(claim, folder, config, MAY_CHANGE)
+    processor = Processor(args.model, load_config(args.model), args)
+    room = args.max_completion_length
+    ranks.once(check_lengths, processor, samples, args.prompt_style, False, room)
     model = load_model(args.model, compute_dtype(args.dtype, ranks.device), ranks.device)
-    processor = Processor(args.model, model.config, args)
     ranks.once(write_json, folder / CONFIG, config)
 
     answer = partial(sample_chains, model, processor, samples, args=args, device=ranks.device)

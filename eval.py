@@ -50,7 +50,7 @@ from files import (
 )
 from model import generate
 from rewards import CHOICE_TYPES, NUMBER_TYPES
-from runtime import Ranks, compute_dtype, main_guard
+from runtime import Ranks, check_lengths, compute_dtype, main_guard
 from settings import MAY_CHANGE, PICTURES, Parser, add_flags, positive, values
 
 # ---------------------------------------------------------------------------------- samples
@@ -269,8 +269,7 @@ def main():
     args, began = settings(), time.time()
     ranks, bench, out = Ranks(args.device), BENCHES.get(args.bench, OURS), Path(args.out)
 
-    # 1. The questions. All are read before the model is, so that mistakes show at once; pictures
-    #    are opened when their question is answered.
+    # 1. The questions, before the model: mistakes show at once. Pictures are opened when needed.
     benchmark, extras = read_rows(args.bench, args.data, args.images)
     samples, extras = subset(benchmark, extras, args.limit, args.seed)
     train = read_all(our_files(args.blind_from), None) if args.blind_from else []
@@ -284,6 +283,7 @@ def main():
         recipe["predictions"] = os.path.realpath(args.predictions)
     else:
         processor = Processor(args.model, load_config(args.model), args)
+        ranks.once(check_lengths, processor, samples, args.prompt_style, False)
         recipe |= values(processor, ("min_pixels", "max_pixels")) | {"decoding": "greedy"}
         recipe[MADE_OF] = ranks.once(made_of, args.model, {"prompts": args.prompts})
 

@@ -100,6 +100,16 @@ def oddities(sample, example=None):
                 yield f"{name} touches {edge}"
 
 
+def print_findings(errors, warnings, kinds):
+    """A line for each error and each warning, then how many rows of each kind are right."""
+    for error in errors:
+        print(f"error: {error}")
+    for text in warnings:
+        print(f"warning: {text}")
+    for kind, count in sorted(kinds.items()):
+        print(f"{count:>8}  {kind}")
+
+
 def check(path, images, processor=None, max_tokens=None):
     """Print the errors and the oddities of a file, its kinds of rows, and a summary.
 
@@ -125,7 +135,11 @@ def check(path, images, processor=None, max_tokens=None):
             continue
         example = None
         if processor:
-            example = processor.example(sample, style_of(sample), pixels=False)
+            try:
+                example = processor.example(sample, style_of(sample), pixels=False)
+            except UserError as error:  # longer than the model's context
+                errors.append(str(error))
+                continue
         odd = [oddity for _, oddity in found if oddity]
         odd += oddities(sample, example)
         earlier = first.setdefault(sample.id, where)
@@ -139,12 +153,7 @@ def check(path, images, processor=None, max_tokens=None):
         warnings += [one_line(f"{where}: {text}") for text in odd]
         kinds[f"{sample.question_type or 'cold start'} {sample.data_type}".strip()] += 1
 
-    for error in errors:
-        print(f"error: {error}")
-    for text in warnings:
-        print(f"warning: {text}")
-    for kind, count in sorted(kinds.items()):
-        print(f"{count:>8}  {kind}")
+    print_findings(errors, warnings, kinds)
     tokens = f", at most {longest} tokens" if processor else ""
     path = one_line(str(path))
     print(f"{path}: {len(rows)} rows, {len(errors)} errors, {len(warnings)} warnings{tokens}")

@@ -18,7 +18,7 @@ from data import Processor, read_all, style_of
 from files import UserError, text_table
 from ladder import RECIPES
 from model import HEAD_LOGITS
-from runtime import compute_dtype, main_guard, recipe_settings
+from runtime import compute_dtype, main_guard, recipe_settings, run_length
 from settings import Parser
 
 GB = 1e9
@@ -230,14 +230,12 @@ def print_steps(args, samples, total):
     """How long the run is, in optimizer steps and tokens."""
     mean = total / len(samples)
     if args.stage == "grpo":
-        rollouts = math.ceil(args.epochs * len(samples) / args.prompts_per_step)
-        steps = min(rollouts * args.num_iterations, args.max_steps or math.inf)
+        steps, _ = run_length(args, len(samples), args.prompts_per_step)
         G, C = args.num_generations, args.max_completion_length
         tokens = steps / args.num_iterations * args.prompts_per_step * (mean + G * C)
         print(f"steps       {steps:,} of {args.prompts_per_step} groups of {G}")
     else:
-        steps = math.ceil(args.epochs * len(samples) / args.batch_size)
-        steps = min(steps, args.max_steps or math.inf)
+        steps, _ = run_length(args, len(samples), args.batch_size)
         tokens = steps * args.batch_size * mean
         print(f"steps       {steps:,} of {args.batch_size} rows")
     print(f"tokens      {tokens / 1e6:,.1f} million at most")

@@ -1,6 +1,8 @@
 """look/check.py: everything that is wrong or odd with a file, in one go."""
 
+import importlib
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -25,7 +27,7 @@ from test_pictures import write_video
 
 from checkpoint import load_config
 from data import Processor, parse_row
-from files import UserError
+from files import UserError, read_json, write_json
 from look import check
 
 
@@ -195,3 +197,45 @@ def test_check_of_an_empty_file_and_of_tokens_without_a_model(tmp_path, images, 
     with pytest.raises(SystemExit):
         call(check, path, "--max-tokens", 9)
     assert capsys.readouterr().err == "check.py: --model is missing\n"
+
+
+def short_context(tiny_model, folder, positions):
+    """The tiny model with room for only so many tokens."""
+    shutil.copytree(tiny_model, folder)
+    config = read_json(folder / "config.json")
+    write_json(folder / "config.json", config | {"max_position_embeddings": positions})
+    return folder
+
+
+def test_a_row_beyond_the_context_is_an_error_like_others(
+    tmp_path, images, tiny_model, call, capsys
+):
+    """The check goes on after it: the other rows are counted, the long one is named."""
+    long = NUMBER | {"question": "How many chairs? " * 200}
+    path = write_rows(tmp_path / "rows.jsonl", NUMBER, long, VIEWS)
+    model = short_context(tiny_model, tmp_path / "model", 400)
+    with pytest.raises(SystemExit) as end:
+        call(check, path, "--images", images, "--model", model)
+    assert end.value.code == 2
+    lines = capsys.readouterr().out.splitlines()
+    errors = [line for line in lines if line.startswith("error")]
+    assert len(errors) == 1 and errors[0].startswith(f"error: {path}:2: ")
+    assert lines[-1].startswith(f"{path}: 3 rows, 1 errors, ")
+
+
+@pytest.mark.parametrize("script", ("eval", "coldstart"))
+def test_a_prompt_beyond_the_context_is_told_before_the_model_is_read(
+    tmp_path, images, tiny_model, call, monkeypatch, script
+):
+    module = importlib.import_module(script)
+    long = NUMBER | {"question": "How many chairs? " * 200}
+    path = write_rows(tmp_path / "rows.jsonl", NUMBER, long)
+    model = short_context(tiny_model, tmp_path / "model", 400)
+    monkeypatch.setattr(module, "load_model", None)
+    flags = ["--model", model, "--images", images, "--out", tmp_path / "out.jsonl"]
+    flags += ["--max-completion-length", 8]
+    flags += ["--bench", path] if script == "eval" else ["--data", path]
+    with pytest.raises(UserError) as error:
+        call(module, *flags)
+    assert str(error.value).startswith(f"{path}:2: ")
+    assert "400" in str(error.value)
