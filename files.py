@@ -251,6 +251,7 @@ def hold(folder):
             break
         os.close(file)  # the process that had it has removed it meanwhile
     HELD[path] = file
+    atexit.register(let_go)
 
 
 def is_at(path, file):
@@ -258,7 +259,6 @@ def is_at(path, file):
     return path.exists() and os.path.samestat(path.stat(), os.fstat(file))
 
 
-@atexit.register
 def let_go():
     """Remove the locks of this process. One that a killed process leaves keeps nobody out."""
     while HELD:

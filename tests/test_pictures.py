@@ -706,3 +706,19 @@ print(resident() - before)
         [sys.executable, "-c", code, str(path)], cwd=repository, capture_output=True, text=True
     )
     assert int(done.stdout) < 20e6, done.stderr
+
+
+def test_an_assertion_of_decord_is_one_line(monkeypatch, tmp_path):
+    """It fails in a thread: without a word of it the reader would only wait for the next frame."""
+    decord = pytest.importorskip("decord")
+
+    def fails(*_, **__):
+        raise AssertionError("bad\nindex")
+
+    path = write_video(tmp_path / "a.mp4")
+    monkeypatch.setattr(decord, "VideoReader", fails)
+    monkeypatch.setattr(module, "PATIENCE", 1)
+    with pytest.raises(UserError) as error:
+        read_video(str(path), 4)
+    assert str(error.value).startswith(f"{path}: not a readable video (bad")
+    assert "\n" not in str(error.value)
