@@ -165,12 +165,6 @@ def test_an_answer_that_begins_with_a_blank(base, folder):
     assert_equal_texts(base, ours, theirs)
 
 
-def test_the_ends_that_autotokenizer_knows(directory, processor):
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    assert tokenizer.eos_token_id == processor.special["<|im_end|>"]
-    assert tokenizer.pad_token == "<|endoftext|>"
-
-
 # ------------------------------------------------------------ greedy texts
 
 LENGTH = 64  # tokens of a completion at most

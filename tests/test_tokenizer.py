@@ -222,38 +222,13 @@ def test_frames_have_limits_of_their_own(tmp_path):
 
 
 # ------------------------------------------------------------ transformers
-
-
-TURNS = [
-    [{"role": "user", "content": "How many chairs are there, 3 or 12?"}],
-    [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "Options:\nA. left\nB. right\n"},
-        {"role": "assistant", "content": "B"},
-        {"role": "user", "content": "  And the sofa-bed?\n\nIt's größer."},
-    ],
-    [
-        {"role": "user", "content": "Locate the lamp."},
-        {"role": "assistant", "content": '```json\n[{"bbox_2d": [1, 2, 30, 40], "label": "lamp"}]'},
-        {"role": "assistant", "content": GROUNDED},
-        {"role": "assistant", "content": "<think>1 + 1</think>\n<answer>2</answer>"},
-    ],
-]
+# test_clients.py compares whole chats.
 
 
 @pytest.mark.parametrize("name", ["base", "untrained"])
-@pytest.mark.parametrize("turns", TURNS, ids=range(len(TURNS)))
-def test_a_chat_has_the_ids_that_autotokenizer_gives(name, turns, directories):
-    """From the directory, by the class that it names: a user of transformers or vLLM loads so."""
-    directory = directories[name]
-    theirs = AutoTokenizer.from_pretrained(directory)
-    ours = Processor(directory, load_config(directory))
-    turned = tuple((turn["role"], (turn["content"],)) for turn in turns)
-    if turned[0][0] != "system":
-        turned = (("system", ("You are a helpful assistant.",)), *turned)
-    ids, _ = ours.render(turned, {}, answer=False)
-    text = theirs.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    assert ids.tolist() == theirs.encode(text, add_special_tokens=False)
+def test_autotokenizer_has_the_same_ends(name, directories):
+    theirs = AutoTokenizer.from_pretrained(directories[name])
+    ours = Processor(directories[name], load_config(directories[name]))
     assert theirs.eos_token_id == ours.special["<|im_end|>"] and theirs.pad_token == "<|endoftext|>"
 
 
