@@ -433,8 +433,8 @@ def rollout_metrics(groups, ranks):
         mean, deviation = moments(rewards, ranks)
         metrics[f"rewards/{name}/mean"] = mean
         metrics[f"rewards/{name}/std"] = deviation
-    # A group of equal rewards teaches nothing: its advantages are 0. Where this share grows, prompts
-    # are too easy or too hard. Equal is equal: the std of 8 x 1.9 in fp32 is not 0.
+    # A group of equal rewards teaches nothing: its advantages are 0. Where this share grows, the
+    # prompts are too easy or too hard. Compared, as the std of 8 x 1.9 in fp32 is not 0.
     equal = [float(group.reward.min() == group.reward.max()) for group in groups]
     deviations = [group.reward.std().item() for group in groups]
     metrics["reward_std"] = moments(deviations, ranks)[0]
@@ -602,7 +602,6 @@ def main():
             break
     else:
         run.finish(model, processor)
-    ranks.close()
 
 
 if __name__ == "__main__":

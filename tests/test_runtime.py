@@ -108,7 +108,7 @@ try:
 except UserError as error:
     said["error"] = str(error)
 Path(sys.argv[1], f"{ranks.rank}.json").write_text(json.dumps(said))
-ranks.close()
+torch.distributed.destroy_process_group()
 """
 
 
