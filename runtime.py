@@ -370,6 +370,7 @@ def gathered(model):
 def adamw(model, args):
     """AdamW on the fp32 weights; weight decay on matrices only."""
     trained = [p for p in model.parameters() if p.requires_grad]
+    # Decay pulls weights towards 0. Norms' scales and biases have no reason to be there.
     matrices = [p for p in trained if p.ndim > 1]
     vectors = [p for p in trained if p.ndim <= 1]
     groups = [
@@ -388,6 +389,7 @@ def scheduled_rate(step, steps, args):
     >>> [scheduled_rate(step, 4, args) for step in (1, 2, 3, 4)]
     [0.5, 1.0, 1.0, 0.5]
     """
+    # AdamW's first steps rest on averages of few gradients: they are made small.
     warmup = round(steps * args.warmup_ratio)
     if step <= warmup:
         return args.learning_rate * step / warmup
@@ -534,7 +536,7 @@ class Run:
 
         Under torchrun one Ctrl-C may come twice, by itself and passed on: both count as the first.
         """
-        first = None
+        first = None  # when the first signal came
         while True:
             number = os.read(signals, 1)[0]
             if number not in (signal.SIGTERM, signal.SIGINT):
@@ -544,6 +546,7 @@ class Run:
                 first = now
             elif not self.ranks.launched or now - first > PASSED_ON:
                 break
+        # os._exit ends this process alone. DataLoader's workers would be left behind.
         for worker in multiprocessing.active_children():
             worker.kill()
         sys.stderr.write(f"{Path(sys.argv[0]).name}: ended by a second signal, nothing is saved\n")
@@ -559,6 +562,7 @@ class Run:
 
         Returns: the number of steps that are done.
         """
+        # Names have six digits, so that their order is that of the steps.
         choice = self.args.resume
         states = sorted((self.out / "resume").glob("step-??????"), reverse=True)
         if choice and choice != "auto":
@@ -669,7 +673,8 @@ class Run:
         for name in ("log.jsonl", "rollouts.jsonl"):
             path = self.out / name
             if path.is_file():
-                lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # a torn end is dropped
+                # Every whole line ends in "\n". What follows the last one was torn by a kill.
+                lines = path.read_text(encoding="utf-8").split("\n")[:-1]
                 kept = [line for line in lines if parse_line(line.encode(), path)["step"] <= step]
                 write_text(path, "".join(line + "\n" for line in kept))
 
@@ -679,6 +684,7 @@ class Run:
         Nothing is written after it, as its last line may be torn.
         """
         if self.ranks.rank == 0 and self.problem is None:
+            # Raised here, the error would end rank 0 while the others wait for it.
             try:
                 append_jsonl(self.out / name, rows)
             except UserError as error:
@@ -733,6 +739,7 @@ class Run:
 
     def command(self):
         """The command that continues this run; on several nodes add their rendezvous flags."""
+        # torchrun sets no variable that says how it was called itself.
         launcher = ["python"]
         if self.ranks.launched:
             launcher = ["torchrun", f"--nproc-per-node={os.environ['LOCAL_WORLD_SIZE']}"]
