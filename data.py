@@ -761,7 +761,10 @@ class Processor:
             <|im_start|>assistant
             4<|im_end|>
 
-        Only an assistant's text and its <|im_end|> are trained.
+        Only an assistant's text and its <|im_end|> are trained. The text is tokenized apart from
+        its head "assistant\\n", behind which a model begins to write. So a text that begins with
+        line breaks has other ids than by the chat template, which joins them to the head's: "\\n"
+        and "\\n\\n" here, "\\n\\n\\n" there.
 
         Args:    grids: {Media: (t, h, w)}. answer: False adds the head of the assistant's turn.
         """
