@@ -183,11 +183,24 @@ def test_videos_within_the_limits_of_qwen_vl_utils(width, height, frames, expect
 
 
 def test_a_picture_within_the_limits_of_qwen_vl_utils():
-    """Those of its pictures, which are a published checkpoint's too; flags come after them."""
+    """A published checkpoint has the same limits of pictures."""
     found = resizes(968, 1296, PUBLISHED, "qwen-vl-utils")
     assert [size for size, _ in found] == [(980, 1288), (980, 1288)]
-    found = resizes(968, 1296, (3136, 401_408), "qwen-vl-utils")
-    assert [size for size, _ in found] == [(980, 1288), (532, 700)]
+
+
+@pytest.mark.parametrize(
+    "width, height, frames, expected",
+    [
+        (1296, 968, 0, 475),
+        (640, 480, 32, 391),
+        (1920, 1440, 32, 494),
+        (1920, 1080, 32, 480),
+        (176, 144, 32, 143),
+    ],
+)
+def test_flags_come_after_the_limits_of_qwen_vl_utils(width, height, frames, expected):
+    """--max-pixels 401408 is transformers' limit, as if its processor were given it."""
+    assert tokens(resizes(height, width, (3136, 401_408), "qwen-vl-utils", frames)) == expected
 
 
 @pytest.mark.parametrize(
