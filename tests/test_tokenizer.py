@@ -232,6 +232,33 @@ def test_autotokenizer_has_the_same_ends(name, directories):
     assert theirs.eos_token_id == ours.special["<|im_end|>"] and theirs.pad_token == "<|endoftext|>"
 
 
+def join_line_breaks(content):
+    """A change of tokenizer.json: two and three line breaks are one token, as in published ones."""
+    model = content["model"]
+    for old, left, right in (("Ġsofas", "Ċ", "Ċ"), ("Ġbeds", "ĊĊ", "Ċ")):
+        model["merges"] = [pair for pair in model["merges"] if "".join(pair) != old]
+        model["merges"].append([left, right])
+        model["vocab"][left + right] = model["vocab"].pop(old)
+
+
+@pytest.mark.parametrize("breaks, ours", [("\n", ["Ċ", "Ċ"]), ("\n\n", ["Ċ", "ĊĊ"])])
+def test_an_answer_that_begins_with_line_breaks(breaks, ours, tmp_path):
+    """Ours goes on where generation begins; the template joins them to the head's line break."""
+    odd = with_tokenizer(tmp_path / "odd", join_line_breaks)
+    sample = chat(f"{breaks}Yes.")
+    ids = odd.example(sample, "direct").ids.tolist()
+    asked = odd.example(sample, "direct", answer=False).ids.tolist()
+    assert ids[: len(asked)] == asked
+    assert tokens(odd, ids[len(asked) - 1 :])[: len(ours)] == ours
+
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "odd")
+    turns = [{"role": role, "content": parts[0]} for role, parts in sample.messages]
+    text = theirs.apply_chat_template(turns, tokenize=False)
+    joined = theirs.encode(text, add_special_tokens=False)
+    assert tokens(odd, joined)[len(asked) - 1] == "Ċ" + "Ċ" * len(breaks)
+    assert odd.tokenizer.decode(ids, skip_special_tokens=False) == text
+
+
 @pytest.mark.parametrize("name", ["base", "untrained"])
 def test_a_picture_has_the_patches_that_autoimageprocessor_gives(name, directories, tmp_path):
     directory = directories[name]
