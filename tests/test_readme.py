@@ -285,13 +285,15 @@ def test_prompts_and_the_chat_row_are_read(tmp_path, pictures):
     assert sample.messages[1] == ("assistant", ("85",))
 
 
-def test_the_question_row_is_read(tmp_path):
-    """The row as printed, and the table of the seven types beside it."""
+def test_the_rows_are_read(tmp_path):
+    """A question, boxes and a chain as printed, and the table of the seven types beside them."""
     (tmp_path / "images").mkdir()
     Image.new("RGB", (56, 56)).save(tmp_path / "images" / "a.jpg")
-    write_jsonl(tmp_path / "rows.jsonl", [json.loads(data_block('"question_id"'))])
-    (sample,) = read_samples(tmp_path / "rows.jsonl", tmp_path / "images")
-    assert (sample.id, sample.answer, len(sample.options)) == ("7", "B", 2)
+    (tmp_path / "rows.jsonl").write_text(data_block('"question_id"'))
+    question, boxes, chain = read_samples(tmp_path / "rows.jsonl", tmp_path / "images")
+    assert (question.id, question.answer, len(question.options)) == ("7", "B", 2)
+    assert boxes.question_type == "localization" and boxes.answer[0]["label"] == "lamp"
+    assert chain.answer == "1" and chain.solution == "<think>One.</think><answer>1</answer>"
 
     rows = text_of(REPOSITORY / "docs" / "data.md").split("| `question_type` | `answer` |\n")[1]
     numbers, choices = [re.findall(r"`(\w+ \w+)`", row) for row in rows.splitlines()[1:3]]
