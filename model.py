@@ -29,6 +29,7 @@ HEAD_LOGITS = 2**22  # logits held at once where tokens are scored: 16 MB
 # While decoding, the number of keys grows in steps of this size: kernels see few shapes, and masks
 # have aligned rows, which CUDA's memory-efficient attention wants.
 KEY_BLOCK = 128
+BANNED = -1e30  # logit of a banned token: p = 0. With -inf, 0 * log 0 would be NaN.
 DRAW_BLOCK = 512  # tokens of the vocabulary whose probabilities are added up first in sampling
 
 
@@ -181,7 +182,8 @@ class MLP(nn.Module):
 # ---------------------------------------------------------------------------------- vision encoder
 # A slice is a pair of frames of a video, or one picture; attention never crosses slices. Patches
 # come merge block by merge block: the blocks of a slice row by row, then the 2 x 2 patches of a
-# block. Within the encoder the blocks are sorted by attention window, and at its end back.
+# block. Within the encoder the merge blocks are sorted by attention window, and at its end they are
+# put back in order.
 
 
 def vision_angles(grids, config):
@@ -203,7 +205,7 @@ def vision_angles(grids, config):
 
 
 def window_order(grids, config):
-    """Sort merge blocks by attention window, the windows of a slice row by row.
+    """Sort merge blocks (2 x 2 patches) by attention window, the windows of a slice row by row.
 
     Returns: order (M,): order[i] is the block that becomes number i. sizes: blocks in each window.
 
@@ -366,8 +368,9 @@ class VisionEncoder(nn.Module):
 
 
 # ---------------------------------------------------------------------------------- attention
-# The decoder lets a "layout" attend: sequences of their own (Causal), a group behind its prompt
-# (SharedPrompt), or the keys of earlier steps (KVCache). So its layers hold no mask code.
+# Who attends to whom is decided by a "layout": sequences of their own (Causal), a group behind its
+# prompt (SharedPrompt), or the keys of earlier steps (KVCache). So the layers hold no mask code.
+# Their `layer` is the number of the layer that attends; only the cache needs it.
 
 
 def text_rope(positions, config, dtype):
@@ -394,7 +397,7 @@ def attend_causal(q, k, v):
 
 
 def attend_masked(q, k, v, mask):
-    """q (B, H, T, D) against k, v (B, K, S, D); mask (..., 1 or T, S) is True where q sees k.
+    """q (B, H, T, D) against k, v (B, K, S, D); mask (T, S) or (B, 1, 1, S): True where q sees k.
 
     The H / K query heads of a key-value head stand one after another as more queries: no copy of
     the keys, and no kernel that has to know grouped heads and masks at once.
@@ -459,7 +462,7 @@ class KVCache:
         self.lengths = lengths  # (R,) keys of each sequence
         self.keys, self.values = [], []  # of each layer (R, K, S, D)
         self.decoding = False
-        self.used = 0  # keys of the longest sequence, at most
+        self.used = 0  # upper bound of the longest sequence's keys
         # Of the present step, set by begin_step:
         self.sequences = None  # (R,) 0, 1, 2, ...
         self.write_at = None  # (R,) where each sequence's new key goes
@@ -479,7 +482,7 @@ class KVCache:
         self.decoding = True
 
     def keep(self, kept):
-        """Drop all other sequences. kept: int64 indices."""
+        """Keep only these sequences. kept: int64 indices."""
         self.keys = [k.index_select(0, kept) for k in self.keys]
         self.values = [v.index_select(0, kept) for v in self.values]
         self.lengths = self.lengths[kept]
@@ -501,6 +504,7 @@ class KVCache:
             self.keys.append(k)
             self.values.append(v)
             return attend_causal(q, k, v)
+        # Each sequence's new key goes to a place of its own: (R, K, D) into (R, K, S, D).
         self.keys[layer][self.sequences, :, self.write_at] = k[:, :, 0]
         self.values[layer][self.sequences, :, self.write_at] = v[:, :, 0]
         k = self.keys[layer][:, :, : self.seen]
@@ -564,17 +568,23 @@ class Decoder(nn.Module):
 
 
 def ban(logits, banned):
-    """Give banned tokens the lowest finite number, in place: p = 0, and 0 * log 0 = 0.
+    """Make banned tokens impossible, in place.
 
     Args: logits (n, v) fp32. banned (v,) bool, or None.
     """
     if banned is None:
         return logits
-    return logits.masked_fill_(banned, torch.finfo(torch.float32).min)
+    return logits.masked_fill_(banned, BANNED)
 
 
 def score_tokens(hidden, targets, head, banned=None, temperature=1.0):
     """Log-probability of each target, and entropy of the distribution that it is drawn from.
+
+        log_p = (hidden @ head.T / temperature).log_softmax(-1)      (n, V)
+        return log_p.gather(-1, targets), -(log_p.exp() * log_p).sum(-1)
+
+    This is all that TokenScores computes, without ever holding (n, V) logits. Logits are linear in
+    hidden, so that dividing hidden by the temperature does the same.
 
     Args:    hidden (n, W), targets (n,), head (V, W), banned (V,) bool: tokens of probability 0.
     Returns: log_probs (n,), entropies (n,) in nats, both fp32; entropies carry no gradient.
@@ -602,17 +612,17 @@ class TokenScores(torch.autograd.Function):
     """score_tokens, a piece of the vocabulary at a time, with its gradient by hand.
 
     All logits of 151,936 tokens would fill the memory. So a piece's logits z (n, v) are made, used
-    and dropped, and made again in the backward. Write p for the softmax of a piece by itself, S_i
-    for the log of the sum of exp(z) over piece i, S for the same over the whole vocabulary.
+    and dropped, and made again in the backward. Write p for the softmax of a piece by itself, L_i
+    for the log of the sum of exp(z) over piece i, L for the same over the whole vocabulary.
 
-    Forward:   S = logsumexp(S_1, S_2, ...)      log p(target) = z[target] - S
-               share_i = exp(S_i - S)            the probability that a token is in piece i
+    Forward:   L = logsumexp(L_1, L_2, ...)      log p(target) = z[target] - L
+               share_i = exp(L_i - L)            the probability that a token is in piece i
                To draw a token is to draw a piece, then a token in it, so the entropy is
-               H(shares) + sum of share_i * H(p of piece i).
-    Backward:  The derivative of z[target] - S with respect to z[v] is [v == target] - softmax[v],
+               entropy(shares) + sum of share_i * entropy(p of piece i).
+    Backward:  The derivative of z[target] - L with respect to z[j] is [j == target] - softmax[j],
                and softmax over the whole vocabulary is share_i * p. With g the gradient that
                arrives for log p(target), the gradient of piece i's logits is
-               dz = g * ([v == target] - share_i * p)
+               dz = g * ([j == target] - share_i * p)
                and from z = hidden @ head^T follow d_hidden = dz @ head and d_head = dz^T @ hidden.
 
     Why not autograd with a checkpoint for each piece: all that is needed is the softmax kernel.
@@ -623,23 +633,23 @@ class TokenScores(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, targets, head, banned):
         z_target = torch.zeros(len(hidden), device=hidden.device)
-        S_i, entropies = [], []
+        log_sums, entropies = [], []  # of each piece
         for _, z, here, column in vocabulary_pieces(hidden, targets, head, banned):
             z_target = torch.where(here, z.gather(1, column)[:, 0], z_target)
             p = z.softmax(1)
-            # log p[v] = z[v] - S_i for every v. The likeliest one's log cannot underflow.
+            # log p[j] = z[j] - L_i for every j. The likeliest one's log cannot underflow.
             log_sum = z.amax(1) - p.amax(1).log()
-            S_i.append(log_sum)
+            log_sums.append(log_sum)
             entropies.append(log_sum - (p * z).sum(1))  # -sum of p * log p
-        S_i = torch.stack(S_i)  # (pieces, n)
-        S = S_i.logsumexp(0)
-        shares = (S_i - S).exp()
+        log_sums = torch.stack(log_sums)  # (pieces, n)
+        L = log_sums.logsumexp(0)
+        shares = (log_sums - L).exp()
         entropy = (torch.special.entr(shares) + shares * torch.stack(entropies)).sum(0)
 
         ctx.save_for_backward(hidden, targets, head, shares)
         ctx.banned = banned
         ctx.mark_non_differentiable(entropy)
-        return z_target - S, entropy
+        return z_target - L, entropy
 
     @staticmethod
     def backward(ctx, g, _):
@@ -691,6 +701,8 @@ class QwenVL(nn.Module):
 
     def forward(self, batch, cache=None, banned=None, temperature=1.0):
         """Score the batch's targets, or, with an empty cache, fill it with the prompts (prefill).
+
+        Both are `forward`, because FSDP gathers sharded weights for a call of the module only.
 
         Returns: without a cache (log_probs (n,), entropies (n,)), see score_tokens;
                  with one, logits (B, V) of the token after each prompt.
@@ -753,10 +765,10 @@ class Rollout:
         Args:    live: the completion that each of the tokens belongs to.
         Returns: going, bool for each of live: has not ended with this token or before.
         """
-        going = ~self.finished[live]
-        self.ids[live, step] = tokens * going
-        self.log_probs[live, step] = log_probs * going
-        self.lengths[live] += going
+        was_going = ~self.finished[live]
+        self.ids[live, step] = tokens * was_going
+        self.log_probs[live, step] = log_probs * was_going
+        self.lengths[live] += was_going
         self.finished[live] |= torch.isin(tokens, stops)
         return ~self.finished[live]
 
@@ -764,8 +776,8 @@ class Rollout:
 def draw(p, uniform):
     """One token for each sequence by inverse CDF: the first whose running sum of p is above u.
 
-    In two levels: first the block of DRAW_BLOCK tokens, then the token in it. A running sum of all
-    151,936 probabilities takes longer than the softmax (docs/speed.md).
+    In two levels: first the block of DRAW_BLOCK tokens, then the token in it. One running sum of
+    151,936 probabilities in float64 takes several times as long as the softmax (docs/speed.md).
 
     The same uniforms give the same tokens, however sequences are batched or spread over processes.
     Blocks are added up in fp32, so a block's edge may lie off by 1e-7 of its probability; a token

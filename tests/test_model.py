@@ -629,13 +629,29 @@ def test_banned_words_are_never_drawn(spread, draw_block):
     """
     banned = torch.zeros(97, dtype=torch.bool)
     banned[:5] = banned[50:53] = banned[-5:] = True
-    lowest = torch.finfo(torch.float32).min
+    lowest = model_py.BANNED
     logits = (
         spread * torch.randn(200, 97, generator=torch.Generator().manual_seed(0))
     ).masked_fill(banned, lowest)
     for u in (0.0, 1e-300, 1e-9, 0.5, 1 - 2**-24, math.nextafter(1.0, 0.0)):
         tokens, log_probs = choose_tokens(logits, torch.full((200,), u, dtype=torch.float64))
         assert not banned[tokens].any() and log_probs.isfinite().all()
+
+
+@pytest.mark.parametrize("banned_rows", [9, 10, 20, 28])
+def test_a_piece_that_is_banned_as_a_whole_keeps_the_entropy(monkeypatch, banned_rows):
+    """A past bug: the last piece of the vocabulary held nothing but banned tokens, whose entropy
+    overflowed for some lengths; the whole entropy was NaN.
+    """
+    monkeypatch.setattr(model_py, "HEAD_LOGITS", 30 * 2)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(2, 16, generator=generator)
+    head = torch.randn(30 + banned_rows, 16, generator=generator)
+    banned = torch.arange(len(head)) >= 30
+    log_probs, entropies = score_tokens(hidden, torch.tensor([3, 29]), head, banned)
+    p = (hidden @ head[:30].T).log_softmax(-1)
+    assert torch.allclose(log_probs, p[[0, 1], [3, 29]])
+    assert torch.allclose(entropies, -(p.exp() * p).sum(-1))
 
 
 @pytest.mark.parametrize("rows", [1, 5, 7, 8, 23])
