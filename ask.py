@@ -61,7 +61,7 @@ def main():
         media=tuple(media),
         prompt=args.question,
     )
-    example = processor.example(sample, "direct", answer=False)
+    example = processor.example(sample, "direct", with_answer=False)
     rollout = generate(
         model,
         collate([example], model.config).to(device),

@@ -29,7 +29,8 @@ from tokenizers import Tokenizer
 from torch.nn.utils.rnn import pad_sequence
 
 from checkpoint import read_pixel_limits, read_stop_ids
-from files import REQUIRED, UserError, given, need, parse_line, read_json, read_lines
+from files import REQUIRED, UserError, need, parse_line, read_json, read_lines, without_nulls
+from films import read_video  # noqa: F401  see open_picture
 from layouts import TAG, turns_of
 from model import Batch
 from pictures import (
@@ -40,7 +41,6 @@ from pictures import (
     open_frames,
     open_header,
     open_picture,  # noqa: F401  data.py is all that a script needs to import
-    read_video,  # noqa: F401
     resizes,
     smart_resize,
     to_patches,
@@ -52,7 +52,7 @@ IGNORE = -100  # label of a token that is not trained
 NO_PATCHES = torch.empty(0, PATCH_VALUES)
 
 DATA_TYPES = ("single_image", "multi_view", "video")
-LONGEST_PATH = 1000  # what is longer is a picture in letters, without the head of a data: URI
+LONGEST_PATH = 1000  # what is longer is a picture in base64 whose "data:image/...;" is missing
 LETTER = re.compile(r"[(\[]?([A-Za-z])(?![A-Za-z0-9])")  # of an option, which may stand in brackets
 
 # {question} and {options} are slots. --prompts FILE replaces any of these texts.
@@ -83,7 +83,7 @@ SPECIAL_TOKENS = (
     "<|image_pad|>",
     "<|video_pad|>",
 )
-# The chat's structure: whoever writes these in a text, they are spelled out.
+# The chat's structure. Written in a row's text, these become ordinary characters.
 STRUCTURE = (*SPECIAL_TOKENS, "<|vision_pad|>", "<|endoftext|>")
 
 
@@ -140,7 +140,7 @@ def read_all(paths, images):
     return samples
 
 
-# The functions down to source_of raise UserError without the place: parse_row puts it in front.
+# The functions down to parse_part raise UserError without the place: parse_row puts it in front.
 
 
 def are_texts(value):
@@ -150,7 +150,7 @@ def are_texts(value):
 def parse_row(row, where, images):
     """One row as a Sample: a chat if it has turns, else a question with an answer."""
     with located(where):
-        row = given(row)
+        row = without_nulls(row)
         key = "question_id" if "question_id" in row else "id"
         name = str(need(row, key, int, str, default=where))
         if "messages" in row or "conversations" in row:
@@ -168,7 +168,7 @@ def parse_question(row, where, name, images):
     solution = need(row, "solution", str, default=None)
     # A row that brings its whole prompt needs no question.
     question = need(row, "question", str, default="" if prompt else REQUIRED)
-    media = parse_media(row, images)
+    media = parse_media(row, images)  # checks image and data_type, which are used below
     options = row.get("options") or []
     if not are_texts(options):
         raise UserError(f"options is {json.dumps(options)[:80]}, expected a list of texts")
@@ -184,16 +184,16 @@ def parse_question(row, where, name, images):
         if question_type or solution is None:
             check_answer(answer, question_type, options)
     return Sample(
-        where,
-        name,
-        without_tags(row, "question", question).strip(),
-        question_type,
-        answer,
-        tuple(options),
-        media,
-        row["data_type"],
-        prompt and without_tags(row, "prompt", prompt),
-        solution,
+        where=where,
+        id=name,
+        question=without_tags(row, "question", question).strip(),
+        question_type=question_type,
+        answer=answer,
+        options=tuple(options),
+        media=media,
+        data_type=row["data_type"],
+        prompt=prompt and without_tags(row, "prompt", prompt),
+        solution=solution,
     )
 
 
@@ -415,6 +415,7 @@ def prompt_text(sample, style, prompts=PROMPTS):
         name = "localize"
     elif sample.options:
         name = f"{style} choice"
+    # By the answer, not by the type: benchmarks have types of their own.
     elif parse_number(str(sample.answer)) is not None:
         name = f"{style} number"
     else:
@@ -427,10 +428,10 @@ def prompt_text(sample, style, prompts=PROMPTS):
 
 def read_prompts(path):
     """PROMPTS with the texts of a JSON file in place of ours."""
-    given = read_json(path)
-    if not isinstance(given, dict) or not are_texts([*given.values()]):
+    texts = read_json(path)
+    if not isinstance(texts, dict) or not are_texts([*texts.values()]):
         raise UserError(f"{path}: expected an object from prompt names to texts")
-    for name, text in given.items():
+    for name, text in texts.items():
         if name not in PROMPTS:
             raise UserError(
                 f"{path}: unknown prompt {name!r}, expected one of {', '.join(PROMPTS)}"
@@ -439,7 +440,7 @@ def read_prompts(path):
         for slot in ("{question}", "{options}"):
             if slot in PROMPTS[name] and slot not in text:
                 raise UserError(f"{path}: prompt {name!r} lacks the slot {slot}")
-    return PROMPTS | given
+    return PROMPTS | texts
 
 
 def answer_text(sample, style, scale):
@@ -481,6 +482,16 @@ def scale_boxes(boxes, scale):
 # three are equal, which is the usual rotary embedding.
 
 
+def vision_tokens(grid):
+    """Tokens of a picture or a video of (t, h, w) patches: 2 x 2 patches become one.
+
+    >>> vision_tokens((1, 18, 26))
+    117
+    """
+    t, h, w = grid
+    return t * h * w // 4
+
+
 def vision_positions(t, h, w, step):
     """Positions of the t * h * w vision tokens of one picture or video, counted from its start.
 
@@ -518,7 +529,7 @@ def mrope_positions(ids, grids, seconds_per_grid, config):
     """
     merge = config.vision.spatial_merge_size
     is_vision = (ids == config.image_token_id) | (ids == config.video_token_id)
-    needed = sum(t * h * w // merge**2 for t, h, w in grids)
+    needed = sum(vision_tokens(grid) for grid in grids)
     count = int(is_vision.sum())
     if count != needed:
         raise UserError(
@@ -680,14 +691,14 @@ class Processor:
     def shown(self, example):
         """The text with one pad token per picture or video, and how often each pad is repeated."""
         text = self.tokenizer.decode(example.ids.tolist(), skip_special_tokens=False)
-        counts = [t * h * w // 4 for t, h, w in example.grids]
+        counts = [vision_tokens(grid) for grid in example.grids]
         return re.sub(r"(<\|(?:image|video)_pad\|>)\1+", r"\1", text), counts
 
-    def example(self, sample, style, answer=True, pixels=True, room=0):
+    def example(self, sample, style, with_answer=True, pixels=True, room=0):
         """Render one sample in the chat format.
 
-        Args:    answer: with the answer and its labels (training), or up to where the assistant
-                 begins (generation).
+        Args:    with_answer: with the answer and its labels (training), or up to where the
+                 assistant begins (generation).
                  pixels: False reads only headers, to count tokens; there are no patches then.
                  room: tokens of a completion (--max-completion-length) that have to fit behind it.
         Raises:  UserError that begins with the sample's file:line.
@@ -699,9 +710,9 @@ class Processor:
             grids = [item.grid for item in loaded]
             seconds = [item.seconds for item in loaded]
             scale = loaded[0].scale if loaded else (1, 1)  # boxes have one picture
-            turns = self.turns(sample, style, scale, answer)
-            # Equal Media have equal grids, so that a dict tells the grid of each.
-            ids, labels = self.render(turns, dict(zip(sample.media, grids)), answer)
+            turns = self.turns(sample, style, scale, with_answer)
+            grid_of = dict(zip(sample.media, grids))  # equal Media have equal grids
+            ids, labels = self.render(turns, grid_of, with_answer)
             context = self.config.text.max_position_embeddings
             if len(ids) + room > context:
                 problem = f"{len(ids)} tokens"
@@ -740,20 +751,20 @@ class Processor:
         grid = (math.ceil(count / 2), h // PATCH, w // PATCH)
         return Loaded(patches, grid, seconds, (w / width, h / height))
 
-    def turns(self, sample, style, scale, answer):
+    def turns(self, sample, style, scale, with_answer):
         """The conversation as ((role, (text or Media, ...)), ...)."""
         system = ("system", (self.prompts["system"],))
         if sample.messages is None:
             user = ("user", (*sample.media, prompt_text(sample, style, self.prompts)))
-            if not answer:
+            if not with_answer:
                 return system, user
             return system, user, ("assistant", (answer_text(sample, style, scale),))
-        turns = sample.messages if answer else sample.messages[:-1]
+        turns = sample.messages if with_answer else sample.messages[:-1]
         if sample.messages[0][0] == "system":  # a chat that brings its own
             return turns
         return system, *turns
 
-    def render(self, turns, grids, answer):
+    def render(self, turns, grid_of, with_answer):
         """The conversation in the chat format -> ids (T,), labels (T,).
 
             <|im_start|>user
@@ -766,27 +777,27 @@ class Processor:
         line breaks has other ids than by the chat template, which joins them to the head's: "\\n"
         and "\\n\\n" here, "\\n\\n\\n" there.
 
-        Args:    grids: {Media: (t, h, w)}. answer: False adds the head of the assistant's turn.
+        Args:    grid_of: {Media: (t, h, w)}. with_answer: False adds the assistant's head.
         """
         start, end = [self.special["<|im_start|>"]], [self.special["<|im_end|>"]]
         head, newline = start + self.encode("assistant\n"), self.encode("\n")
         ids, labels = [], []
         for role, parts in turns:
             if role == "assistant":
-                given = head
+                untrained = head
                 trained = self.encode_answer("".join(parts)) + end
             else:
-                given = start + self.encode_parts(role + "\n", parts, grids) + end
+                untrained = start + self.encode_parts(role + "\n", parts, grid_of) + end
                 trained = []
             # A segment is trained or not: labels need no search in the text.
-            ids += given + trained + newline
-            labels += [IGNORE] * len(given) + trained + [IGNORE] * len(newline)
-        if not answer:
+            ids += untrained + trained + newline
+            labels += [IGNORE] * len(untrained) + trained + [IGNORE] * len(newline)
+        if not with_answer:
             ids += head
             labels += [IGNORE] * len(head)
         return torch.tensor(ids), torch.tensor(labels)
 
-    def encode_parts(self, text, parts, grids):
+    def encode_parts(self, text, parts, grid_of):
         """Ids of a user's turn. A picture becomes as many pads as it has vision tokens.
 
         Text runs on up to the next special token and is tokenized in one piece, as if the whole
@@ -796,8 +807,7 @@ class Processor:
         for part in parts:
             if isinstance(part, Media):
                 # The vision tokens' features take the pads' places in the model.
-                t, h, w = grids[part]
-                pads = [self.special[f"<|{part.kind}_pad|>"]] * (t * h * w // 4)
+                pads = [self.special[f"<|{part.kind}_pad|>"]] * vision_tokens(grid_of[part])
                 ids += self.encode(text)
                 ids += [self.special["<|vision_start|>"], *pads, self.special["<|vision_end|>"]]
                 text = ""
@@ -817,12 +827,12 @@ def collate(examples, config):
     A batch without pictures gets a dummy picture of 2 x 2 patches whose features go nowhere.
     """
     ids = pad_sequence([e.ids for e in examples], batch_first=True)  # (B, T)
-    labels = pad_sequence([e.labels for e in examples], True, IGNORE)  # (B, T)
+    labels = pad_sequence([e.labels for e in examples], batch_first=True, padding_value=IGNORE)
     positions = pad_sequence([e.positions.T for e in examples], batch_first=True)  # (B, T, 3)
 
     # The hidden state of token i predicts token i + 1. `before` are the places i whose next token
     # is trained.
-    row, before = (labels[:, 1:] != IGNORE).nonzero(as_tuple=True)  # (R,) each
+    sequence, before = (labels[:, 1:] != IGNORE).nonzero(as_tuple=True)  # (n,) each
     is_vision = (ids == config.image_token_id) | (ids == config.video_token_id)
 
     grids = []
@@ -839,6 +849,6 @@ def collate(examples, config):
         patches=patches,
         grids=grids,
         vision_at=is_vision.flatten().nonzero()[:, 0],
-        predict_at=row * ids.shape[1] + before,
-        targets=labels[row, before + 1],
+        predict_at=sequence * ids.shape[1] + before,
+        targets=labels[sequence, before + 1],
     )

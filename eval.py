@@ -117,7 +117,7 @@ def answer_rows(model, processor, samples, rows, args, device):
     chosen = [samples[row] for row in rows]
     # The way of training (data.py), but a prompt ends where the assistant begins.
     examples = [
-        processor.example(sample, style_of(sample, args.prompt_style), answer=False)
+        processor.example(sample, style_of(sample, args.prompt_style), with_answer=False)
         for sample in chosen
     ]
     # No noise is given: each token is the most likely one. Banned are the tokens that GRPO bans.

@@ -109,7 +109,7 @@ def parse_line(line, where):
     return row
 
 
-def given(row):
+def without_nulls(row):
     """An object without its nulls: what `datasets` writes for a column that a row lacks."""
     return {key: value for key, value in row.items() if value is not None}
 

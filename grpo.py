@@ -60,8 +60,8 @@ def group_advantages(rewards, scale="group", eps=1e-4):
     >>> [round(advantage, 5) for advantage in advantages.tolist()]
     [1.49985, -0.49995, -0.49995, -0.49995]
     """
-    # Apart, because the mean of equal rewards may be rounded: 8 x 1.9 leaves 1e-7, and the division
-    # by eps would make something of it.
+    # Handled separately: the mean of equal rewards may be rounded (8 x 1.9 leaves 1e-7), and the
+    # division by eps would make something of it.
     if rewards.min() == rewards.max():
         return torch.zeros_like(rewards)
     centred = rewards - rewards.mean()
@@ -132,8 +132,7 @@ def token_weights(lengths, kept, loss_type, max_length, sequences, tokens):
 class Group:
     """One prompt, its sampled completions and what becomes of them.
 
-    ids, lengths, reward and advantages are on the CPU, where batches are made of them; the
-    log-probs are on the device.
+    All but the log-probs is on the CPU, where batches are made of it.
     """
 
     sample: Sample
@@ -142,8 +141,8 @@ class Group:
     lengths: torch.Tensor  # (G,) int64
     finished: torch.Tensor  # (G,) bool: ended by itself
     texts: list
-    rewards: dict | None = None  # name -> G floats
-    reward: torch.Tensor | None = None  # (G,) weighted sum
+    rewards: dict | None = None  # of each kind: name -> G floats
+    reward: torch.Tensor | None = None  # (G,) their weighted sum
     advantages: torch.Tensor | None = None  # (G,)
     # Log-probs of each completion's tokens, (length,) each. `old`: by the policy that sampled; None
     # with one update for each rollout. Not those of the rollout: the same forward as in the update
@@ -193,7 +192,7 @@ def sample_completions(model, processor, samples, rows, G, uniforms, args, devic
     examples = []
     for row in rows:
         style = style_of(samples[row], args.prompt_style)
-        examples.append(processor.example(samples[row], style, answer=False, room=room))
+        examples.append(processor.example(samples[row], style, with_answer=False, room=room))
     rollout = generate(
         model,
         collate(examples, processor.config).to(device),
@@ -265,6 +264,7 @@ def group_batch(prompt, ids, lengths):
     predict_at = P + torch.arange(G * C).view(G, C) - 1
     predict_at[:, 0] = P - 1
     inside = torch.arange(C) < lengths[:, None]  # (G, C), False for padding
+    # What is not replaced is the prompt's: pictures, their places (it stands first), its length.
     return dataclasses.replace(
         prompt,
         ids=torch.cat((prompt.ids[0], ids.flatten()))[None],  # (1, P + G*C)
@@ -292,6 +292,20 @@ def group_log_probs(model, groups, size, banned, temperature, device):
                 of_group += scores.split(part.lengths.tolist())
             log_probs.append(tuple(of_group))
     return log_probs
+
+
+def add_log_probs(groups, model, reference, args, banned, device):
+    """Give the groups what the update compares with: log-probs before the first update on them.
+
+    With one update for each rollout the policy's are those of the update itself (see loss_terms).
+    """
+    settings = (args.micro_batch, banned, args.temperature, device)
+    if args.num_iterations > 1:
+        for group, log_probs in zip(groups, group_log_probs(model, groups, *settings)):
+            group.old = log_probs
+    if reference is not None:
+        for group, log_probs in zip(groups, group_log_probs(reference, groups, *settings)):
+            group.reference = log_probs
 
 
 # ---------------------------------------------------------------------------------- the update
@@ -536,7 +550,6 @@ def main():
     if args.beta:
         reference = load_sharded(args.model, ranks, args.dtype).requires_grad_(False)
     banned = processor.banned(ranks.device)
-    scoring = (args.micro_batch, banned, args.temperature, ranks.device)
     optimizer = adamw(model, args)
     first = run.restore(model, optimizer)
     G = args.num_generations
@@ -549,24 +562,16 @@ def main():
         began = time.perf_counter()
         if (step - 1) % args.num_iterations == 0:
             # sample, reward, advantage: one rollout for every num_iterations updates
-            rollout = (step - 1) // args.num_iterations + 1
-            rows = rows_of_step(rollout, len(samples), args.prompts_per_step, args.seed)
+            number = (step - 1) // args.num_iterations + 1  # of the rollout
+            rows = rows_of_step(number, len(samples), args.prompts_per_step, args.seed)
             mine = rows[ranks.rank :: ranks.world]
             share = (ranks.device, ranks.rank, ranks.world)
             with gathered(model):
                 groups = sample_groups(model, processor, samples, mine, step, args, *share)
-            logged = rollout_rows(groups, step, ranks)
-            run.append("rollouts.jsonl", logged)
+            run.append("rollouts.jsonl", rollout_rows(groups, step, ranks))
             metrics = rollout_metrics(groups, ranks)
             counts = step_counts(groups, args, ranks)
-            # Log-probs of policy and reference before the first update. With one update for each
-            # rollout the policy's are those of the update itself (see loss_terms).
-            if args.num_iterations > 1:
-                for group, scores in zip(groups, group_log_probs(model, groups, *scoring)):
-                    group.old = scores
-            if reference is not None:
-                for group, scores in zip(groups, group_log_probs(reference, groups, *scoring)):
-                    group.reference = scores
+            add_log_probs(groups, model, reference, args, banned, ranks.device)
         sampled = time.perf_counter()
 
         # update
@@ -581,7 +586,7 @@ def main():
         asked = {}
         if args.eval_every and (step == 1 or step % args.eval_every == 0):
             asked = held_out_metrics(model, processor, held_out, args, ranks)
-        row = {
+        entry = {
             "epoch": step * args.prompts_per_step / args.num_iterations / len(samples),
             "loss": loss,
             "loss/policy": sums["policy"],
@@ -598,9 +603,9 @@ def main():
             "update_time": updated - sampled,
         }
         boundary = step % args.num_iterations == 0
-        if run.end_step(model, optimizer, step, row, boundary):
+        if run.end_step(model, optimizer, step, entry, boundary):
             break
-    else:
+    else:  # no break: all steps are done
         run.finish(model, processor)
 
 

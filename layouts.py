@@ -17,7 +17,7 @@ where each of them belongs. data.parse_chat takes what comes out; errors get the
 import re
 from pathlib import Path
 
-from files import UserError, given, need
+from files import UserError, need, without_nulls
 from pictures import PICTURE_SUFFIXES
 
 ROLES = {"human": "user", "gpt": "assistant"}
@@ -71,7 +71,7 @@ def read_turn(turn):
     """(role, [part, ...]) of one turn. A tag in a user's text becomes a part without a file."""
     if not isinstance(turn, dict):
         raise UserError(f"turn is {turn!r:.80}, expected an object with role and content")
-    turn = given(turn)
+    turn = without_nulls(turn)
     refuse(turn, UNREAD_IN_TURN)
     keys = ("from", "value") if "from" in turn else ("role", "content")
     role = need(turn, keys[0], str)
@@ -84,7 +84,7 @@ def read_turn(turn):
     parts = []
     for part in content:
         if isinstance(part, dict):
-            part = given(part)
+            part = without_nulls(part)
         match part:
             case {"type": "text", "text": str(text)} if role == "user":
                 parts += split(text)

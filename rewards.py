@@ -272,7 +272,7 @@ REWARDS = {"format": format_reward, "accuracy": accuracy_reward, "box_iou": box_
 
 
 def check_row(name, sample):
-    """Raise UserError if one of our rewards cannot score this row. One of your own is not asked."""
+    """Raise UserError if a reward of this file cannot score this row. Your own are not asked."""
     reward = REWARDS[name]
     if reward is box_iou_reward:
         true_boxes(sample)

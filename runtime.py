@@ -1,14 +1,13 @@
 """What all training runs share.
 
-    settings    recipe_settings, need_inputs
+    settings    recipe_settings, run_length, check_lengths, need_inputs
     processes   main_guard, choose_device, Ranks
     model       load_sharded, gathered, whole_tensors
-    optimizer   adamw, scheduled_rate, clip_gradients
+    optimizer   adamw, scheduled_rate, update_weights
     rows        rows_of_step, micro_batches
     the run     Run: output folder, trainer states, log
 
-From `Ranks` down nothing depends on the kind of training. One process and many run the same lines:
-a collective of one process does nothing.
+One process and many run the same lines: a collective of one process does nothing.
 """
 
 import argparse
@@ -133,12 +132,12 @@ def run_length(args, rows, size):
     return steps, end
 
 
-def check_lengths(processor, samples, style=None, answer=True, room=0):
+def check_lengths(processor, samples, style=None, with_answer=True, room=0):
     """Raise UserError for the first row that is longer than the model's context.
 
-    Nearly all rows are short by a glance: no text has more tokens than bytes, and no picture more
-    than --max-pixels allow. The others are measured by their pictures' headers. A video file would
-    have to be decoded for that: such a row is measured when it is used.
+    For most rows a quick upper bound is enough: no text has more tokens than bytes, and no picture
+    more than --max-pixels allow. The others are measured by their pictures' headers. A video file
+    would have to be decoded for that: such a row is measured when it is used.
 
     Args:    as for Processor.example.
     """
@@ -146,7 +145,7 @@ def check_lengths(processor, samples, style=None, answer=True, room=0):
         row_style = style_of(sample, style)
         # An upper bound of its tokens: each part brings at most 9 of the chat format's own.
         most = room + 9
-        for _, parts in processor.turns(sample, row_style, (1, 1), answer):
+        for _, parts in processor.turns(sample, row_style, (1, 1), with_answer):
             for part in parts:
                 most += 9
                 if isinstance(part, str):
@@ -156,7 +155,7 @@ def check_lengths(processor, samples, style=None, answer=True, room=0):
                     most += (pixels // 28**2 + 1) * len(part.sources)  # a token is 28 x 28 pixels
         files = any(media.is_video_file for media in sample.media)
         if most > processor.config.text.max_position_embeddings and not files:
-            processor.example(sample, row_style, answer, pixels=False, room=room)
+            processor.example(sample, row_style, with_answer, pixels=False, room=room)
 
 
 def make_missing(paths):
@@ -710,15 +709,15 @@ class Run:
         )
         return self.bar
 
-    def end_step(self, model, optimizer, step, row, boundary=True):
+    def end_step(self, model, optimizer, step, entry, boundary=True):
         """Log a step and save when it is time. Returns: True when the run is to stop here.
 
         boundary: False between the updates on one rollout, where nothing is saved.
         """
         seconds = time.perf_counter() - self.clock
-        timing = {"step_time": seconds, "tokens_per_second": row["num_tokens"] / seconds}
-        self.append("log.jsonl", [{"step": step, **row, **timing}])
-        self.bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
+        timing = {"step_time": seconds, "tokens_per_second": entry["num_tokens"] / seconds}
+        self.append("log.jsonl", [{"step": step, **entry, **timing}])
+        self.bar.set_postfix(loss=f"{entry['loss']:.3f}", refresh=False)
 
         # A signal reaches ranks at different moments. They agree here to stop after this step.
         stop = False

@@ -62,7 +62,7 @@ def competence(step, steps, start):
 
 
 class Rows(Dataset):
-    """Examples for (row, trained).
+    """What the loader reads: item (row, trained) is the Example of sample number `row`.
 
     trained False: a filler without labels, so that every rank makes equally many forwards.
     """
@@ -179,16 +179,16 @@ def main():
         rate, norm = update_weights(model, optimizer, step, steps, args, loss, places)
 
         # log, save
-        row = {
+        entry = {
             "epoch": step * args.batch_size / len(samples),
             "loss": loss,
             "learning_rate": rate,
             "grad_norm": norm,
             "num_tokens": num_tokens,
         }
-        if run.end_step(model, optimizer, step, row):
+        if run.end_step(model, optimizer, step, entry):
             break
-    else:
+    else:  # no break: all steps are done
         run.finish(model, processor)
 
 

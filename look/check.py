@@ -17,7 +17,8 @@ from tqdm import tqdm
 from checkpoint import load_config
 from data import Processor, Sample, check_media, parse_row, scale_boxes, style_of
 from files import UserError, one_line, parse_line, read_lines
-from pictures import name_of, open_header, open_picture, opened, read_video
+from films import read_video
+from pictures import name_of, open_header, open_picture, opened
 from rewards import NUMBER_TYPES, parse_number
 from runtime import main_guard
 from settings import PICTURES, Parser, add_flags

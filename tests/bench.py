@@ -141,7 +141,7 @@ def prompt_with_picture(directory, config, width, height):
     """An Example up to where the assistant begins."""
     media = (Media("image", encoded(noise(width, height), "PNG")),)
     sample = Sample("bench", "0", TEXT, "object count", "3", media=media)
-    return Processor(directory, config).example(sample, "thinking", answer=False)
+    return Processor(directory, config).example(sample, "thinking", with_answer=False)
 
 
 # ---------------------------------------------------------------------------------- load

@@ -318,7 +318,7 @@ def waits_of(device, steps):
     from model import generate
 
     _, model, processor, banned, samples = steps
-    examples = [processor.example(sample, "direct", answer=False) for sample in samples[:2]]
+    examples = [processor.example(sample, "direct", with_answer=False) for sample in samples[:2]]
     prompts = collate(examples, model.config).to(GPU)
     uniforms = torch.rand(4, 7).to(GPU)
     waits = []

@@ -702,7 +702,8 @@ def test_a_benchmark_in_its_distributed_layout_reaches_its_headline(name, tmp_pa
 
 def test_the_pictures_of_a_benchmark_open(tmp_path):
     """Paths exist, bytes are whole files: what the model will be given."""
-    from pictures import open_picture, read_video
+    from films import read_video
+    from pictures import open_picture
 
     for name, (write, *_) in LAYOUTS.items():
         root = tmp_path / name

@@ -117,10 +117,10 @@ def processor(directory):
     return Processor(directory, load_config(directory))
 
 
-def our_ids(processor, messages, folder, answer=True):
+def our_ids(processor, messages, folder, with_answer=True):
     """Ids of a row, with one pad for each picture or film, as a chat template has them."""
     sample = parse_row({"messages": messages}, "chat:1", folder)
-    ids = processor.example(sample, "direct", answer=answer, pixels=False).ids.tolist()
+    ids = processor.example(sample, "direct", with_answer=with_answer, pixels=False).ids.tolist()
     pads = processor.special["<|image_pad|>"], processor.special["<|video_pad|>"]
     kept = ids[:1]
     for before, token in pairwise(ids):
@@ -145,7 +145,7 @@ def assert_equal_texts(processor, *sequences):
 def test_a_chat_has_the_ids_that_autotokenizer_gives(messages, directory, processor, folder):
     """As a row that is trained, and as a prompt; from the directory, by the class that it names."""
     assert our_ids(processor, messages, folder) == their_ids(directory, messages)
-    prompt = our_ids(processor, messages, folder, answer=False)
+    prompt = our_ids(processor, messages, folder, with_answer=False)
     assert prompt == their_ids(directory, messages[:-1], prompt=True)
 
 
@@ -220,7 +220,7 @@ def examples(base, drawn):
     made = []
     for messages in REQUESTS:
         row = {"messages": [*messages, {"role": "assistant", "content": ""}]}
-        made.append(base.example(parse_row(row, "request:1", drawn), "direct", answer=False))
+        made.append(base.example(parse_row(row, "request:1", drawn), "direct", with_answer=False))
     return made
 
 

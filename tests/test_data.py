@@ -323,7 +323,7 @@ def test_unusable_pictures_and_boxes_outside_name_the_row(
     for attempt in (
         lambda: check_media(sample),
         lambda: processor.example(sample, style_of(sample)),
-        lambda: processor.example(sample, style_of(sample), answer=False),
+        lambda: processor.example(sample, style_of(sample), with_answer=False),
     ):
         with pytest.raises(UserError) as error:
             attempt()
@@ -528,7 +528,7 @@ def test_ids_are_those_of_the_chat_template(row, generate, tmp_path, images, tin
     """A token off, and a published checkpoint is asked in a format it has never seen."""
     [sample] = read_samples(write_rows(tmp_path / "rows.jsonl", row), images)
     style = style_of(sample)
-    example = processor.example(sample, style, answer=not generate)
+    example = processor.example(sample, style, with_answer=not generate)
     turns = processor.turns(sample, style, (112 / 300, 84 / 200), not generate)
     assert example.ids.tolist() == theirs(tiny_model, turns, example.grids, generate)
     assert example.positions.shape == (3, len(example.ids)) and len(example.labels) == len(
@@ -538,7 +538,7 @@ def test_ids_are_those_of_the_chat_template(row, generate, tmp_path, images, tin
 
 def test_a_given_prompt_is_used_as_it_is_and_media_come_first(tmp_path, images, processor):
     [sample] = read_samples(write_rows(tmp_path / "rows.jsonl", COLD), images)
-    shown, counts = processor.shown(processor.example(sample, "thinking", answer=False))
+    shown, counts = processor.shown(processor.example(sample, "thinking", with_answer=False))
     assert counts == [12] and shown == (  # 112 x 84 pixels
         f"<|im_start|>system\n{PROMPTS['system']}<|im_end|>\n<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>"
         f"{COLD['prompt']}<|im_end|>\n<|im_start|>assistant\n"

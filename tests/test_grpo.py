@@ -114,7 +114,9 @@ def make_groups(world, kind, args):
     generator, groups = torch.Generator().manual_seed(0), []
     words = (~world.banned).nonzero()[:, 0]
     for lengths, finished in zip(map(torch.tensor, LENGTHS), map(torch.tensor, FINISHED)):
-        example = world.processor.example(world.samples[world.rows[kind]], "thinking", answer=False)
+        example = world.processor.example(
+            world.samples[world.rows[kind]], "thinking", with_answer=False
+        )
         C = int(lengths.max())
         ids = words[torch.randint(len(words), (4, C), generator=generator)] * (
             torch.arange(C) < lengths[:, None]
@@ -138,7 +140,7 @@ def make_groups(world, kind, args):
 def plain_log_probs(model, world, group, args):
     """[(length,)] of every completion, each computed in a row of its own."""
     config, sample = world.processor.config, group.sample
-    prompt = world.processor.example(sample, "thinking", answer=False)
+    prompt = world.processor.example(sample, "thinking", with_answer=False)
     seconds = [1.0 if media.kind == "video" else None for media in sample.media]
     rows = []
     for ids, length in zip(group.ids, group.lengths):
@@ -778,7 +780,7 @@ def test_held_out_questions_are_answered_greedily(call, rooms, tiny_model, tmp_p
     model, samples = load_model(tmp_path / "asked", torch.float32), read_all([questions], None)
     processor, texts = Processor(tiny_model, model.config), []
     for sample in samples[:: max(1, len(samples) // 5)][:5]:
-        ids = collate([processor.example(sample, "thinking", answer=False)], model.config)
+        ids = collate([processor.example(sample, "thinking", with_answer=False)], model.config)
         rollout = generate(model, ids, 8, processor.stop_ids, banned=processor.banned("cpu"))
         texts.append(processor.decode(rollout.ids[0, : rollout.lengths[0]].tolist()))
     assert asked[2]["eval_rewards/accuracy/mean"] == pytest.approx(
@@ -1050,7 +1052,7 @@ def test_a_completion_that_just_fits_is_sampled(call, rooms, tiny_model, tmp_pat
     (tmp_path / "one.jsonl").write_text(data_file.read_text().splitlines(True)[0])
     (sample,) = read_all([tmp_path / "one.jsonl"], rooms / "train" / "images")
     processor = Processor(tiny_model, load_config(tiny_model))
-    prompt = len(processor.example(sample, "thinking", answer=False).ids)
+    prompt = len(processor.example(sample, "thinking", with_answer=False).ids)
     small = tmp_path / "small"
     shutil.copytree(tiny_model, small)
     config = json.loads((small / "config.json").read_text())

@@ -19,23 +19,21 @@ import torch
 from conftest import REPOSITORY
 from PIL import Image, features
 
-import pictures as module
+import films
 from checkpoint import load_config
 from data import Processor
 from files import UserError
+from films import choose_frames, even_count, read_video
 from pictures import (
     TURNS,
     Media,
-    even_count,
     is_film,
     measure,
     open_frames,
     open_header,
     open_picture,
-    read_video,
     resizes,
     smart_resize,
-    spread,
     to_patches,
 )
 
@@ -757,7 +755,7 @@ def test_frames_of_every_container(tmp_path, kind, count):
         return
     found = numbers(pictures)
     first = found[0]
-    assert first * 0.04 <= module.MISSING and (first == 0 or path.suffix in (".ts", ".m2ts"))
+    assert first * 0.04 <= films.MISSING and (first == 0 or path.suffix in (".ts", ".m2ts"))
     expected = first + np.linspace(0, 29 - first, min(count, 30 - first)).astype(int)
     assert found == expected.tolist()
     assert between == pytest.approx((30 - first) * 0.04 / len(found), rel=0.02)
@@ -800,15 +798,15 @@ def test_without_usable_timestamps_frames_are_even(damage):
     times = {"twice": np.repeat(np.arange(5) / 10, 2), "none": np.arange(-1, 9) / 10}[damage]
     if damage == "none":
         times[0] = -1e14
-    found, shown = module.moments(times, 10.0)
+    found, shown = films.shown_times(times, 10.0)
     assert shown == 10 and found.tolist() == [i / 10 for i in range(10)]
-    index, between = spread(found, 10.0, 4, None, 768)
+    index, between = choose_frames(found, 10.0, 4, None, 768)
     assert index.tolist() == [0, 3, 6, 9] and between == pytest.approx(0.25)
 
 
 def test_long_films_have_a_cap(tmp_path, capsys, monkeypatch):
     """With a word, once; --num-frames is not capped."""
-    module.tell_cut.cache_clear()
+    films.tell_cut.cache_clear()
     path = write_video(tmp_path / "long.mp4")
     for _ in range(2):
         pictures, between = read_video(path, 1, fps=10, max_frames=4)
@@ -840,7 +838,7 @@ def test_a_reader_that_never_comes_back_is_one_line(monkeypatch):
 
     errors = {"DECORDError": RuntimeError, "DECORDLimitReachedError": EOFError}
     monkeypatch.setitem(sys.modules, "decord", SimpleNamespace(VideoReader=Stuck, **errors))
-    monkeypatch.setattr(module, "PATIENCE", 0.2)
+    monkeypatch.setattr(films, "PATIENCE", 0.2)
     for read in (read_video, lambda path, count: measure(Media("video", path), count)):
         with pytest.raises(UserError, match=r"stuck\.mp4: no frame could be read in 0\.2 seconds"):
             read("stuck.mp4", 4)
@@ -888,7 +886,7 @@ def test_reading_videos_does_not_fill_the_memory(tmp_path):
     path = write_video(tmp_path / "small.mp4", frames=8, width=640, height=480)
     code = """
 import sys
-from pictures import read_video
+from films import read_video
 
 def resident():
     pages = int(open("/proc/self/statm").read().split()[1])
@@ -917,7 +915,7 @@ def test_an_assertion_of_decord_is_one_line(monkeypatch, tmp_path):
 
     path = write_video(tmp_path / "a.mp4")
     monkeypatch.setattr(decord, "VideoReader", fails)
-    monkeypatch.setattr(module, "PATIENCE", 1)
+    monkeypatch.setattr(films, "PATIENCE", 1)
     with pytest.raises(UserError) as error:
         read_video(str(path), 4)
     assert str(error.value).startswith(f"{path}: not a readable video (bad")

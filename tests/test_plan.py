@@ -103,7 +103,9 @@ def test_the_cache_is_counted_exactly(world, monkeypatch):
     flags = ("--dtype", "float32", "--prompts-per-step", 3, "--num-generations", 2)
     args = settings("grpo", *flags, "--max-completion-length", 5)
     samples = world.samples[:3]
-    examples = [world.processor.example(sample, "thinking", answer=False) for sample in samples]
+    examples = [
+        world.processor.example(sample, "thinking", with_answer=False) for sample in samples
+    ]
     batch = collate(examples, world.model.config)
     generate(world.model, batch, 5, world.processor.stop_ids, 2)
 

@@ -187,7 +187,7 @@ def test_what_a_model_says_in_its_own_tokens_is_read(base):
     token = base.tokenizer.token_to_id("<|box_start|>")
     banned = torch.ones(model.config.text.vocab_size, dtype=torch.bool)
     banned[token] = False
-    example = base.example(chat("x"), "direct", answer=False)
+    example = base.example(chat("x"), "direct", with_answer=False)
     batch = collate([example], model.config)
     rollout = generate(model, batch, 3, base.stop_ids, banned=banned)
     assert base.decode(rollout.ids[0].tolist()) == "<|box_start|>" * 3
@@ -247,7 +247,7 @@ def test_an_answer_that_begins_with_line_breaks(breaks, ours, tmp_path):
     odd = with_tokenizer(tmp_path / "odd", join_line_breaks)
     sample = chat(f"{breaks}Yes.")
     ids = odd.example(sample, "direct").ids.tolist()
-    asked = odd.example(sample, "direct", answer=False).ids.tolist()
+    asked = odd.example(sample, "direct", with_answer=False).ids.tolist()
     assert ids[: len(asked)] == asked
     assert tokens(odd, ids[len(asked) - 1 :])[: len(ours)] == ours
 
@@ -292,7 +292,7 @@ def test_a_prompt_with_a_picture_is_autoprocessors(name, directories, tmp_path):
     Image.new("RGB", (150, 90), "red").save(tmp_path / "a.png")
     picture = Media("image", str(tmp_path / "a.png"))
     sample = Sample("f:1", "1", "", "", "", media=(picture,), prompt="Where is the bed?")
-    ours = Processor(directory, load_config(directory)).example(sample, "direct", answer=False)
+    ours = Processor(directory, load_config(directory)).example(sample, "direct", with_answer=False)
     theirs = AutoProcessor.from_pretrained(directory)
     parts = [{"type": "image"}, {"type": "text", "text": "Where is the bed?"}]
     text = theirs.apply_chat_template(
