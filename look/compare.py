@@ -86,11 +86,11 @@ def measured(types):
 
 
 def scores_of(rungs):
-    """{line of a table: [(rung, value, low, high)]}."""
+    """{line of a table: [(rung, value, low, high, no mark)]}: rows of a chart."""
     scores = defaultdict(list)
     for name, rows in rungs.items():
         for line, types in groups(rows).items():
-            scores[line].append((name, *measured(types)))
+            scores[line].append((name, *measured(types), None))
     return scores
 
 
@@ -151,7 +151,7 @@ def score_table(rungs, scores):
     """
     lines = [["score", "blind guess", *rungs]]
     for line, blind in groups([*rungs.values()][-1], 1).items():
-        cells = [f"{value:.3f} [{low:.3f}, {high:.3f}]" for _, value, low, high in scores[line]]
+        cells = [f"{value:.3f} [{low:.3f}, {high:.3f}]" for _, value, low, high, _ in scores[line]]
         lines.append([line, f"{measured(blind)[0]:.3f}", *cells])
     return text_table(lines)
 
@@ -217,11 +217,12 @@ def by_scale(runs):
 
 def draw(scores, ways, probes):
     """{name: SVG} of the ladder, of the ablations and of each probe."""
-    charts = {"ladder": join([dots(line, scores[line]) for line in (BOXES, QUESTIONS)], 2)}
+    charts = {"ladder": join([dots(line, scores[line]) for line in (BOXES, QUESTIONS)])}
     if ways:
-        rows = [(row["name"], row["value"], row["low"], row["high"]) for row in ways]
-        paper = {row["name"]: row["paper"] for row in ways if row["paper"]}
-        charts["ways"] = dots("points beside the ladder's rung of the same stage", rows, paper)
+        rows = []
+        for row in ways:
+            rows.append((row["name"], row["value"], row["low"], row["high"], row["paper"]))
+        charts["ways"] = dots("points beside the ladder's rung of the same stage", rows)
     for what, rows in probes.items():
         charts[what] = chart(what, rows)
     return charts

@@ -488,9 +488,9 @@ def chart(what, rows):
     for title, names in PANELS[what].items():
         places = []
         for row in rows:
-            places += [(f"{row['name']}: {name}", *row[name].values()) for name in names]
+            places += [(f"{row['name']}: {name}", *row[name].values(), None) for name in names]
         charts.append(dots(title, places))
-    return join(charts, 1)
+    return join(charts)
 
 
 # ---------------------------------------------------------------------------------- the command
