@@ -469,7 +469,7 @@ COMMANDS = (
     (PLAN + " 1x1 --model {big}", "--gpus 1x1: needs "),
     (
         PLAN + " 99x80 --stage grpo",
-        "--prompts-per-step is 8, expected at least one for each of the 99 GPUs",
+        "--prompts-per-step is 8, expected at least one for each of the 99 processes",
     ),
     # look.report, look.compare
     ("report.py", "the following arguments are required: run"),
