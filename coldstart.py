@@ -244,7 +244,6 @@ def main():
         images = args.images or Path(args.data[0]).parent / "images"
         print(f"wrote {len(chosen)} chains to {out}; train on them with:")
         print(f"python train_sft.py --stage cold --data {out} --images {images}")
-    ranks.close()
 
 
 if __name__ == "__main__":

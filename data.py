@@ -41,6 +41,7 @@ from pictures import (
     open_header,
     open_picture,  # noqa: F401  data.py is all that a script needs to import
     read_video,  # noqa: F401
+    resizes,
     smart_resize,
     to_patches,
 )
@@ -607,7 +608,9 @@ class Processor:
         for name in PICTURES:
             chosen[name] = getattr(args, name, chosen[name])
         self.config = config
-        self.frames = (chosen["num_frames"], chosen["fps"], chosen["max_frames"])
+        self.input_as = chosen["input_as"]
+        even = self.input_as == "qwen-vl-utils"
+        self.frames = (chosen["num_frames"], chosen["fps"], chosen["max_frames"], even)
         self.video_seconds = chosen["video_seconds"]
         self.prompts = read_prompts(chosen["prompts"]) if chosen["prompts"] else PROMPTS
         self.tokenizer = load_tokenizer(directory)
@@ -720,8 +723,13 @@ class Processor:
             count, (width, height) = len(frames), frames[0].size
         else:
             count, (width, height), interval = measure(media, *self.frames)
-        h, w = smart_resize(height, width, *self.limits[media.kind])
+        in_video = count if media.kind == "video" else 0
+        limits = self.limits[media.kind]
+        steps = resizes(height, width, limits, self.input_as, in_video, media.is_video_file)
+        *before, ((h, w), _) = steps
         if pixels:
+            for (rows, columns), how in before:
+                frames = [frame.resize((columns, rows), how) for frame in frames]
             patches, _ = to_patches(frames, (h, w))
         if media.kind == "image":
             seconds = None
@@ -753,7 +761,10 @@ class Processor:
             <|im_start|>assistant
             4<|im_end|>
 
-        Only an assistant's text and its <|im_end|> are trained.
+        Only an assistant's text and its <|im_end|> are trained. The text is tokenized apart from
+        its head "assistant\\n", behind which a model begins to write. So a text that begins with
+        line breaks has other ids than by the chat template, which joins them to the head's: "\\n"
+        and "\\n\\n" here, "\\n\\n\\n" there.
 
         Args:    grids: {Media: (t, h, w)}. answer: False adds the head of the assistant's turn.
         """

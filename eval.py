@@ -314,7 +314,6 @@ def main():
             scores["seconds"] = max(scores["seconds"], before)
         write_json(out / "scores.json", scores)
         print(table(args.bench, scores, bench, args.scorer))
-    ranks.close()
 
 
 if __name__ == "__main__":

@@ -60,8 +60,10 @@ def group_advantages(rewards, scale="group", eps=1e-4):
     >>> [round(advantage, 5) for advantage in advantages.tolist()]
     [1.49985, -0.49995, -0.49995, -0.49995]
     """
+    # Apart, because the mean of equal rewards may be rounded: 8 x 1.9 leaves 1e-7, and the division
+    # by eps would make something of it.
     if rewards.min() == rewards.max():
-        return torch.zeros_like(rewards)  # their mean may be rounded: 8 x 1.9 leaves 1e-7
+        return torch.zeros_like(rewards)
     centred = rewards - rewards.mean()
     return centred if scale == "none" else centred / (rewards.std() + eps)
 
@@ -93,6 +95,8 @@ def policy_loss(log_probs, old, advantages, epsilon, epsilon_high):
     """
     ratio = (log_probs - old).exp()
     plain = ratio * advantages
+    # Where the ratio has gone far enough in the wanted direction, the bounded term is the smaller
+    # one. It does not depend on log_probs, so the token has no gradient any more.
     bounded = ratio.clamp(1 - epsilon, 1 + epsilon_high) * advantages
     return -torch.minimum(plain, bounded), bounded < plain
 
@@ -141,32 +145,25 @@ class Group:
     rewards: dict | None = None  # name -> G floats
     reward: torch.Tensor | None = None  # (G,) weighted sum
     advantages: torch.Tensor | None = None  # (G,)
-    # (n,) log-probs of the policy that sampled; None with one update for each rollout. Not those of
-    # the rollout: the same forward as in the update gives ratios of exactly 1.
-    old: torch.Tensor | None = None
-    reference: torch.Tensor | None = None  # (n,) log-probs of the reference model
+    # Log-probs of each completion's tokens, (length,) each. `old`: by the policy that sampled; None
+    # with one update for each rollout. Not those of the rollout: the same forward as in the update
+    # gives ratios of exactly 1. `reference`: by the reference model; None without KL penalty.
+    old: tuple | None = None
+    reference: tuple | None = None
     shown: str = ""  # the prompt as text, with one pad for each picture
 
 
 def parts(group, size):
     """The group in groups of at most `size` completions: what one forward takes."""
-    ends = [0, *group.lengths.cumsum(0).tolist()]  # where each completion's tokens begin and end
     split = []
     for first in range(0, len(group.ids), size):
-        last = min(first + size, len(group.ids))
-        completions = slice(first, last)
-        tokens = slice(ends[first], ends[last])
-        split.append(
-            dataclasses.replace(
-                group,
-                ids=group.ids[completions],
-                lengths=group.lengths[completions],
-                finished=group.finished[completions],
-                advantages=None if group.advantages is None else group.advantages[completions],
-                old=None if group.old is None else group.old[tokens],
-                reference=None if group.reference is None else group.reference[tokens],
-            )
-        )
+        part = dataclasses.replace(group)
+        # Texts and rewards stay whole: they are for the log, no forward reads them.
+        for name in ("ids", "lengths", "finished", "advantages", "old", "reference"):
+            of_completions = getattr(group, name)
+            if of_completions is not None:
+                setattr(part, name, of_completions[first : first + size])
+        split.append(part)
     return split
 
 
@@ -176,6 +173,7 @@ def noise(seed, step, place, group, length):
     Args:    place: the prompt's place in its step, not its row: a row that is drawn twice in a step
              is sampled twice.
     """
+    # One generator for each completion: a group of 8 begins with the completions of a group of 4.
     draws = []
     for completion in range(group):
         generator = np.random.default_rng((seed, step, place, completion))
@@ -190,10 +188,11 @@ def sample_completions(model, processor, samples, rows, G, uniforms, args, devic
     Returns: [Group] without rewards. A localization sample's boxes are in pixels as the model sees
              them.
     """
+    # Prompts alone, up to where the assistant begins.
+    room = args.max_completion_length
     examples = []
     for row in rows:
         style = style_of(samples[row], args.prompt_style)
-        room = args.max_completion_length
         examples.append(processor.example(samples[row], style, answer=False, room=room))
     rollout = generate(
         model,
@@ -205,6 +204,7 @@ def sample_completions(model, processor, samples, rows, G, uniforms, args, devic
         processor.banned(device),
         args.temperature,
     )
+    # What follows is done on the CPU: texts, rewards, and the batches of the update.
     all_ids = rollout.ids.cpu()
     all_lengths = rollout.lengths.cpu()
     all_finished = rollout.finished.cpu()
@@ -216,7 +216,7 @@ def sample_completions(model, processor, samples, rows, G, uniforms, args, devic
         ids = all_ids[completions, : int(lengths.max())]  # (G, C)
         texts = [processor.decode(ids[g, : lengths[g]].tolist()) for g in range(G)]
         sample = samples[row]
-        if example.boxes:
+        if example.boxes:  # the reward compares boxes on the picture that the model was shown
             sample = dataclasses.replace(sample, answer=example.boxes)
         prompt = collate([example], processor.config)
         shown, _ = processor.shown(example)
@@ -231,7 +231,8 @@ def sample_groups(model, processor, samples, rows, step, args, device, rank=0, w
     Args:    rows: every world-th of the step's rows, from number `rank` on.
     """
     G, C = args.num_generations, args.max_completion_length
-    places = [rank + i * world for i in range(len(rows))]  # of the rows in their step
+    # This rank has every world-th row of the step; `places` are their numbers in the whole step.
+    places = [rank + i * world for i in range(len(rows))]
     uniforms = torch.cat([noise(args.seed, step, place, G, C) for place in places])  # (rows * G, C)
     uniforms = to_device(uniforms, device)
     groups = sample_completions(model, processor, samples, rows, G, uniforms, args, device)
@@ -259,6 +260,8 @@ def group_batch(prompt, ids, lengths):
     (G, C), P = ids.shape, prompt.ids.shape[1]
     positions = prompt.positions.max() + 1 + torch.arange(C)  # (C,)
     positions = positions.repeat(G).expand(3, 1, -1)  # (3, 1, G*C)
+    # Completion g begins at place P + g * C. What stands before it there is the end of completion
+    # g - 1, so its first token is predicted from the prompt's end.
     predict_at = P + torch.arange(G * C).view(G, C) - 1
     predict_at[:, 0] = P - 1
     inside = torch.arange(C) < lengths[:, None]  # (G, C), False for padding
@@ -274,15 +277,20 @@ def group_batch(prompt, ids, lengths):
 
 @torch.no_grad()
 def group_log_probs(model, groups, size, banned, temperature, device):
-    """Log-probs of each group's completion tokens, (n,) for each group, without gradient."""
+    """Log-probs of each group's completion tokens, without gradient.
+
+    Returns: for each group a tuple of G tensors, (length,) each.
+    """
     log_probs = []
+    # With the weights gathered, ranks whose groups need more forwards keep nobody waiting.
     with gathered(model):
         for group in groups:
-            scores = []
+            of_group = []
             for part in parts(group, size):
                 batch = group_batch(part.prompt, part.ids, part.lengths).to(device)
-                scores.append(model(batch, None, banned, temperature)[0])
-            log_probs.append(torch.cat(scores))
+                scores, _ = model(batch, None, banned, temperature)  # (n,)
+                of_group += scores.split(part.lengths.tolist())
+            log_probs.append(tuple(of_group))
     return log_probs
 
 
@@ -321,6 +329,8 @@ def loss_terms(model, part, kept, counts, args, banned, device):
     Returns: loss, and a tensor of SUMS.
     """
     batch = group_batch(part.prompt, part.ids, part.lengths).to(device)
+    # The same banned tokens and the same temperature as in sampling: the distribution that is
+    # trained is the one that the completions were drawn from.
     log_probs, entropies = model(batch, None, banned, args.temperature)  # (n,), (n,)
     weights = token_weights(
         part.lengths,
@@ -335,9 +345,10 @@ def loss_terms(model, part, kept, counts, args, banned, device):
     advantages = to_device(part.advantages.repeat_interleave(part.lengths), device)
 
     # One update for each rollout (old is None): the policy is the one that sampled, ratios are 1.
-    old = log_probs.detach() if part.old is None else part.old
+    # They still carry the gradient: that of ratio * A is A times that of the log-prob.
+    old = log_probs.detach() if part.old is None else torch.cat(part.old)
     # Without a reference (beta 0) the KL is that to the old policy: logged, of weight nothing.
-    reference = old if part.reference is None else part.reference
+    reference = old if part.reference is None else torch.cat(part.reference)
     epsilon_high = args.epsilon if args.epsilon_high is None else args.epsilon_high
     policy, clipped = policy_loss(log_probs, old, advantages, args.epsilon, epsilon_high)
     kl = kl_k3(log_probs, reference)
@@ -351,8 +362,7 @@ def loss_terms(model, part, kept, counts, args, banned, device):
 def accumulate_gradient(model, groups, counts, args, banned, device):
     """Accumulate the gradient of one optimizer step over this rank's groups.
 
-    Every rank makes counts["forwards"] forwards, as all gather the weights together; a rank with
-    fewer parts repeats its first one with weight zero.
+    A rank with fewer parts than counts["forwards"] repeats its first one as a filler.
 
     Returns: this rank's SUMS, by name.
     """
@@ -361,6 +371,8 @@ def accumulate_gradient(model, groups, counts, args, banned, device):
         work += parts(group, args.micro_batch)
     totals = []
     for i in range(counts["forwards"]):
+        # All ranks gather the sharded weights together, so all make equally many forwards. A filler
+        # goes through forward and backward with weights of zero.
         filler = i >= len(work)
         part = work[0] if filler else work[i]
         kept = torch.zeros_like(part.finished) if filler else kept_completions(part, args)
@@ -396,7 +408,8 @@ def rollout_rows(groups, step, ranks):
                 "advantages": group.advantages.tolist(),
             }
         )
-    by_turns = zip_longest(*ranks.gather(rows))  # rank 0's first row, rank 1's first row, ...
+    # Rank 0's first row, rank 1's first row, ...: the rows were dealt out by turns.
+    by_turns = zip_longest(*ranks.gather(rows))
     return [row for turn in by_turns for row in turn if row is not None]
 
 
@@ -412,20 +425,16 @@ def rollout_metrics(groups, ranks):
 
     def of_all(name):
         """One number for each completion of this rank."""
-        values = []
-        for group in groups:
-            values += torch.as_tensor(getattr(group, name)).tolist()
-        return values
+        return torch.cat([getattr(group, name) for group in groups]).tolist()
 
     metrics = {"reward": moments(of_all("reward"), ranks)[0]}
     for name in groups[0].rewards:
-        rewards = []
-        for group in groups:
-            rewards += torch.as_tensor(group.rewards[name]).tolist()
+        rewards = np.concatenate([group.rewards[name] for group in groups]).tolist()
         mean, deviation = moments(rewards, ranks)
         metrics[f"rewards/{name}/mean"] = mean
         metrics[f"rewards/{name}/std"] = deviation
-    # Equal is equal: the std of 8 x 1.9 in fp32 is not 0.
+    # A group of equal rewards teaches nothing: its advantages are 0. Where this share grows, the
+    # prompts are too easy or too hard. Compared, as the std of 8 x 1.9 in fp32 is not 0.
     equal = [float(group.reward.min() == group.reward.max()) for group in groups]
     deviations = [group.reward.std().item() for group in groups]
     metrics["reward_std"] = moments(deviations, ranks)[0]
@@ -441,6 +450,7 @@ def held_out_metrics(model, processor, samples, args, ranks):
     prompts = max(1, args.prompts_per_step // ranks.world)
     size = prompts * args.num_generations  # as many rows as a rollout has
     totals = dict.fromkeys(args.reward_funcs, 0.0)
+    # Greedy: one completion a prompt, without noise.
     with gathered(model):
         for first in range(0, len(mine), size):
             rows = mine[first : first + size]
@@ -493,6 +503,7 @@ def read_prompts_and_questions(args):
     """The samples to train on and the held-out ones; the rewards can score each of them."""
     samples = read_all(args.data, args.images)
     held_out = read_all(args.eval_data, args.images) if args.eval_every else []
+    # Every stride-th row, not the first ones: rows of one room stand together.
     stride = max(1, len(held_out) // args.eval_limit)
     held_out = held_out[::stride][: args.eval_limit]
     for name in args.reward_funcs:
@@ -517,7 +528,7 @@ def main():
     room = args.max_completion_length
     ranks.once(check_lengths, processor, samples + held_out, args.prompt_style, False, room)
 
-    # policy and reference
+    # policy and reference: the reference is the model that the policy starts from, and stays so
     model = load_sharded(
         args.model, ranks, args.dtype, args.activation_checkpointing, args.freeze_vision
     )
@@ -537,7 +548,7 @@ def main():
     for step in run.steps(first, steps):
         began = time.perf_counter()
         if (step - 1) % args.num_iterations == 0:
-            # sample, reward, advantage
+            # sample, reward, advantage: one rollout for every num_iterations updates
             rollout = (step - 1) // args.num_iterations + 1
             rows = rows_of_step(rollout, len(samples), args.prompts_per_step, args.seed)
             mine = rows[ranks.rank :: ranks.world]
@@ -548,7 +559,8 @@ def main():
             run.append("rollouts.jsonl", logged)
             metrics = rollout_metrics(groups, ranks)
             counts = step_counts(groups, args, ranks)
-            # log-probs of policy and reference before the first update
+            # Log-probs of policy and reference before the first update. With one update for each
+            # rollout the policy's are those of the update itself (see loss_terms).
             if args.num_iterations > 1:
                 for group, scores in zip(groups, group_log_probs(model, groups, *scoring)):
                     group.old = scores
@@ -590,7 +602,6 @@ def main():
             break
     else:
         run.finish(model, processor)
-    ranks.close()
 
 
 if __name__ == "__main__":

@@ -85,6 +85,7 @@ TINY_REPLAY = TINY_SFT | {"replay": [ROOMS + GROUNDING], "replay_ratio": 0.2}
 PAPER = {
     "min_pixels": 16 * 28 * 28,
     "max_pixels": 128 * 28 * 28,
+    "input_as": "authors",  # resized twice: a picture of theirs has 108 tokens, not 117
     "micro_batch": 1,
     "workers": 4,
     "save_every": 200,
@@ -163,6 +164,11 @@ RECIPES = {  # preset -> stage -> what differs from settings.SETTINGS
         },
     },
 }
+# preset -> flags of its evaluations. The authors' pictures are larger there (run_eval.sh).
+EVALUATION = {
+    "tiny": "",
+    "paper": " --min-pixels 12544 --max-pixels 401408 --input-as authors",
+}
 SMOKE = {"1": 4, "2": 4, "cold": 4, "grpo": 1}  # optimizer steps of --smoke
 
 # What the bare commands of preset tiny need, and the command that makes it, before what that
@@ -216,7 +222,7 @@ def evaluate(args, rung, data, limit, folder="eval"):
     line = (
         f"{args.python} eval.py --model {model_of(args, rung.name)} --bench rooms --data {data} "
         f"--blind-from {args.data} --out {args.out}/{folder}/{rung.name} "
-        f"--prompt-style {rung.style} --max-completion-length {length}"
+        f"--prompt-style {rung.style} --max-completion-length {length}{EVALUATION[args.preset]}"
     )
     return f"{line} --limit {limit}" if limit else line
 

@@ -42,6 +42,15 @@ TURNS = {
 PATIENCE = 60  # seconds that a film's next frame may take
 MISSING = 0.25  # seconds at a film's beginning that may be impossible to decode
 
+# The limits of the package qwen-vl-utils, by its names: areas in pixels, numbers of frames.
+MIN_PIXELS = 4 * 28 * 28  # of a picture
+MAX_PIXELS = 16384 * 28 * 28
+VIDEO_MIN_PIXELS = 128 * 28 * 28  # of a frame
+VIDEO_MAX_PIXELS = 768 * 28 * 28
+VIDEO_TOTAL_PIXELS = int(128000 * 28 * 28 * 0.9)  # of a video: one area for each pair of frames
+FRAME_FACTOR = 2  # numbers of frames are multiples of this
+FPS_MIN_FRAMES = 4  # its FPS_MAX_FRAMES is the default of --max-frames
+
 
 @dataclass(frozen=True)
 class Media:
@@ -88,6 +97,51 @@ def smart_resize(height, width, min_pixels, max_pixels):
 def multiple(side, to_whole):
     """A multiple of 28 near `side`. to_whole: round, math.floor or math.ceil."""
     return to_whole(side / FACTOR) * FACTOR
+
+
+def resizes(height, width, limits, input_as="transformers", frames=0, from_file=False):
+    """What a picture is resized to, one size after the other; the model sees the last.
+
+    transformers resizes it within `limits`. With "qwen-vl-utils" and "authors" the package
+    qwen-vl-utils has resized it before, within limits of its own. The authors bring the frames of a
+    film to the largest area before that, and their version of the package (0.0.11 or older) takes
+    each frame for a picture.
+
+    Args:    limits: smallest and largest area. frames: of a video, 0 for a picture.
+             from_file: the video is a film, not a list of frames.
+    Returns: [((height, width), PIL's filter)].
+
+    >>> [size for size, _ in resizes(968, 1296, (16 * 28 * 28, 128 * 28 * 28), "authors")]
+    [(980, 1288), (252, 336)]
+    """
+    size, steps = (height, width), []
+    areas = [limits]
+    if input_as == "qwen-vl-utils":
+        areas = [utils_limits(frames), limits]
+    elif input_as == "authors":
+        areas = [utils_limits(0), limits]
+        if from_file:
+            area, ratio = limits[1], width / height
+            size = int((area / ratio) ** 0.5), int((area * ratio) ** 0.5)
+            steps.append((size, Image.LANCZOS))
+    for smallest, largest in areas:
+        size = smart_resize(*size, smallest, largest)
+        steps.append((size, Image.BICUBIC))
+    return steps
+
+
+def utils_limits(frames):
+    """The smallest and the largest area that qwen-vl-utils gives a frame of a video.
+
+    frames: in the video; 0 for a picture.
+
+    >>> [pixels // 28**2 for pixels in utils_limits(32)], utils_limits(768)[1] // 28**2
+    ([128, 768], 300.0)
+    """
+    if not frames:
+        return MIN_PIXELS, MAX_PIXELS
+    share = VIDEO_TOTAL_PIXELS / math.ceil(frames / FRAME_FACTOR)
+    return VIDEO_MIN_PIXELS, max(min(VIDEO_MAX_PIXELS, share), int(VIDEO_MIN_PIXELS * 1.05))
 
 
 def name_of(source):
@@ -236,7 +290,20 @@ def moments(times, rate):
     return times, max(1, int((times > -0.001).sum()))
 
 
-def spread(times, rate, num_frames, fps, max_frames):
+def even_count(total, rate, num_frames, fps, max_frames):
+    """How many of a film's `total` frames qwen-vl-utils takes: an even number; with fps 4 or more.
+
+    >>> even_count(33, 10.0, 32, 2.0, 768)  # 3.3 seconds
+    6
+    """
+    count = FRAME_FACTOR * round(num_frames / FRAME_FACTOR)
+    if fps is not None:
+        count = min(max(total / rate * fps, FPS_MIN_FRAMES), max_frames)
+    pairs = int(min(count, total) / FRAME_FACTOR)
+    return max(1, FRAME_FACTOR * pairs)  # the package refuses a film of one frame
+
+
+def spread(times, rate, num_frames, fps, max_frames, even=False):
     """Choose frames that are evenly spread in time, from the first frame to the last.
 
     Args:    times: of the frames, growing. The others: see read_video.
@@ -255,6 +322,8 @@ def spread(times, rate, num_frames, fps, max_frames):
         if count > max_frames:
             count = max_frames
             tell_cut(fps, max_frames)
+    if even:
+        count = even_count(total, rate, num_frames, fps, max_frames)
     if count >= total:
         return np.arange(total), float(length / total)
     wanted = np.linspace(times[0], times[-1], count)
@@ -271,11 +340,12 @@ def tell_cut(fps, max_frames):
     )
 
 
-def read_video(path, num_frames, fps=None, max_frames=768, shown=None):
+def read_video(path, num_frames, fps=None, max_frames=768, even=False, shown=None):
     """Frames of a video file, spread evenly over its time.
 
     Args:    num_frames: how many (fewer if the film is short).
              fps: frames per second in place of num_frames; max_frames in all.
+             even: as many as qwen-vl-utils takes, see even_count.
              shown: frames that are shown, the last ones of the file; None: by their timestamps.
     Returns: list of RGB pictures, seconds between two of them.
     """
@@ -284,7 +354,7 @@ def read_video(path, num_frames, fps=None, max_frames=768, shown=None):
     times, by_time = moments(times, rate)
     expected = shown or by_time
     times = times[len(times) - expected :]
-    index, interval = spread(times, rate, num_frames, fps, max_frames)
+    index, interval = spread(times, rate, num_frames, fps, max_frames, even)
 
     wanted = set(index.tolist())
     frames, count = {}, 0
@@ -299,24 +369,24 @@ def read_video(path, num_frames, fps=None, max_frames=768, shown=None):
                 f"{path}: only {count} of its {expected} frames can be decoded; "
                 f"write it anew: ffmpeg -i {Path(path).name} new.mp4"
             )
-        return read_video(path, num_frames, fps, max_frames, count)
+        return read_video(path, num_frames, fps, max_frames, even, count)
     return [frames[number] for number in index.tolist()], interval
 
 
-def open_frames(media, num_frames, fps=None, max_frames=768):
+def open_frames(media, num_frames, fps=None, max_frames=768, even=False):
     """The frames of a video, or the one picture, ready for to_patches.
 
     Returns: list of RGB pictures of one size, seconds between two of them (None: not known).
     """
     if media.is_video_file:
-        return read_video(media.source, num_frames, fps, max_frames)
+        return read_video(media.source, num_frames, fps, max_frames, even)
     frames = [open_picture(source) for source in media.sources]
     check_sizes([frame.size for frame in frames], media)
     return frames, media.seconds_per_frame
 
 
 @cache
-def measure(media, num_frames, fps=None, max_frames=768):
+def measure(media, num_frames, fps=None, max_frames=768, even=False):
     """What open_frames would give, for counting tokens: only headers are read, and one frame.
 
     Returns: number of frames, (width, height) of each, seconds between two (None: not known).
@@ -324,7 +394,7 @@ def measure(media, num_frames, fps=None, max_frames=768):
     if media.is_video_file:
         (times, rate), *first = film(media.source, 1)
         times, shown = moments(times, rate)
-        index, interval = spread(times[-shown:], rate, num_frames, fps, max_frames)
+        index, interval = spread(times[-shown:], rate, num_frames, fps, max_frames, even)
         if not first:
             raise UserError(f"{media.source}: none of its frames can be decoded")
         height, width, _ = first[0].shape

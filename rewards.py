@@ -48,6 +48,7 @@ def extract_answer(text, default=None):
     >>> extract_answer("<answer>A</answer> or rather <answer> B </answer>")
     'B'
     """
+    # The last one: a model may try several answers before it settles on one.
     answers = ANSWER.findall(text)
     return answers[-1].strip() if answers else default
 
@@ -96,7 +97,9 @@ def parse_boxes(text):
     text = text.strip().removesuffix(",")
     if text.startswith("{"):  # objects one after another: make them a list
         text = "[" + re.sub(r"}\s*{", "},{", text) + "]"
-    try:  # parse_int=float: an integer of thousands of digits becomes inf, which is_box refuses
+    # parse_int=float: an integer of thousands of digits becomes inf, which is_box refuses.
+    # RecursionError: thousands of brackets, which a model that repeats itself does write.
+    try:
         boxes = json.loads(text, parse_int=float)
     except (ValueError, RecursionError):
         return None
@@ -202,7 +205,7 @@ def format_reward(completions, sample=None):
 
 def is_well_formed(text):
     match = WELL_FORMED.fullmatch(text)
-    # The pattern lets tags stand inside the two parts: count them.
+    # The pattern lets tags stand inside the two parts: four tags are all that there may be.
     if match is None or len(TAG.findall(text)) != 4:
         return False
     return all(part.strip() for part in match.groups())
@@ -258,6 +261,7 @@ def accuracy_reward(completions, sample):
     """
     if sample.question_type == "localization":
         return box_iou_reward(completions, sample)
+    # What cannot be parsed earns 0: the model is to learn the form of an answer too.
     parse, score, truth = how_to_score(sample)
     answers = [parse(extract_answer(text, text)) for text in completions]
     return [0.0 if answer is None else float(score(answer, truth)) for answer in answers]
@@ -284,9 +288,11 @@ def call_reward(name, completions, sample):
     >>> call_reward("format", ["<think>I</think><answer>1</answer>", "1"], None)
     [1.0, 0.0]
     """
-    scores = REWARDS[name](list(completions), sample)  # a copy: it may sort its list
+    # A copy of the list: a reward of one's own may sort it.
+    scores = REWARDS[name](list(completions), sample)
     if hasattr(scores, "tolist"):  # an array or a tensor
         scores = scores.tolist()
+    # A wrong count would give one completion the reward of another without a word.
     problem = None
     if not isinstance(scores, list | tuple):
         problem = type(scores).__name__

@@ -88,11 +88,11 @@ def recipe_settings(doc, stage=None, argv=None):
             required=True,
             help="1: boxes; 2: questions; cold: chains of thought; base: before the ladder",
         )
+    # Every flag's default is None here, so that what was given can be told from what was not.
     names = GRPO if stage == "grpo" else SFT
-    add_flags(parser, names, **dict.fromkeys(names))  # None: not given
-    given = {
-        name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None
-    }
+    add_flags(parser, names, **dict.fromkeys(names))
+    parsed = vars(parser.parse_args(argv))
+    given = {name: value for name, value in parsed.items() if value is not None}
 
     stage = stage or given["stage"]
     defaults = {name: SETTINGS[name].default for name in names}
@@ -144,10 +144,11 @@ def check_lengths(processor, samples, style=None, answer=True, room=0):
     """
     for sample in samples:
         row_style = style_of(sample, style)
-        most = room + 9  # the assistant's head
+        # An upper bound of its tokens: each part brings at most 9 of the chat format's own.
+        most = room + 9
         for _, parts in processor.turns(sample, row_style, (1, 1), answer):
             for part in parts:
-                most += 9  # the chat format's own tokens
+                most += 9
                 if isinstance(part, str):
                     most += len(part.encode())
                 else:
@@ -160,6 +161,8 @@ def check_lengths(processor, samples, style=None, answer=True, room=0):
 
 def make_missing(paths):
     """Make the tiny preset's rooms if a path needs them; name the command for a missing rung."""
+    # MADE_BY names what a command needs after what it makes, so a missing rung is told before its
+    # missing data.
     for folder, command in MADE_BY.items():
         needed = any(Path(path).is_relative_to(folder) for path in paths)
         complete = any((Path(folder) / name).is_file() for name in ("config.json", "meta.json"))
@@ -195,7 +198,7 @@ def main_guard(main):
         else:
             line = MEMORY_HINT
         rank = [f"rank {os.environ['RANK']}"] if int(os.environ.get("WORLD_SIZE", 1)) > 1 else []
-        # In one piece: all ranks write to the same terminal.
+        # Written in one piece: all ranks write to the same terminal.
         sys.stderr.write(": ".join([Path(sys.argv[0]).name, *rank, line]) + "\n")
         code = 2
     except KeyboardInterrupt:  # Ctrl-C where no run saves its state first
@@ -247,11 +250,13 @@ class Ranks:
         if self.launched:
             dist.init_process_group(**options)
         else:
+            # A group of one: the same collectives, checkpoints and sharding, without a network.
             dist.init_process_group(**options, store=dist.HashStore(), rank=0, world_size=1)
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
 
     def sum(self, *numbers):
         """Add numbers up over all ranks: a list of as many floats."""
+        # float64: counts of tokens stay exact, and the order of ranks does not show.
         total = torch.tensor(numbers, dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
         return total.tolist()
@@ -268,6 +273,7 @@ class Ranks:
 
     def once(self, function, *arguments):
         """Call on rank 0 alone. Its result, or its UserError, is that of every rank."""
+        # Where rank 0 alone raised an error, the others would wait for it for ever.
         result = problem = None
         if self.rank == 0:
             try:
@@ -283,9 +289,6 @@ class Ranks:
         if self.rank == 0:
             print(*text, flush=True)
 
-    def close(self):
-        dist.destroy_process_group()
-
 
 # ---------------------------------------------------------------------------------- model
 
@@ -298,11 +301,12 @@ def load_sharded(directory, ranks, dtype=None, activation_checkpointing=False, f
     Gradients are reduced in fp32 and summed: the loss is divided once, by the count of all ranks.
     """
     dtype = compute_dtype(dtype, ranks.device)
-    model = build_model(load_config(directory))
+    model = build_model(load_config(directory))  # on the meta device: shapes without memory
     model.activation_checkpointing = activation_checkpointing
     model.visual.requires_grad_(not freeze_vision)
     if ranks.launched or ranks.device.type == "cuda" or dtype != torch.float32:
         shard(model, init_device_mesh(ranks.device.type, (ranks.world,)), dtype)
+    # Memory for this rank's rows only; each rank reads no more of the files than these.
     model.to_empty(device=ranks.device)
     load_weights(model, directory, held_rows)
     return model
@@ -313,8 +317,12 @@ def shard(model, mesh, dtype):
     precision = MixedPrecisionPolicy(
         param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
+    # A layer's weights are gathered for its forward and again for its backward, and let go after
+    # each. What no layer holds belongs to the model itself, which comes last.
     for layer in (*model.visual.blocks, *model.model.layers, model):
         fully_shard(layer, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
+    # FSDP would divide by the number of ranks. The loss is divided by the count of all ranks'
+    # tokens instead, so gradients are only added up.
     for module in sharded_modules(model):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo sums only if both are set
@@ -328,6 +336,7 @@ def held_rows(parameter):
     """The part of a parameter that this rank holds, and the number of its first row."""
     if not isinstance(parameter, DTensor):
         return parameter, 0
+    # FSDP cuts a tensor along its first axis into equal parts.
     mesh, rows = parameter.device_mesh, len(parameter)
     rows_each = -(-rows // mesh.size())  # rounded up; the last ranks may hold fewer, or none
     return parameter.to_local(), min(rows, rows_each * mesh.get_local_rank())
@@ -345,6 +354,7 @@ def gathered(model):
 
     Ranks may then run different numbers of forwards without waiting for one another.
     """
+    # Gathering is a collective: with sharded weights each forward of a rank would need one of all.
     for module in sharded_modules(model):
         module.set_reshard_after_forward(False, recurse=False)
         module.unshard()
@@ -360,6 +370,7 @@ def gathered(model):
 def adamw(model, args):
     """AdamW on the fp32 weights; weight decay on matrices only."""
     trained = [p for p in model.parameters() if p.requires_grad]
+    # Decay pulls weights towards 0. Norms' scales and biases have no reason to be there.
     matrices = [p for p in trained if p.ndim > 1]
     vectors = [p for p in trained if p.ndim <= 1]
     groups = [
@@ -378,6 +389,7 @@ def scheduled_rate(step, steps, args):
     >>> [scheduled_rate(step, 4, args) for step in (1, 2, 3, 4)]
     [0.5, 1.0, 1.0, 0.5]
     """
+    # AdamW's first steps rest on averages of few gradients: they are made small.
     warmup = round(steps * args.warmup_ratio)
     if step <= warmup:
         return args.learning_rate * step / warmup
@@ -390,6 +402,7 @@ def scheduled_rate(step, steps, args):
 def clip_gradients(model, max_norm):
     """Scale all gradients to a global norm of at most max_norm. Returns: the norm before."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    # Of sharded gradients the norm is a DTensor: each rank has the part of its own rows.
     return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 
 
@@ -401,6 +414,7 @@ def update_weights(model, optimizer, step, steps, args, loss, places):
     Raises:  UserError, with the weights as they were, if loss or norm is not finite.
     """
     norm = clip_gradients(model, args.max_grad_norm)
+    # One bad number would spread to every weight, and the run would go on with them.
     if not (math.isfinite(loss) and math.isfinite(norm)):
         rows = ", ".join(dict.fromkeys(places))
         raise UserError(
@@ -433,6 +447,7 @@ def rows_of_step(step, count, batch_size, seed, window=1.0):
     if window < 1:
         easy = math.ceil(window * count)
         return np.random.default_rng((seed, step)).integers(0, easy, batch_size).tolist()
+    # Places in the endless sequence of epochs. A step may reach from one epoch into the next.
     places = range((step - 1) * batch_size, step * batch_size)
     epochs = {place // count for place in places}
     orders = {epoch: np.random.default_rng((seed, epoch)).permutation(count) for epoch in epochs}
@@ -442,8 +457,7 @@ def rows_of_step(step, count, batch_size, seed, window=1.0):
 def micro_batches(rows, costs, size, rank, world):
     """This rank's share of one step: lists of (row, trained), equally many on every rank.
 
-    Rows of similar cost stand together, so that little is padded. Fillers (trained False) make the
-    shares equal.
+    Rows of similar cost stand together, so that little is padded. Fillers are not trained.
 
     >>> micro_batches([7, 8, 9], [3, 1, 2], 2, rank=1, world=2)
     [[(7, True)]]
@@ -455,6 +469,7 @@ def micro_batches(rows, costs, size, rank, world):
     batches = []
     for first in range(0, len(ordered), size):
         batches.append([(row, True) for row in ordered[first : first + size]])
+    # All ranks must make equally many forwards: their weights are gathered together.
     while len(batches) % world:
         batches.append([(rows[0], False)])
     return batches[rank::world]
@@ -496,6 +511,8 @@ class Run:
         self.stopping = False  # Ctrl-C or SIGTERM came
         self.problem = None  # why the log could not be written
         self.saved = 0  # step of the newest trainer state
+        # What a later start with --resume is compared with: the settings, and fingerprints of what
+        # the run is made of.
         self.config = vars(args) | {MADE_OF: ranks.once(inputs, args, samples)}
         ranks.once(claim, self.out, self.config, MAY_CHANGE, bool(args.resume))
         ranks.print("settings:", json.dumps(self.config))
@@ -519,7 +536,7 @@ class Run:
 
         Under torchrun one Ctrl-C may come twice, by itself and passed on: both count as the first.
         """
-        first = None
+        first = None  # when the first signal came
         while True:
             number = os.read(signals, 1)[0]
             if number not in (signal.SIGTERM, signal.SIGINT):
@@ -529,6 +546,7 @@ class Run:
                 first = now
             elif not self.ranks.launched or now - first > PASSED_ON:
                 break
+        # os._exit ends this process alone. DataLoader's workers would be left behind.
         for worker in multiprocessing.active_children():
             worker.kill()
         sys.stderr.write(f"{Path(sys.argv[0]).name}: ended by a second signal, nothing is saved\n")
@@ -544,6 +562,7 @@ class Run:
 
         Returns: the number of steps that are done.
         """
+        # Names have six digits, so that their order is that of the steps.
         choice = self.args.resume
         states = sorted((self.out / "resume").glob("step-??????"), reverse=True)
         if choice and choice != "auto":
@@ -551,8 +570,9 @@ class Run:
                 raise UserError(f"--resume {choice}: no trainer state there (no .metadata in it)")
             states = [Path(choice)]
         self.ranks.once(write_json, self.out / CONFIG, self.config)
+        # Nothing of an interrupted save is used: a state counts once it has its own name.
         if self.ranks.rank == 0:
-            for left in self.out.glob("resume/*.tmp"):  # by a save that was interrupted
+            for left in self.out.glob("resume/*.tmp"):
                 shutil.rmtree(left)
         if not (choice and states):
             self.ranks.once(self.cut_log, 0)
@@ -605,6 +625,8 @@ class Run:
     def load_state(self, path, model, optimizer):
         """Fill model and optimizer from a trainer state. Returns: its step, None if unreadable."""
         try:
+            # torch.distributed.checkpoint fills tensors in place: first ones of the right shapes,
+            # sharded as they are now, whatever the number of processes that saved them.
             model_state, optimizer_state = get_state_dict(model, optimizer)
             state = {"model": model_state, "optimizer": optimizer_state}
             dcp.load(state, checkpoint_id=str(path))
@@ -635,6 +657,7 @@ class Run:
             if self.ranks.rank == 0:
                 meta = {"step": step, "world": self.ranks.world, "config": self.config}
                 write_json(beside / "meta.json", meta)
+                # Renaming is all or nothing: a state under its own name is whole.
                 shutil.rmtree(final, ignore_errors=True)
                 os.replace(beside, final)
                 states = [path for path in sorted(folder.glob("step-??????")) if path <= final]
@@ -650,7 +673,8 @@ class Run:
         for name in ("log.jsonl", "rollouts.jsonl"):
             path = self.out / name
             if path.is_file():
-                lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # a torn end is dropped
+                # Every whole line ends in "\n". What follows the last one was torn by a kill.
+                lines = path.read_text(encoding="utf-8").split("\n")[:-1]
                 kept = [line for line in lines if parse_line(line.encode(), path)["step"] <= step]
                 write_text(path, "".join(line + "\n" for line in kept))
 
@@ -660,6 +684,7 @@ class Run:
         Nothing is written after it, as its last line may be torn.
         """
         if self.ranks.rank == 0 and self.problem is None:
+            # Raised here, the error would end rank 0 while the others wait for it.
             try:
                 append_jsonl(self.out / name, rows)
             except UserError as error:
@@ -695,6 +720,7 @@ class Run:
         self.append("log.jsonl", [{"step": step, **row, **timing}])
         self.bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
 
+        # A signal reaches ranks at different moments. They agree here to stop after this step.
         stop = False
         if boundary:
             stopping, failed = self.ranks.sum(self.stopping, self.problem is not None)
@@ -713,6 +739,7 @@ class Run:
 
     def command(self):
         """The command that continues this run; on several nodes add their rendezvous flags."""
+        # torchrun sets no variable that says how it was called itself.
         launcher = ["python"]
         if self.ranks.launched:
             launcher = ["torchrun", f"--nproc-per-node={os.environ['LOCAL_WORLD_SIZE']}"]
@@ -727,7 +754,7 @@ class Run:
                 tensors = whole_tensors(model)
                 save_model(self.out, tensors, model.config, self.args.model, processor.limits)
         else:
-            for _ in whole_tensors(model):
+            for _ in whole_tensors(model):  # gathering takes all ranks; rank 0 writes
                 pass
         dist.barrier()
         self.ranks.print(f"wrote {self.out}")

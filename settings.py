@@ -78,6 +78,11 @@ SETTINGS = {
     # pictures and prompts
     "min_pixels": Setting(int, None, "smallest area of a picture (default: the model's)", positive),
     "max_pixels": Setting(int, None, "largest area of a picture (default: the model's)", positive),
+    "input_as": Setting(
+        ("transformers", "qwen-vl-utils", "authors"),
+        "transformers",
+        "whose sizes of pictures and frames, and numbers of frames (docs/data.md)",
+    ),
     "num_frames": Setting(int, 16, "frames taken from a video file, spread evenly", positive),
     "fps": Setting(float, None, "frames per second of a video file, not --num-frames", positive),
     "max_frames": Setting(int, 768, "frames of a video file at most, with --fps", positive),
@@ -150,9 +155,12 @@ SETTINGS = {
     "freeze_vision": Setting(bool, False, "do not train the vision encoder and its merger"),
 }
 
+PICTURES = (  # what Processor takes
+    *("min_pixels", "max_pixels", "input_as", "num_frames", "fps", "max_frames", "video_seconds"),
+    "prompts",
+)
 COMMON = (  # what every trainer takes
-    *("model", "data", "images", "out", "resume", "seed", "workers"),
-    *("min_pixels", "max_pixels", "num_frames", "fps", "max_frames", "video_seconds", "prompts"),
+    *("model", "data", "images", "out", "resume", "seed", "workers", *PICTURES),
     *("epochs", "max_steps", "micro_batch", "learning_rate", "lr_scheduler_type", "warmup_ratio"),
     *("weight_decay", "betas", "max_grad_norm", "save_every", "keep_last", "device", "dtype"),
     *("activation_checkpointing", "freeze_vision"),
@@ -164,9 +172,6 @@ GRPO = (
     *("temperature", "beta", "epsilon", "epsilon_high", "num_iterations", "loss_type"),
     *("scale_rewards", "mask_truncated_completions", "reward_funcs", "reward_weights"),
     *("eval_every", "eval_data", "eval_limit"),
-)
-PICTURES = (  # what Processor takes
-    *("min_pixels", "max_pixels", "num_frames", "fps", "max_frames", "video_seconds", "prompts"),
 )
 MAY_CHANGE = tuple(name for name, setting in SETTINGS.items() if setting.may_change)
 

@@ -40,9 +40,11 @@ def with_replay(samples, earlier, ratio, seed):
     >>> with_replay(["new"] * 3, ["old"], 0.25, seed=0)
     ['new', 'new', 'new', 'old']
     """
+    # old / (new + old) = ratio, solved for old
     count = round(len(samples) * ratio / (1 - ratio))
     if count == 0:
         return samples
+    # With repetition: there may be fewer of them than are wanted.
     return samples + random.Random(seed).choices(earlier, k=count)
 
 
@@ -72,6 +74,7 @@ class Rows(Dataset):
         row, trained = item
         sample = self.samples[row]
         example = self.processor.example(sample, style_of(sample))
+        # A filler goes through the model as any row does and adds nothing to loss and gradient.
         if not trained:
             example.labels.fill_(IGNORE)
         return example
@@ -91,6 +94,8 @@ def plan_steps(samples, first, steps, args, ranks):
 
 def load_batches(samples, processor, plan, workers):
     """Iterate over the micro-batches of a plan, in the order in which the steps take them."""
+    # Reading pictures takes as long as a small model's step. The loader's workers (--workers) read
+    # the next micro-batches while the model computes.
     order = []
     for _, batches in plan:
         order += batches
@@ -151,11 +156,13 @@ def main():
     length = f"{steps} steps of {args.batch_size}, until {end}"
     ranks.print(f"{len(samples)} rows, {length}: {source}")
 
+    # Which rows each step takes is known before the first step, so workers can read ahead.
     plan = list(plan_steps(samples, first, steps, args, ranks))
     loader = load_batches(samples, processor, plan, args.workers)
     model.train()
     for step, (rows, share) in zip(run.steps(first, steps), plan):
-        # All micro-batches of the step first: the loss is divided by the count of all targets.
+        # All micro-batches of the step first: the loss is divided by the count of all targets,
+        # which is known when all have been read.
         batches = [next(loader) for _ in share]
         real = [batch for batch in batches if len(batch.targets)]  # a filler has none
         num_targets, num_tokens = ranks.sum(
@@ -183,7 +190,6 @@ def main():
             break
     else:
         run.finish(model, processor)
-    ranks.close()
 
 
 if __name__ == "__main__":

@@ -349,10 +349,10 @@ def trl_step(directory, folder):
     """Seconds of the second step of TRL's GRPOTrainer."""
     from datasets import Dataset
     from transformers import (
+        AutoTokenizer,
         ProcessorMixin,
         Qwen2_5_VLForConditionalGeneration,
         Qwen2_5_VLProcessor,
-        Qwen2Tokenizer,
         TrainerCallback,
     )
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -381,7 +381,7 @@ def trl_step(directory, folder):
     template = json.loads((directory / "tokenizer_config.json").read_text())["chat_template"]
     processor = PictureProcessor(
         Qwen2VLImageProcessorPil.from_pretrained(directory),
-        Qwen2Tokenizer.from_pretrained(directory),
+        AutoTokenizer.from_pretrained(directory),
         template,
     )
     content = [{"type": "image"}, {"type": "text", "text": TEXT}]

@@ -303,7 +303,7 @@ def run_paths(device):
     for group, scores in zip(groups, log_probs):
         group.advantages = torch.tensor([1.0, -1.0, 0.5, -0.5])
         group.old = scores
-        group.reference = scores + 0.1
+        group.reference = tuple(some + 0.1 for some in scores)
     counts = {"sequences": 12, "kept_tokens": 100, "forwards": 7}  # one filler
     gave["sums"] = list(
         grpo.accumulate_gradient(model, groups, counts, args, banned, device).values()

@@ -172,6 +172,18 @@ def test_each_rung_is_trained_then_evaluated(name):
     assert steps == expected
 
 
+def test_the_papers_input():
+    """Trained and evaluated on the authors' sizes, at 128 and at 512 tokens of 28 x 28 pixels."""
+    assert {row["input_as"] for row in trainings(*PAPER)} == {"authors"}
+    evaluations = [words for rung, words in as_typed(*PAPER, "--test", "rooms") if rung]
+    assert len(evaluations) == len(RUNGS)
+    for words in evaluations:
+        assert words[words.index("--input-as") + 1] == "authors"
+        assert words[words.index("--min-pixels") + 1] == str(16 * 28 * 28)
+        assert words[words.index("--max-pixels") + 1] == str(512 * 28 * 28)
+    assert not any("--input-as" in words for _, words in as_typed())
+
+
 def test_rows_of_ones_own_are_not_mixed_with_rooms():
     """Preset tiny with --data makes no rooms and reads none; without --test it scores nothing."""
     lines = [line for _, line in commands(settings(["--data", "mine"]))]

@@ -579,7 +579,13 @@ def test_sampled_log_probs_are_the_scored_ones(tiny, temperature):
 # -------------------------------------------------------------------------- drawing and scoring
 
 
-def test_pick_is_the_inverse_cdf():
+@pytest.fixture(params=[1, 2, 3, 5, 512])
+def draw_block(request, monkeypatch):
+    """Blocks that hold a part of a small vocabulary, or more than all of it."""
+    monkeypatch.setattr(model_py, "DRAW_BLOCK", request.param)
+
+
+def test_pick_is_the_inverse_cdf(draw_block):
     """Probabilities 1/2, 0, 1/4, 1/8, 1/8: which word each uniform number draws, on both sides of
     every boundary.
     """
@@ -591,8 +597,9 @@ def test_pick_is_the_inverse_cdf():
     assert choose_tokens(logits[None], torch.tensor([0.0]))[0].item() == 0
 
 
-def test_pick_draws_each_word_as_often_as_it_is_likely():
+def test_pick_draws_each_word_as_often_as_it_is_likely(monkeypatch):
     """100,000 evenly spread uniforms: every count within one of probability times 100,000."""
+    monkeypatch.setattr(model_py, "DRAW_BLOCK", 8)
     logits = 2.5 * torch.randn(40, generator=torch.Generator().manual_seed(0))
     uniforms = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
     tokens, log_probs = choose_tokens(logits.expand(len(uniforms), -1), uniforms)
@@ -601,8 +608,22 @@ def test_pick_draws_each_word_as_often_as_it_is_likely():
     assert torch.allclose(log_probs, logits.log_softmax(-1)[tokens])
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_two_levels_draw_what_one_running_sum_draws(rows):
+    """A vocabulary of 151,936: u lies in the drawn token's interval of the float64 CDF, to 1e-7."""
+    generator = torch.Generator().manual_seed(rows)
+    logits = 3 * torch.randn(rows, 151_936, generator=generator)
+    cdf = logits.softmax(-1).double().cumsum(-1)
+    for _ in range(40):
+        uniform = torch.rand(rows, generator=generator)
+        tokens, _ = choose_tokens(logits, uniform)
+        above = cdf.gather(1, tokens[:, None])[:, 0] / cdf[:, -1]
+        below = above - logits.softmax(-1).gather(1, tokens[:, None])[:, 0]
+        assert (uniform < above + 1e-7).all() and (uniform > below - 1e-7).all()
+
+
 @pytest.mark.parametrize("spread", [0.0, 0.5, 1.0, 2.0, 100.0])
-def test_banned_words_are_never_drawn(spread):
+def test_banned_words_are_never_drawn(spread, draw_block):
     """Not by the smallest uniform when the first words are banned, nor by the largest when the last
     ones are.
     """

@@ -16,19 +16,24 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import REPOSITORY
 from PIL import Image, features
 
 import pictures as module
+from checkpoint import load_config
+from data import Processor
 from files import UserError
 from pictures import (
     TURNS,
     Media,
+    even_count,
     is_film,
     measure,
     open_frames,
     open_header,
     open_picture,
     read_video,
+    resizes,
     smart_resize,
     spread,
     to_patches,
@@ -103,6 +108,183 @@ def test_aspect_ratio_above_200_is_refused():
     assert smart_resize(28, 5600, *LIMITS) == (28, 5600)
     with pytest.raises(UserError, match="aspect ratio of 5601x28 is above 200"):
         smart_resize(28, 5601, *LIMITS)
+
+
+# ------------------------------------------------------------ sizes of other programs
+
+
+PUBLISHED = (4 * 28 * 28, 16384 * 28 * 28)  # limits of a published checkpoint
+
+
+def tokens(steps):
+    """Vision tokens of a picture, or of two frames, after its last resize."""
+    (h, w), _ = steps[-1]
+    return h * w // 28**2
+
+
+@pytest.mark.parametrize(
+    "width, height, largest, once, picture, film",
+    [
+        (1920, 1080, 12_845_056, 2691, 2691, 16_320),
+        (1296, 968, 401_408, 494, 475, 475),
+        (640, 480, 401_408, 391, 391, 475),
+        (1920, 1440, 401_408, 494, 494, 475),
+        (1920, 1080, 401_408, 480, 510, 510),
+        (176, 144, 401_408, 30, 30, 500),
+        (1296, 968, 100_352, 117, 108, 108),
+        (640, 480, 100_352, 117, 117, 108),
+        (1920, 1440, 100_352, 117, 117, 108),
+        (1920, 1080, 100_352, 120, 120, 120),
+        (176, 144, 100_352, 30, 30, 120),
+    ],
+)
+def test_the_authors_sizes(width, height, largest, once, picture, film):
+    """Tokens by their evaluation (401,408 pixels) and training, with qwen-vl-utils 0.0.8 or 0.0.11.
+
+    These take the frames of a list for pictures.
+    """
+    limits = 16 * 28 * 28, largest
+    size = height, width, limits
+    assert tokens(resizes(*size)) == tokens(resizes(*size, frames=32, from_file=True)) == once
+    assert tokens(resizes(*size, "authors")) == tokens(resizes(*size, "authors", 16)) == picture
+    assert tokens(resizes(*size, "authors", 32, from_file=True)) == film
+
+
+def test_the_authors_frames_are_resized_three_times():
+    """Once to the area by their own code, then by the package, then by transformers."""
+    found = resizes(480, 640, (16 * 28 * 28, 401_408), "authors", 32, from_file=True)
+    assert found == [
+        ((548, 731), Image.LANCZOS),
+        ((560, 728), Image.BICUBIC),
+        ((532, 700), Image.BICUBIC),
+    ]
+
+
+@pytest.mark.parametrize(
+    "width, height, frames, expected",
+    [
+        (1920, 1080, 32, 11_520),
+        (176, 144, 32, 2_288),
+        (1296, 968, 32, 11_776),
+        (640, 480, 32, 6_256),
+        (640, 480, 31, 6_256),  # the last frame is repeated
+        (1920, 1080, 300, 108_000),  # 150 pairs: 768 tokens each are just within the budget
+        (1920, 1080, 512, 107_520),  # from here on it is shared: 450 tokens, and here 300
+        (1920, 1080, 768, 105_984),
+        (640, 480, 768, 115_200),
+        (1920, 1080, 4000, 240_000),  # the largest area is never below 1.05 times the smallest
+    ],
+)
+@pytest.mark.parametrize("from_file", [True, False])
+def test_videos_within_the_limits_of_qwen_vl_utils(width, height, frames, expected, from_file):
+    """Tokens of all frames by qwen-vl-utils 0.0.14 and a published checkpoint's own limits."""
+    found = resizes(height, width, PUBLISHED, "qwen-vl-utils", frames, from_file)
+    assert math.ceil(frames / 2) * tokens(found) == expected
+
+
+def test_a_picture_within_the_limits_of_qwen_vl_utils():
+    """A published checkpoint has the same limits of pictures."""
+    found = resizes(968, 1296, PUBLISHED, "qwen-vl-utils")
+    assert [size for size, _ in found] == [(980, 1288), (980, 1288)]
+
+
+@pytest.mark.parametrize(
+    "width, height, frames, expected",
+    [
+        (1296, 968, 0, 475),
+        (640, 480, 32, 391),
+        (1920, 1440, 32, 494),
+        (1920, 1080, 32, 480),
+        (176, 144, 32, 143),
+    ],
+)
+def test_flags_come_after_the_limits_of_qwen_vl_utils(width, height, frames, expected):
+    """--max-pixels 401408 is transformers' limit, as if its processor were given it."""
+    assert tokens(resizes(height, width, (3136, 401_408), "qwen-vl-utils", frames)) == expected
+
+
+@pytest.mark.parametrize(
+    "total, rate, num_frames, fps, max_frames, expected",
+    [
+        (15, 30.0, 32, 2.0, 768, 4),  # half a second
+        (99, 30.0, 32, 2.0, 768, 6),  # 3.3 seconds
+        (119, 30.0, 32, 2.0, 768, 6),  # 3.97 seconds
+        (120, 30.0, 32, 2.0, 768, 8),
+        (7, 10.0, 32, 30.0, 768, 6),  # not more than there are
+        (3, 30.0, 32, 2.0, 768, 2),
+        (90_000, 30.0, 32, 2.0, 768, 768),
+        (90_000, 30.0, 32, 2.0, 33, 32),
+        (1000, 30.0, 32, None, 768, 32),
+        (1000, 30.0, 5, None, 768, 4),
+        (1000, 30.0, 7, None, 768, 8),
+        (2400, 24000 / 1001, 32, 2.0, 768, 200),
+    ],
+)
+def test_numbers_of_frames_of_qwen_vl_utils(total, rate, num_frames, fps, max_frames, expected):
+    """As its smart_nframes (0.0.14) counts them."""
+    assert even_count(total, rate, num_frames, fps, max_frames) == expected
+
+
+def loaded(media, **settings):
+    """What a Processor makes of a picture or a video, after it has measured the same."""
+    base = REPOSITORY / "base"
+    processor = Processor(base, load_config(base), **settings)
+    item, measured = processor.load(media), processor.load(media, pixels=False)
+    assert (item.grid, item.scale) == (measured.grid, measured.scale)
+    return item
+
+
+PAPER = {"min_pixels": 16 * 28 * 28, "max_pixels": 128 * 28 * 28, "input_as": "authors"}
+
+
+def test_a_picture_of_the_authors(theirs, tmp_path):
+    """PIL's resize as in qwen-vl-utils, then transformers' processor: bit-equal. Boxes fit it."""
+    picture = Image.fromarray(noise(1296, 968))
+    picture.save(tmp_path / "a.png")
+    item = loaded(Media("image", str(tmp_path / "a.png")), **PAPER)
+    expected = theirs(picture.resize((1288, 980)), (16 * 28 * 28, 128 * 28 * 28))
+    assert same((item.patches, item.grid), expected) and item.grid == (1, 18, 24)
+    assert item.scale == (336 / 1296, 252 / 968)
+
+
+def test_a_list_of_frames_of_the_authors(theirs, tmp_path):
+    """Each is a picture: none is enlarged, as those of a film are."""
+    paths = []
+    for seed in range(2):
+        paths.append(str(tmp_path / f"{seed}.png"))
+        Image.fromarray(noise(640, 480, seed=seed)).save(paths[-1])
+    item = loaded(Media("video", tuple(paths)), **PAPER)
+    assert item.grid == (1, 18, 26)
+    limits = 16 * 28 * 28, 128 * 28 * 28
+    for frame, path in enumerate(paths):
+        patches, _ = theirs(Image.open(path).resize((644, 476)), limits)
+        found = item.patches.view(-1, 3, 2, 196)[:, :, frame]
+        assert torch.equal(found, patches.view(-1, 3, 2, 196)[:, :, 0])
+
+
+def test_a_film_of_the_authors(video, monkeypatch):
+    """64 x 48 at 12,544 pixels: 129 x 96, then 140 x 84, which is within the limits."""
+    frames = [Image.fromarray(noise(64, 48, seed=seed)) for seed in range(4)]
+    monkeypatch.setattr("data.open_frames", lambda *_: (frames, 0.75))
+    item = loaded(Media("video", str(video)), num_frames=4, max_pixels=12_544, input_as="authors")
+    steps = [frame.resize((129, 96), Image.LANCZOS).resize((140, 84)) for frame in frames]
+    assert same((item.patches, item.grid), to_patches(steps, (84, 140)))
+    assert item.grid == (2, 6, 10) and item.scale == (140 / 64, 84 / 48)
+
+
+def test_a_film_of_qwen_vl_utils(video):
+    """3 seconds at 1 a second are 4 frames, not 3; each grows to 128 tokens or more, not to 4."""
+    film = Media("video", str(video))
+    settings = {"fps": 1.0, "max_pixels": 768 * 28 * 28, "video_seconds": "real"}
+    item = loaded(film, input_as="qwen-vl-utils", **settings)
+    assert item.grid == (2, 20, 28) and item.seconds == pytest.approx(1.5)
+    item = loaded(film, **settings)
+    assert item.grid == (2, 4, 4) and item.seconds == pytest.approx(2.0)
+
+
+def test_one_frame_is_a_film():
+    """There the package ends with an error."""
+    assert even_count(1, 30.0, 32, None, 768) == even_count(1, 30.0, 32, 2.0, 768) == 1
 
 
 # ------------------------------------------------------------ pictures
@@ -506,6 +688,24 @@ def test_frames_of_a_file(video, num_frames, fps, expected, seconds):
     pictures, between = read_video(str(video), num_frames, fps)
     assert numbers(pictures) == expected and between == pytest.approx(seconds)
     assert all(p.size == (64, 48) and p.mode == "RGB" for p in pictures)
+
+
+@pytest.mark.parametrize(
+    "count, num_frames, fps, expected, seconds",
+    [
+        (5, 32, 2.0, [0, 1, 2, 4], 0.125),
+        (33, 32, 2.0, [0, 6, 12, 19, 25, 32], 0.55),
+        (7, 32, None, [0, 1, 2, 3, 4, 6], 0.7 / 6),
+        (33, 5, None, [0, 10, 21, 32], 0.825),
+    ],
+)
+def test_even_numbers_of_frames(tmp_path, count, num_frames, fps, expected, seconds):
+    """Half a second, 3.3 seconds, a film of seven frames, an odd --num-frames."""
+    path = write_video(tmp_path / "v.mp4", frames=count)
+    pictures, between = read_video(path, num_frames, fps, even=True)
+    assert numbers(pictures) == expected and between == pytest.approx(seconds)
+    media = Media("video", str(path))
+    assert measure(media, num_frames, fps, even=True) == (len(pictures), (64, 48), between)
 
 
 H264 = {"codec": "libx264", "bf": "3", "sc_threshold": "0"}

@@ -86,6 +86,7 @@ runtime.main_guard(importlib.import_module(os.environ["SCRIPT"]).main)
 """
 TOGETHER = """
 import json, sys
+import torch.distributed as dist
 from pathlib import Path
 from files import UserError
 from runtime import Ranks
@@ -108,7 +109,7 @@ try:
 except UserError as error:
     said["error"] = str(error)
 Path(sys.argv[1], f"{ranks.rank}.json").write_text(json.dumps(said))
-ranks.close()
+dist.destroy_process_group()
 """
 
 

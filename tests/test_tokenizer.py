@@ -222,39 +222,41 @@ def test_frames_have_limits_of_their_own(tmp_path):
 
 
 # ------------------------------------------------------------ transformers
-
-
-TURNS = [
-    [{"role": "user", "content": "How many chairs are there, 3 or 12?"}],
-    [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "Options:\nA. left\nB. right\n"},
-        {"role": "assistant", "content": "B"},
-        {"role": "user", "content": "  And the sofa-bed?\n\nIt's größer."},
-    ],
-    [
-        {"role": "user", "content": "Locate the lamp."},
-        {"role": "assistant", "content": '```json\n[{"bbox_2d": [1, 2, 30, 40], "label": "lamp"}]'},
-        {"role": "assistant", "content": GROUNDED},
-        {"role": "assistant", "content": "<think>1 + 1</think>\n<answer>2</answer>"},
-    ],
-]
+# test_clients.py compares whole chats.
 
 
 @pytest.mark.parametrize("name", ["base", "untrained"])
-@pytest.mark.parametrize("turns", TURNS, ids=range(len(TURNS)))
-def test_a_chat_has_the_ids_that_autotokenizer_gives(name, turns, directories):
-    """From the directory, by the class that it names: a user of transformers or vLLM loads so."""
-    directory = directories[name]
-    theirs = AutoTokenizer.from_pretrained(directory)
-    ours = Processor(directory, load_config(directory))
-    turned = tuple((turn["role"], (turn["content"],)) for turn in turns)
-    if turned[0][0] != "system":
-        turned = (("system", ("You are a helpful assistant.",)), *turned)
-    ids, _ = ours.render(turned, {}, answer=False)
-    text = theirs.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    assert ids.tolist() == theirs.encode(text, add_special_tokens=False)
+def test_autotokenizer_has_the_same_ends(name, directories):
+    theirs = AutoTokenizer.from_pretrained(directories[name])
+    ours = Processor(directories[name], load_config(directories[name]))
     assert theirs.eos_token_id == ours.special["<|im_end|>"] and theirs.pad_token == "<|endoftext|>"
+
+
+def join_line_breaks(content):
+    """A change of tokenizer.json: two and three line breaks are one token, as in published ones."""
+    model = content["model"]
+    for old, left, right in (("Ġsofas", "Ċ", "Ċ"), ("Ġbeds", "ĊĊ", "Ċ")):
+        model["merges"] = [pair for pair in model["merges"] if "".join(pair) != old]
+        model["merges"].append([left, right])
+        model["vocab"][left + right] = model["vocab"].pop(old)
+
+
+@pytest.mark.parametrize("breaks, ours", [("\n", ["Ċ", "Ċ"]), ("\n\n", ["Ċ", "ĊĊ"])])
+def test_an_answer_that_begins_with_line_breaks(breaks, ours, tmp_path):
+    """Ours goes on where generation begins; the template joins them to the head's line break."""
+    odd = with_tokenizer(tmp_path / "odd", join_line_breaks)
+    sample = chat(f"{breaks}Yes.")
+    ids = odd.example(sample, "direct").ids.tolist()
+    asked = odd.example(sample, "direct", answer=False).ids.tolist()
+    assert ids[: len(asked)] == asked
+    assert tokens(odd, ids[len(asked) - 1 :])[: len(ours)] == ours
+
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "odd")
+    turns = [{"role": role, "content": parts[0]} for role, parts in sample.messages]
+    text = theirs.apply_chat_template(turns, tokenize=False)
+    joined = theirs.encode(text, add_special_tokens=False)
+    assert tokens(odd, joined)[len(asked) - 1] == "Ċ" + "Ċ" * len(breaks)
+    assert odd.tokenizer.decode(ids, skip_special_tokens=False) == text
 
 
 @pytest.mark.parametrize("name", ["base", "untrained"])
