@@ -3,10 +3,12 @@
     python -m look.check FILE.jsonl --images DIR [--model DIR] [--max-pixels N] [--max-tokens N]
 
 An error is a row that training would stop at; a warning is a row worth a look. Every picture and
-every frame of a video is decoded once, by all cores. With --model, tokens are counted. Exit code 2
-if there are errors.
+every frame of a video is decoded once, by all cores. With --model, tokens are counted. Of lines
+that are not JSON, and of missing pictures, three are printed and their number. Exit code 2 if there
+are errors.
 """
 
+import os
 import sys
 from collections import Counter
 from multiprocessing import Pool
@@ -22,13 +24,23 @@ from rewards import NUMBER_TYPES, parse_number
 from runtime import main_guard
 from settings import PICTURES, Parser, add_flags
 
+# One mistake, such as a wrong --images, brings these into thousands of lines.
+FREQUENT = ("not JSON", "no such picture")
+EXAMPLES = 3  # of each that are printed
+
 
 def read_rows(path, images):
     """-> {file:line: Sample or error}. Pictures are opened, not decoded."""
     rows = {}
     for where, line in read_lines(path):
         try:
-            rows[where] = check_media(parse_row(parse_line(line, where), where, images))
+            sample = parse_row(parse_line(line, where), where, images)
+            for file, _ in files_of(sample):
+                if isinstance(file, str) and not os.path.exists(file):
+                    raise UserError(
+                        f"{where}: {file}: no such picture; is --images {images} right?"
+                    )
+            rows[where] = check_media(sample)
         except UserError as error:
             rows[where] = str(error)
     return rows
@@ -100,14 +112,18 @@ def oddities(sample, example=None):
                 yield f"{name} touches {edge}"
 
 
-def print_findings(errors, warnings, kinds):
-    """A line for each error and each warning, then how many rows of each kind are right."""
+def print_errors(errors):
+    """A line for each error; of those of one of the FREQUENT kinds a few, and their number."""
+    counts = dict.fromkeys(FREQUENT, 0)
     for error in errors:
-        print(f"error: {error}")
-    for text in warnings:
-        print(f"warning: {text}")
-    for kind, count in sorted(kinds.items()):
-        print(f"{count:>8}  {kind}")
+        kind = next((kind for kind in FREQUENT if kind in error), None)
+        if kind:
+            counts[kind] += 1
+        if not kind or counts[kind] <= EXAMPLES:
+            print(f"error: {error}")
+    for kind, count in counts.items():
+        if count > EXAMPLES:
+            print(f"error: {count} rows in all: {kind}")
 
 
 def check(path, images, processor=None, max_tokens=None):
@@ -153,7 +169,11 @@ def check(path, images, processor=None, max_tokens=None):
         warnings += [one_line(f"{where}: {text}") for text in odd]
         kinds[f"{sample.question_type or 'cold start'} {sample.data_type}".strip()] += 1
 
-    print_findings(errors, warnings, kinds)
+    print_errors(errors)
+    for text in warnings:
+        print(f"warning: {text}")
+    for kind, count in sorted(kinds.items()):
+        print(f"{count:>8}  {kind}")
     tokens = f", at most {longest} tokens" if processor else ""
     path = one_line(str(path))
     print(f"{path}: {len(rows)} rows, {len(errors)} errors, {len(warnings)} warnings{tokens}")
