@@ -428,6 +428,7 @@ COMMANDS = (
     # rooms.scenes, rooms.tiny
     ("scenes.py", "the following arguments are required: --out"),
     ("scenes.py --out {out} --scenes -1", "--scenes is -1, expected 0 or more"),
+    ("scenes.py --out {out} --processes 0", "--processes is 0, expected a positive number"),
     ("scenes.py --out {out} --size 100", "unknown argument --size"),
     ("scenes.py --out {out} --scale 0 1", "--scale is 0.0, expected a positive number"),
     ("scenes.py --out {out} --tasks plain", "argument --tasks: invalid choice: 'plain'"),
@@ -512,6 +513,7 @@ COMMANDS = (
     # look.ablations
     ("ablations.py --ways none", "argument --ways: invalid choice: 'none'"),
     ("ablations.py --seeds two", "argument --seeds: invalid int value: 'two'"),
+    ("ablations.py --seeds 0", "--seeds is 0, expected a positive number"),
     ("ablations.py --data-scale 0", "--scenes is 0, expected a positive number"),
     ("ablations.py --data-scales 1", "unknown argument --data-scales, did you mean --data"),
     ("ablations.py --preset paper", "--model is missing"),
@@ -521,6 +523,10 @@ COMMANDS = (
     ("bench.py walk", "argument command: invalid choice: 'walk'"),
     ("bench.py load --model {rooms}/none", "none: not a model directory"),
     ("bench.py load --repeat 0", "--repeat is 0, expected a positive number"),
+    ("bench.py load --device cuda", "--device cuda: torch finds no GPU"),
+    ("bench.py peers --side nobody", "argument --side: invalid choice: 'nobody'"),
+    ("bench.py peers --task grpo", "GRPO and TRL are measured by: python tests/bench.py grpo"),
+    ("bench.py grpo --peer-python NONE", "--peer-python NONE: no such program"),
     ("bench.py load --repeats 3", "unknown argument --repeats, did you mean --repeat?"),
     # broken rows and models
     *((SFT + f" --data {{rows}}/{name}/rows.jsonl", said) for name, (_, said) in ROWS.items()),
