@@ -272,7 +272,7 @@ MODELS = {  # name of a model directory -> (what breaks it, what the error must 
     ),
     "index": (
         index_alone('{"weight_map": {"a": "b.safetensors"}}'),
-        f"{INDEX}: names files that do not exist: b.safetensors",
+        "b.safetensors: not a readable safetensors file",
     ),
     "index_list": (
         index_alone("[]"),
