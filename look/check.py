@@ -126,6 +126,24 @@ def print_errors(errors):
             print(f"error: {count} rows in all: {kind}")
 
 
+def look_at(sample, decoded, processor):
+    """What is odd about a row, and its number of tokens: 0 without a processor.
+
+    Raises: UserError where training would.
+    """
+    odd = []
+    for file in files_of(sample):
+        error, oddity = decoded[file]
+        if error:
+            raise UserError(f"{sample.where}: {error}")
+        if oddity:
+            odd.append(oddity)
+    if processor is None:
+        return [*odd, *oddities(sample)], 0
+    example = processor.example(sample, style_of(sample), pixels=False)
+    return [*odd, *oddities(sample, example)], len(example.ids)
+
+
 def check(path, images, processor=None, max_tokens=None):
     """Print the errors and the oddities of a file, its kinds of rows, and a summary.
 
@@ -144,34 +162,23 @@ def check(path, images, processor=None, max_tokens=None):
         if isinstance(sample, str):
             errors.append(sample)
             continue
-        found = [decoded[file] for file in files_of(sample)]
-        reasons = [error for error, _ in found if error]
-        if reasons:
-            errors.append(f"{where}: {reasons[0]}")
+        try:
+            odd, tokens = look_at(sample, decoded, processor)
+        except UserError as error:
+            errors.append(str(error))
             continue
-        example = None
-        if processor:
-            try:
-                example = processor.example(sample, style_of(sample), pixels=False)
-            except UserError as error:  # longer than the model's context
-                errors.append(str(error))
-                continue
-        odd = [oddity for _, oddity in found if oddity]
-        odd += oddities(sample, example)
         earlier = first.setdefault(sample.id, where)
         if earlier != where:
             odd.append(f"id {sample.id:.80} stands at {earlier} too")
-        if example:
-            tokens = len(example.ids)
-            longest = max(longest, tokens)
-            if max_tokens and tokens > max_tokens:
-                odd.append(f"{tokens} tokens, more than {max_tokens}")
-        warnings += [one_line(f"{where}: {text}") for text in odd]
+        longest = max(longest, tokens)
+        if max_tokens and tokens > max_tokens:
+            odd.append(f"{tokens} tokens, more than {max_tokens}")
+        warnings += [one_line(f"warning: {where}: {text}") for text in odd]
         kinds[f"{sample.question_type or 'cold start'} {sample.data_type}".strip()] += 1
 
     print_errors(errors)
-    for text in warnings:
-        print(f"warning: {text}")
+    for line in warnings:
+        print(line)
     for kind, count in sorted(kinds.items()):
         print(f"{count:>8}  {kind}")
     tokens = f", at most {longest} tokens" if processor else ""

@@ -334,7 +334,8 @@ def test_the_command_says_the_signs_and_where_the_page_is(run, call, capsys):
     call(report, run)
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == str(run / "report.html")
-    (sign,) = lines[:-1]
+    boxes, sign = lines[:-1]
+    assert boxes.startswith("ok      grpo: 100.0% of its localization answers are valid JSON")
     assert sign.startswith("unknown grpo: 12 steps of GRPO with 0 evaluations")
     assert sign in section((run / "report.html").read_text("utf-8"), "Signs of trouble")
 
