@@ -564,6 +564,8 @@ def blind_baseline(train, samples, match=our_match):
 
     Returns: a letter or text for each sample; of a new type the first option or NO_ANSWER.
     """
+    # Counts, not lists: thousands of training rows share a few answers, and every answer is scored
+    # against all the others.
     seen = defaultdict(Counter)  # (question or "" for any, type) -> how often each answer was right
     for sample in train:
         for question in (sample.question, ""):
@@ -644,6 +646,7 @@ def bootstrap_interval(scores, seed=0, aggregate=group_means):
     draw = np.random.default_rng(seed).integers
     means, counts = {}, {}
     for name, values in strata.items():
+        # A thousand tables of n row numbers each, so a row may stand in one twice or not at all.
         n = counts[name] = len(values)
         means[name] = np.asarray(values, float)[draw(0, n, (1000, n))].mean(1)  # (1000,)
     low, high = np.percentile(aggregate(means, counts)["overall"], (2.5, 97.5)).tolist()
@@ -665,6 +668,8 @@ def measure(rows, seed, stratum="question_type", aggregate=group_means):
     part = {"n": len(rows)}
     for column in ("blind", "chance", "score"):
         values, means = {}, {}
+        # A row without a baseline makes its mean NaN: better no number than one over other
+        # questions than the score's.
         for name, group in strata.items():
             values[name] = np.array([row.get(column) for row in group], float)  # None becomes NaN
             means[name] = float(values[name].mean())
@@ -680,7 +685,7 @@ def measure(rows, seed, stratum="question_type", aggregate=group_means):
 def measure_boxes(rows, seed):
     """The scores of localization rows: their score is the mean IoU."""
     part = measure(rows, seed)
-    part["mean_iou"], part["mean_box_iou"] = part["score"], part["blind"]
+    part["mean_iou"] = part["score"]
     part["valid_json"] = float(np.mean([row["prediction"] is not None for row in rows]))
     each = [localization_scores(row["prediction"], row["answer"]) for row in rows]
     for name in ("precision", "recall"):

@@ -254,7 +254,7 @@ def load_weights(model, directory, local=whole):
     for name, (file, key) in stored.items():
         if name not in wanted:
             continue
-        data = file.get_slice(key)
+        data = file.get_slice(key)  # nothing is read yet
         shape = list(wanted[name].shape)
         if data.get_shape() != shape:
             misfits.append(f"{name} has shape {data.get_shape()}, expected {shape}")

@@ -121,6 +121,7 @@ def pixels(low, high, start, end):
 
 def ticks(low, high, count=4):
     """At most count + 1 round numbers from low to high, 1, 2 or 5 times a power of ten apart."""
+    # The least step that is round and leaves no more than `count` of them.
     rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * times for times in (1, 2, 5, 10) if power * times >= rough)
@@ -129,6 +130,7 @@ def ticks(low, high, count=4):
 
 def running_mean(values):
     """The mean over an eighth of the values around each, 51 at most, fewer at both ends."""
+    # At both ends part of the window is empty: each sum is divided by how many values it holds.
     window = np.ones(2 * min(len(values) // 16, 25) + 1)
     counts = np.convolve(np.ones(len(values)), window, "same")
     return np.convolve(values, window, "same") / counts

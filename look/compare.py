@@ -67,6 +67,7 @@ def groups(rows, column=0):
 
     Args: column: 0 for scores, 1 for blind guesses.
     """
+    # Sorted: the bootstrap draws by place, and the same rows are to give the same interval.
     types = defaultdict(list)
     for (kind, _, _), numbers in sorted(rows.items()):
         types[kind].append(numbers[column])

@@ -286,6 +286,7 @@ def attention_weights(q, k, places):
 def attention_maps(model, processor, samples, device):
     """A map (h, w) for each sample: the share of attention that each vision token gets."""
     examples = [processor.example(sample, style_of(sample, "direct")) for sample in samples]
+    # One forward over prompt and true answer gives the queries of every answer token at once.
     batch = collate(examples, model.config).to(device)
     cache = WatchedCache(batch.lengths)
     model(batch, cache)

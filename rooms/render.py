@@ -157,6 +157,8 @@ def polygon_distance(a, b):
     >>> polygon_distance(square, square + [4, 5]), polygon_distance(square, square / 2)
     (5.0, 0.0)
     """
+    # Two convex polygons are apart just where one of them has an edge beyond which all of the other
+    # lies. Their distance is then from a corner of one to an edge of the other.
     nearest = math.inf
     separated = False
     for p, q in ((a, b), (b, a)):
@@ -390,6 +392,7 @@ def render(room, camera, cast=CAST):
     for number, solids in enumerate(room.solids, 1):
         alone = np.zeros((SIZE, SIZE), bool)  # what it would show alone in the room
         rectangles = []
+        # A depth buffer: of all solids that a pixel's ray meets it shows the nearest.
         for solid in solids:
             rectangle = project(solid, basis, origin)
             if rectangle is None:

@@ -1046,7 +1046,7 @@ def test_baselines_are_paired_with_rows():
         types["object count"]["blind"] == pytest.approx(1 / 3)
         and types["relative distance"]["chance"] == 0.25
     )
-    assert evaluation.summarize(rows, OURS)["localization"]["mean_box_iou"] == 0.5
+    assert evaluation.summarize(rows, OURS)["localization"]["blind"] == 0.5
     assert [row.get("blind") for row in evaluation.add_baselines(rows[:1], samples[:1], match)] == [
         None
     ]
