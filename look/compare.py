@@ -189,8 +189,12 @@ def pooled(figures):
 def together(paths):
     """Rows of a probe over several ladders. paths: of its results, which must be of equal rungs."""
     results = [read_json(path) for path in paths]
-    for path, result in zip(paths, results):
-        other = changes(results[0]["settings"], result["settings"], OWN_SETTINGS)
+    settings = []
+    for result in results:
+        names = [row["name"] for row in result["rows"]]
+        settings.append(result["settings"] | {"models": names})
+    for path, own in zip(paths, settings):
+        other = changes(settings[0], own, OWN_SETTINGS)
         if other:
             raise UserError(f"{path}: probed with other settings than {paths[0]}: {other}")
     rows = []

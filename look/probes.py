@@ -528,7 +528,6 @@ def probe(what, models, samples, args):
         figures = summary(PROBES[what](model, processor, pairs, args, device), args.seed)
         rows.append({"name": name, "style": args.prompt_style, **figures})
     settings = {"data": str(args.data), "questions": len(pairs), **values(args, USED)}
-    settings["models"] = [row["name"] for row in rows]
     write_json(folder.with_suffix(".json"), {"settings": settings, "rows": rows})
     write_text(folder.with_suffix(".svg"), chart(what, rows))
     print(f"\n{what}: {len(pairs)} questions\n{table(rows)}", flush=True)

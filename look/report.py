@@ -47,7 +47,7 @@ LEADS = {  # heading -> what is seen below it
     "than the mean of its group has a positive advantage and becomes more likely.",
 }
 VERDICTS = {True: "TROUBLE", False: "ok", None: "unknown"}
-FEW_STEPS = 10  # a run without a longer stage has trained nothing: no trouble is a sign
+FEW_STEPS = 10  # a run without a longer stage has trained nothing, and shows no sign of trouble
 PICTURES, FRAMES, GROUPS, CHARACTERS = 5, 8, 4, 500  # rows, views of a row, groups, text: at most
 
 

@@ -174,7 +174,7 @@ def probe(run, what, names, value, half, figures=("entropy",), **settings):
     for name in names:
         rows.append({"name": name, "style": "direct", **dict.fromkeys(figures, figure)})
     result = {
-        "settings": {"data": run, "seed": 0, "questions": 20, "models": names} | settings,
+        "settings": {"data": run, "seed": 0, "questions": 20, "temperature": 1.0} | settings,
         "rows": rows,
     }
     path = Path(run) / "probes" / f"{what}.json"
@@ -198,11 +198,11 @@ def test_probes_of_all_ladders_as_one(runs, printed):
         ["room size", "0.200 [0.170, 0.230]"],
         ["entropy", "0.300 [0.275, 0.325]"],
     ]
-    for changed, said in (
-        ({"temperature": 2}, "temperature None, now 2"),
-        ({"models": ["cold"]}, r"models \['stage2'\], now \['cold'\]"),
+    for rung, temperature, said in (
+        ("stage2", 2, "temperature 1.0, now 2"),
+        ("cold", 1.0, r"models \['stage2'\], now \['cold'\]"),
     ):
-        probe(runs[1], "entropy", ["stage2"], 0.4, 0.04, **changed)
+        probe(runs[1], "entropy", [rung], 0.4, 0.04, temperature=temperature)
         expected = f"1/probes/entropy.json: probed with other settings than .*: {said}"
         with pytest.raises(UserError, match=expected):
             printed(*runs)
