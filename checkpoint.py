@@ -172,7 +172,7 @@ def build_model(config):
 
 
 def checkpoint_tensors(directory):
-    """Where each tensor of a checkpoint lies: {its name in model.py: (file, its name there)}.
+    """Where each tensor of a checkpoint lies: {its name in model.py: (open file, its name there)}.
 
     A single file is taken before an index, as transformers does.
     """
@@ -185,31 +185,28 @@ def checkpoint_tensors(directory):
     single = directory / "model.safetensors"
     index = directory / "model.safetensors.index.json"
     if single.is_file():
-        with open_safetensors(single) as file:
-            weight_map = dict.fromkeys(file.keys(), single.name)
+        names = [single.name]
     elif index.is_file():
         weight_map = read_object(index).get("weight_map")
         if not isinstance(weight_map, dict):
             raise UserError(
                 f"{index}: expected an object with a 'weight_map' from tensor names to files"
             )
+        names = dict.fromkeys(map(str, weight_map.values()))  # each file once
     else:
         raise UserError(
             f"{directory}: no model.safetensors and no model.safetensors.index.json in it"
         )
-    files = {str(file) for file in weight_map.values()}
-    # os.path.isfile is False for whatever is no file name; is_file raises for some.
-    missing = [file for file in sorted(files) if not os.path.isfile(directory / file)]
-    if missing:
-        raise UserError(f"{index}: names files that do not exist: {examples(missing)}")
     tensors = {}
-    for name, file in weight_map.items():
-        # Releases of transformers between 4.52 and 5 wrote the longer prefixes.
-        ours = name.replace("model.language_model.", "model.", 1)
-        ours = ours.replace("model.visual.", "visual.", 1)
-        if ours in tensors:
-            raise UserError(f"{directory}: {name:.80} and {tensors[ours][1]:.80} are one tensor")
-        tensors[ours] = (directory / str(file), name)
+    for name in names:
+        file = open_safetensors(directory / name)
+        for key in file.keys():  # noqa: SIM118  it is no dict
+            # Releases of transformers between 4.52 and 5 wrote the longer prefixes.
+            ours = key.replace("model.language_model.", "model.", 1)
+            ours = ours.replace("model.visual.", "visual.", 1)
+            if ours in tensors:
+                raise UserError(f"{directory}: {key:.80} and {tensors[ours][1]:.80} are one tensor")
+            tensors[ours] = file, key
     return tensors
 
 
@@ -254,29 +251,19 @@ def load_weights(model, directory, local=whole):
     missing = [f"missing {name}" for name in wanted if name not in stored]
     extra = [f"unexpected {name}" for name in stored if name not in wanted]
     misfits = []
-    files = {}  # path -> the tensors that are read from it
-    for name, (path, key) in stored.items():
-        if name in wanted:
-            files.setdefault(path, []).append((name, key))
-    for path, names in files.items():
-        with open_safetensors(path) as file:
-            keys = set(file.keys())
-            for name, key in names:
-                if key not in keys:
-                    missing.append(f"missing {key} in {path.name}")
-                    continue
-                data = file.get_slice(key)
-                shape = list(wanted[name].shape)
-                if data.get_shape() != shape:
-                    misfits.append(f"{name} has shape {data.get_shape()}, expected {shape}")
-                elif data.get_dtype() not in STORED_DTYPES:  # copy_ would convert integers
-                    misfits.append(
-                        f"{name} is stored as {data.get_dtype()}, expected F32, BF16 or F16"
-                    )
-                else:
-                    tensor, first = local(wanted[name])
-                    if len(tensor):
-                        tensor.copy_(data[first : first + len(tensor)])
+    for name, (file, key) in stored.items():
+        if name not in wanted:
+            continue
+        data = file.get_slice(key)  # nothing is read yet
+        shape = list(wanted[name].shape)
+        if data.get_shape() != shape:
+            misfits.append(f"{name} has shape {data.get_shape()}, expected {shape}")
+        elif data.get_dtype() not in STORED_DTYPES:  # copy_ would convert integers
+            misfits.append(f"{name} is stored as {data.get_dtype()}, expected F32, BF16 or F16")
+        else:
+            tensor, first = local(wanted[name])
+            if len(tensor):
+                tensor.copy_(data[first : first + len(tensor)])
     # The first of each kind, then the second of each: the examples show every kind.
     problems = sorted([*enumerate(missing), *enumerate(extra), *enumerate(misfits)])
     if problems:
@@ -297,11 +284,8 @@ def take_tied_head(stored, directory, dtype):
         stored[embedding] = stored.pop(head)
         return
     tensors = []
-    for path, key in (stored[embedding], stored.pop(head)):
-        with open_safetensors(path) as file:
-            if key not in set(file.keys()):
-                raise UserError(f"{directory}: missing {key} in {path.name}")
-            tensors.append(file.get_tensor(key).to(dtype))
+    for file, key in (stored[embedding], stored.pop(head)):
+        tensors.append(file.get_tensor(key).to(dtype))
     if not torch.equal(*tensors):
         raise UserError(
             f"{directory}: config.json says tie_word_embeddings, but {head} differs from "
@@ -414,7 +398,10 @@ def read_pixel_limits(directory):
 
 def limits_of(directory, kind):
     """The smallest and the largest area. UserError where a file asks for what pictures.py lacks."""
-    where, settings = preprocessor(directory, kind)
+    found = next(preprocessors(directory, kind), None)
+    if found is None:
+        raise UserError(f"{Path(directory) / 'preprocessor_config.json'}: no such file")
+    where, settings, _, _ = found
     for key, expected in PREPROCESSING.items():
         value = settings.get(key)
         if value is not None and value != expected:
@@ -435,37 +422,32 @@ def limits_of(directory, kind):
     return tuple(limits)
 
 
-def preprocessor(directory, kind):
-    """(where they stand, settings for a picture or a video)."""
+def preprocessors(directory, kind):
+    """Yield (where, settings, path, content of the file) of each place that has settings.
+
+    kind: "image" or "video"; the first place is the one that counts.
+    """
     for name, section in PREPROCESSOR_FILES[kind]:
         where = path = Path(directory) / name
         if not path.is_file():
             continue
-        settings = read_object(path)
+        settings = content = read_object(path)
         if section is not None:
             where = f"{path}: {section}"
-            settings = settings.get(section)
-        if isinstance(settings, dict):
-            return where, settings
-        if settings is not None:
+            settings = content.get(section)
+        if settings is None:
+            continue
+        if not isinstance(settings, dict):
             raise UserError(f"{where} is {settings!r:.80}, expected an object")
-    raise UserError(f"{Path(directory) / 'preprocessor_config.json'}: no such file")
+        yield where, settings, path, content
 
 
 def set_pixel_limits(directory, limits):
     """Make every file say these limits, so that no reader takes others."""
     if read_pixel_limits(directory) == limits:
         return
-    for kind, files in PREPROCESSOR_FILES.items():
-        for name, section in files:
-            path = directory / name
-            if not path.is_file():
-                continue
-            content = read_object(path)
-            settings = content if section is None else content.get(section)
-            if settings is None:
-                continue
-            low, high = limits[kind]
+    for kind, (low, high) in limits.items():
+        for _, settings, path, content in preprocessors(directory, kind):
             settings |= {"min_pixels": low, "max_pixels": high}
             if "size" in settings:  # where transformers 5 reads them
                 settings["size"] = {"shortest_edge": low, "longest_edge": high}

@@ -47,8 +47,8 @@ SAMPLING = (
     "temperature",
     *PICTURES,
 )
-SHARES = ("well formed", "correct", "accepted")  # counted in chains
-QUESTIONS = ("solved", "in the band", "kept")
+SHARES = ("well formed", "accepted")  # counted in chains
+QUESTIONS = ("in the band", "kept")
 
 
 def sample_chains(model, processor, samples, rows, args, device):
@@ -73,21 +73,22 @@ def sample_chains(model, processor, samples, rows, args, device):
     return chains
 
 
-def fresh_chains(question, accepted, taken):
-    """(key, chain) -> chain as written. Chains that differ in white space only are one chain."""
-    chains = {}
-    for text, ok in zip(question["completions"], accepted):
-        name = (question["key"], " ".join(text.split()))
-        if ok and name not in taken:
-            chains.setdefault(name, text.strip())
-    return chains
+def distinct(chains):
+    """Chains as written. Those that differ in white space only are one chain.
+
+    >>> distinct(["a  b", " a b", "c"])
+    ['a  b', 'c']
+    """
+    kept = {}
+    for text in chains:
+        kept.setdefault(" ".join(text.split()), text.strip())
+    return [*kept.values()]
 
 
 def choose(questions, low, high, min_accuracy, per_question, per_type, seed):
     """Choose well-formed and correct chains of questions that are neither too easy nor too hard.
 
-    Args:    questions: [{"type", "key" (what tells two questions apart), "completions", "format",
-             "accuracy"}].
+    Args:    questions: [{"type", "completions", "format", "accuracy"}].
              low, high: share of a question's chains that may be right: the band.
              min_accuracy: what a number must earn (MRA).
              per_question, per_type: the caps; None: no cap. All first chains of a type come
@@ -95,32 +96,28 @@ def choose(questions, low, high, min_accuracy, per_question, per_type, seed):
     Returns: [(number of the question, its chain)] in order, and type -> counts.
 
     >>> chains = {"completions": ["a", "b ", "b", "c"], "format": [1, 1, 1, 0]}
-    >>> question = chains | {"accuracy": [0.2, 1, 1, 1], "type": "room size", "key": 1}
+    >>> question = chains | {"accuracy": [0.2, 1, 1, 1], "type": "room size"}
     >>> choose([question], 0, 1, 0.8, 2, None, 0)[0]
     [(0, 'b')]
     """
     counts = defaultdict(Counter)
     candidates = defaultdict(list)  # type -> (place in its question, order, question, chain)
-    taken, order = set(), random.Random(seed)
+    order = random.Random(seed)
     for number, question in enumerate(questions):
-        correct = [accuracy >= min_accuracy for accuracy in question["accuracy"]]
-        accepted = [bool(ok and right) for ok, right in zip(question["format"], correct)]
-        solved = any(accepted)
-        in_band = solved and low <= sum(accepted) / len(accepted) <= high
-        chains = fresh_chains(question, accepted, taken) if in_band else {}
-        for place, name in enumerate(list(chains)[:per_question]):
-            taken.add(name)
-            candidate = (place, order.random(), number, chains[name])
-            candidates[question["type"]].append(candidate)
+        count = len(question["completions"])
+        judged = zip(question["completions"], question["format"], question["accuracy"])
+        accepted = [text for text, ok, score in judged if ok and score >= min_accuracy]
+        in_band = low <= len(accepted) / count <= high
+        chains = distinct(accepted) if in_band else []
+        for place, chain in enumerate(chains[:per_question]):
+            candidates[question["type"]].append((place, order.random(), number, chain))
         counts[question["type"]].update(
             {
                 "questions": 1,
-                "chains": len(correct),
+                "chains": count,
                 "well formed": int(sum(question["format"])),
-                "correct": sum(correct),
-                "accepted": sum(accepted),
-                "solved": int(solved),
-                "in the band": int(in_band),
+                "accepted": len(accepted),
+                "in the band": int(bool(chains)),
                 "kept": 0,  # known when all are counted
             }
         )
@@ -134,7 +131,7 @@ def choose(questions, low, high, min_accuracy, per_question, per_type, seed):
 
 
 def table(counts):
-    """The acceptance report: a line for each type; three shares are of all sampled chains."""
+    """The acceptance report: a line for each type; two shares are of all sampled chains."""
     total = sum(counts.values(), Counter())
     rows = [("", "questions", *SHARES, *QUESTIONS)]
     for kind, count in (*counts.items(), ("all", total)):
@@ -144,11 +141,12 @@ def table(counts):
     return text_table(rows)
 
 
-def chosen_rows(chosen, samples, prompts):
+def chosen_rows(chosen, samples, files, prompts):
     """The cold start: each source row with its prompt, and the chain as `solution`."""
-    sources, rows = {}, []
-    for file in {sample.where.rpartition(":")[0] for sample in samples}:
+    sources = {}
+    for file in files:
         sources |= dict(read_jsonl(file))
+    rows = []
     for number, text in chosen:
         sample = samples[number]
         prompt = prompt_text(sample, "thinking", prompts)
@@ -226,8 +224,7 @@ def main():
     if ranks.rank == 0:
         questions = []
         for sample, row in zip(samples, chains):
-            key = (prompt_text(sample, "thinking", processor.prompts), sample.media)
-            questions.append(row | {"type": sample.question_type, "key": key})
+            questions.append(row | {"type": sample.question_type})
         chosen, counts = choose(
             questions,
             *args.difficulty,
@@ -240,7 +237,7 @@ def main():
         print(table(counts))
         if not chosen:
             raise UserError(f"{args.model}: no chain was kept; the table above says why")
-        write_jsonl(out, chosen_rows(chosen, samples, processor.prompts))
+        write_jsonl(out, chosen_rows(chosen, samples, args.data, processor.prompts))
         images = args.images or Path(args.data[0]).parent / "images"
         print(f"wrote {len(chosen)} chains to {out}; train on them with:")
         print(f"python train_sft.py --stage cold --data {out} --images {images}")

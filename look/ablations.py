@@ -27,7 +27,7 @@ import ladder
 from files import read_json, read_jsonl, write_jsonl
 from ladder import COLDSTART, GROUNDING, ROOMS_MADE, RUNGS, SPATIAL
 from runtime import main_guard
-from settings import Parser, with_dashes
+from settings import Parser, check_number, positive, with_dashes
 
 NO_BOXES = " --replay-ratio 0"
 OWN_FILES = " --images {data}/images"  # of a rung that trains on the files in OUT/WAY
@@ -129,6 +129,7 @@ def main():
         "--data-scale", type=float, nargs="+", default=[1.0], help="preset tiny: share of the rooms"
     )
     args, others = parser.parse_known_args(map(with_dashes, sys.argv[1:]))
+    check_number("seeds", args.seeds, positive)
     names = WAYS if "all" in args.ways else args.ways
 
     folders = []

@@ -1,8 +1,8 @@
 """One page style and two kinds of chart, without a library: a curve, and dots with their intervals.
 
     svg = curve("loss", {"stage 1": [(1, 2.0), (2, 1.5)]}, "nats per token")
-    svg = dots("score", [("base", 0.31, 0.29, 0.33)], {"base": 0.3})
-    save(join([svg, svg], columns=2), "charts.svg")
+    svg = dots("score", [("base", 0.31, 0.29, 0.33, 0.3)])
+    write_text("charts.svg", join([svg, svg]))
 
 A chart is the text of an SVG that stands alone and suits light and dark pages. Labels are escaped.
 """
@@ -15,8 +15,6 @@ from functools import partial
 from html import escape
 
 import numpy as np
-
-from files import write_text
 
 # Plain colours and one media query: not every viewer of SVG knows CSS variables.
 STYLE = """
@@ -90,8 +88,6 @@ POINTS = 400  # of a line that are drawn at most
 
 
 def text(words, x, y, anchor="start", kind="label"):
-    """A text of an SVG. What XML cannot hold, a control character, becomes a question mark."""
-    words = re.sub("[^\t\n -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "?", words)
     place = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"'
     return f'<text class="{kind}" {place}>{escape(words)}</text>'
 
@@ -125,6 +121,7 @@ def pixels(low, high, start, end):
 
 def ticks(low, high, count=4):
     """At most count + 1 round numbers from low to high, 1, 2 or 5 times a power of ten apart."""
+    # The least step that is round and leaves no more than `count` of them.
     rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * times for times in (1, 2, 5, 10) if power * times >= rough)
@@ -133,6 +130,7 @@ def ticks(low, high, count=4):
 
 def running_mean(values):
     """The mean over an eighth of the values around each, 51 at most, fewer at both ends."""
+    # At both ends part of the window is empty: each sum is divided by how many values it holds.
     window = np.ones(2 * min(len(values) // 16, 25) + 1)
     counts = np.convolve(np.ones(len(values)), window, "same")
     return np.convolve(values, window, "same") / counts
@@ -145,30 +143,23 @@ def curve(title, lines, unit=""):
     """Values over steps: single ones as faint dots, their running mean as a line.
 
     The frame holds the lines and the middle 96% of the dots, so that a spike does not flatten the
-    curve. A dot on the edge lies beyond it. Values that are None or not finite are counted.
+    curve. A dot on the edge lies beyond it.
 
     Args:    lines: {name: [(x, y), ...]}, five at most to have a colour each.
     Returns: the text of an SVG.
     """
     series = {}
     for name, points in lines.items():
-        table = np.array(points, float).reshape(-1, 2)  # None becomes NaN
-        x, y = table[np.isfinite(table[:, 1])].T
-        if len(x) < len(table):
-            name += f" ({len(table) - len(x)} of {len(table)} without a value)"
-        if len(x):
-            series[name] = np.stack([x, y, running_mean(y)])
-    parts = [text(title, 8, 16, kind="title"), text(unit if series else "no values", 8, 32)]
-    width = max(RIGHT + 14, 16 + max(map(width_of, (title, unit, *series))))
-    if not series:
-        return drawing(width, TOP, parts)
-
+        x, y = np.array(points, float).T
+        series[name] = np.stack([x, y, running_mean(y)])
     steps, values, means = np.concatenate([*series.values()], axis=1)
     low = min(means.min(), np.percentile(values, 2))
     high = max(means.max(), np.percentile(values, 98))
     margin = 0.05 * (high - low) or 0.1 * abs(high) or 1.0  # a flat curve needs a range too
     low, high, last = low - margin, high + margin, max(1, steps.max())
     across, up = pixels(0, last, LEFT, RIGHT), pixels(low, high, BOTTOM, TOP)
+
+    parts = [text(title, 8, 16, kind="title"), text(unit, 8, 32)]
     for tick in ticks(0, last):
         parts.append(text(f"{tick:.6g}", across(tick), BOTTOM + 16, "middle"))
     for tick in ticks(low, high):
@@ -183,24 +174,20 @@ def curve(title, lines, unit=""):
         parts.append(f'<polyline class="line" points="{points}"/>')
         bottom += 16
         parts.append(text(name, 8, bottom - 8, kind="name") + "</g>")
-    return drawing(width, bottom, parts)
+    return drawing(RIGHT + 14, bottom, parts)
 
 
-def dots(title, rows, marks=None):
+def dots(title, rows):
     """A row for each value: a dot with its interval over an axis with zero, and the numbers.
 
-    Args:    rows: [(label, value, low, high)]; what is not known is None.
-             marks: {label: value}: a ring, for the paper's figure, in the row of that label or in
-             a row of its own.
+    Args:    rows: [(label, value, low, high, mark)]; low, high and mark may be None. A mark is a
+             ring: what the value is compared with.
     Returns: the text of an SVG.
     """
-    marks = dict(marks or {})
-    rows = [(*row, marks.pop(row[0], None)) for row in rows]
-    rows += [(label, None, None, None, mark) for label, mark in marks.items()]
     places = np.array([row[1:] for row in rows], float)  # None becomes NaN
     least, most = np.nanmin(places, initial=0.0), np.nanmax(places, initial=0.0)
     margin = 0.04 * (most - least) or 1.0
-    left = 20 + max([width_of(row[0]) for row in rows], default=0)
+    left = 20 + max(width_of(row[0]) for row in rows)
     right, bottom = left + ACROSS, 30 + ROW * len(rows)
     across = pixels(least - margin, most + margin, left, right)
 
@@ -215,37 +202,26 @@ def dots(title, rows, marks=None):
         if low is not None:
             parts.append(line("whisker", across(low), across(high), y, y))
             parts.append(text(f"{low:.3g} to {high:.3g}", right + 54, y + 4))
-        if value is not None:
-            parts.append(circle("dot", across(value), y))
+        parts.append(circle("dot", across(value), y))
         if mark is not None:
             parts.append(circle("ring", across(mark), y))
-        said = mark if value is None else value
-        parts.append(text("–" if said is None else f"{said:.3g}", right + 10, y + 4))
-    return drawing(max(right + 200, 16 + width_of(title)), bottom + 24, parts)
+        parts.append(text(f"{value:.3g}", right + 10, y + 4))
+    return drawing(right + 200, bottom + 24, parts)
 
 
-def join(svgs, columns):
-    """Several charts in one SVG, row by row, in cells of one size."""
-    sizes = [re.search(r'width="(\d+)" height="(\d+)"', svg).groups() for svg in svgs]
-    wide, high = np.array(sizes, int).reshape(-1, 2).max(axis=0, initial=0)
+def join(svgs):
+    """Several charts in one SVG, one below the other."""
+    width = height = 0
     parts = []
-    for number, svg in enumerate(svgs):
-        row, column = divmod(number, columns)
-        parts.append(svg.replace("<svg", f'<svg x="{wide * column}" y="{high * row}"', 1))
-    return drawing(wide * columns, high * math.ceil(len(svgs) / columns), parts)
-
-
-def save(svg, path):
-    """Write a chart to a file."""
-    write_text(path, svg)
+    for svg in svgs:
+        wide, high = map(int, re.search(r'width="(\d+)" height="(\d+)"', svg).groups())
+        parts.append(svg.replace("<svg", f'<svg y="{height}"', 1))
+        width = max(width, wide)
+        height += high
+    return drawing(width, height, parts)
 
 
 # ---------------------------------------------------------------------------------- pages
-
-
-def embed(svg):
-    """A chart inside a page; it scrolls sideways on a narrow screen."""
-    return f'<div class="across">{svg}</div>'
 
 
 def data_uri(image, longest=448):

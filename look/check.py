@@ -3,10 +3,12 @@
     python -m look.check FILE.jsonl --images DIR [--model DIR] [--max-pixels N] [--max-tokens N]
 
 An error is a row that training would stop at; a warning is a row worth a look. Every picture and
-every frame of a video is decoded once, by all cores. With --model, tokens are counted. Exit code 2
-if there are errors.
+every frame of a video is decoded once, by all cores. With --model, tokens are counted. Of lines
+that are not JSON, and of missing pictures, three are printed and their number. Exit code 2 if there
+are errors.
 """
 
+import os
 import sys
 from collections import Counter
 from multiprocessing import Pool
@@ -23,13 +25,23 @@ from rewards import NUMBER_TYPES, parse_number
 from runtime import main_guard
 from settings import PICTURES, Parser, add_flags
 
+# One mistake, such as a wrong --images, brings these into thousands of lines.
+FREQUENT = ("not JSON", "no such picture")
+EXAMPLES = 3  # of each that are printed
+
 
 def read_rows(path, images):
     """-> {file:line: Sample or error}. Pictures are opened, not decoded."""
     rows = {}
     for where, line in read_lines(path):
         try:
-            rows[where] = check_media(parse_row(parse_line(line, where), where, images))
+            sample = parse_row(parse_line(line, where), where, images)
+            for file, _ in files_of(sample):
+                if isinstance(file, str) and not os.path.exists(file):
+                    raise UserError(
+                        f"{where}: {file}: no such picture; is --images {images} right?"
+                    )
+            rows[where] = check_media(sample)
         except UserError as error:
             rows[where] = str(error)
     return rows
@@ -101,14 +113,36 @@ def oddities(sample, example=None):
                 yield f"{name} touches {edge}"
 
 
-def print_findings(errors, warnings, kinds):
-    """A line for each error and each warning, then how many rows of each kind are right."""
+def print_errors(errors):
+    """A line for each error; of those of one of the FREQUENT kinds a few, and their number."""
+    counts = dict.fromkeys(FREQUENT, 0)
     for error in errors:
-        print(f"error: {error}")
-    for text in warnings:
-        print(f"warning: {text}")
-    for kind, count in sorted(kinds.items()):
-        print(f"{count:>8}  {kind}")
+        kind = next((kind for kind in FREQUENT if kind in error), None)
+        if kind:
+            counts[kind] += 1
+        if not kind or counts[kind] <= EXAMPLES:
+            print(f"error: {error}")
+    for kind, count in counts.items():
+        if count > EXAMPLES:
+            print(f"error: {count} rows in all: {kind}")
+
+
+def look_at(sample, decoded, processor):
+    """What is odd about a row, and its number of tokens: 0 without a processor.
+
+    Raises: UserError where training would.
+    """
+    odd = []
+    for file in files_of(sample):
+        error, oddity = decoded[file]
+        if error:
+            raise UserError(f"{sample.where}: {error}")
+        if oddity:
+            odd.append(oddity)
+    if processor is None:
+        return [*odd, *oddities(sample)], 0
+    example = processor.example(sample, style_of(sample), pixels=False)
+    return [*odd, *oddities(sample, example)], len(example.ids)
 
 
 def check(path, images, processor=None, max_tokens=None):
@@ -129,32 +163,25 @@ def check(path, images, processor=None, max_tokens=None):
         if isinstance(sample, str):
             errors.append(sample)
             continue
-        found = [decoded[file] for file in files_of(sample)]
-        reasons = [error for error, _ in found if error]
-        if reasons:
-            errors.append(f"{where}: {reasons[0]}")
+        try:
+            odd, tokens = look_at(sample, decoded, processor)
+        except UserError as error:
+            errors.append(str(error))
             continue
-        example = None
-        if processor:
-            try:
-                example = processor.example(sample, style_of(sample), pixels=False)
-            except UserError as error:  # longer than the model's context
-                errors.append(str(error))
-                continue
-        odd = [oddity for _, oddity in found if oddity]
-        odd += oddities(sample, example)
         earlier = first.setdefault(sample.id, where)
         if earlier != where:
             odd.append(f"id {sample.id:.80} stands at {earlier} too")
-        if example:
-            tokens = len(example.ids)
-            longest = max(longest, tokens)
-            if max_tokens and tokens > max_tokens:
-                odd.append(f"{tokens} tokens, more than {max_tokens}")
-        warnings += [one_line(f"{where}: {text}") for text in odd]
+        longest = max(longest, tokens)
+        if max_tokens and tokens > max_tokens:
+            odd.append(f"{tokens} tokens, more than {max_tokens}")
+        warnings += [one_line(f"warning: {where}: {text}") for text in odd]
         kinds[f"{sample.question_type or 'cold start'} {sample.data_type}".strip()] += 1
 
-    print_findings(errors, warnings, kinds)
+    print_errors(errors)
+    for line in warnings:
+        print(line)
+    for kind, count in sorted(kinds.items()):
+        print(f"{count:>8}  {kind}")
     tokens = f", at most {longest} tokens" if processor else ""
     path = one_line(str(path))
     print(f"{path}: {len(rows)} rows, {len(errors)} errors, {len(warnings)} warnings{tokens}")

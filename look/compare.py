@@ -1,4 +1,4 @@
-"""Compare ladders of several seeds, and their ablations: Markdown tables, and charts.
+"""Compare ladders of several seeds, and their ablations: tables, and charts.
 
     python -m look.compare runs/ways/0 runs/ways/1 runs/ways/2
     python -m look.compare runs/ways/* --figures runs/figures    # ladder.svg, ways.svg, and probes
@@ -9,8 +9,8 @@ types; differences are paired by question. No interval says how far other seeds 
 seed's own difference stands beside it.
 
 Each rung is compared with the one that it started from; the rungs of look.ablations, and ladders
-with more or fewer rooms, with the ladder's rung of the same stage. If all ladders were probed
-(look.probes), the probes come last.
+with other numbers of rooms than the first folder's, with the ladder's rung of the same stage. If
+all ladders were probed (look.probes), the probes come last.
 """
 
 import math
@@ -20,11 +20,11 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import bootstrap_interval
-from files import CONFIG, UserError, read_json, read_jsonl, writing
+from files import UserError, changes, read_json, read_jsonl, text_table, write_text, writing
 from ladder import ROOMS_MADE, RUNGS
 from look.ablations import WAYS
-from look.charts import dots, join, save
-from look.probes import PANELS, chart, figures_of, table
+from look.charts import dots, join
+from look.probes import PANELS, chart, figures_of, read_ladder, table
 from runtime import main_guard
 from settings import Parser
 
@@ -45,30 +45,33 @@ OWN_SETTINGS = ("data", "seed", "questions")  # of a probe: each ladder has its 
 # ---------------------------------------------------------------------------------- figures
 
 
-def read_rung(runs, rung):
+def read_rung(ladders, rung):
     """Scores of a rung in all ladders: {(question type, seed, id): (score, blind)}.
 
     Empty if a ladder has not evaluated it.
+
+    Args: ladders: {seed: folder}.
     """
-    paths = [Path(run) / "eval" / rung / "predictions.jsonl" for run in runs]
-    if not all(path.is_file() for path in paths):
-        return {}
     rows = {}
-    for run, path in zip(runs, paths):
-        seed = read_json(Path(run) / CONFIG)["seed"]
-        for where, row in read_jsonl(path):
-            if row["blind"] is None:
-                raise UserError(f"{where}: no blind baseline in it; evaluate with --blind-from")
+    for seed, run in ladders.items():
+        path = Path(run) / "eval" / rung / "predictions.jsonl"
+        if not path.is_file():
+            return {}
+        for _, row in read_jsonl(path):
             rows[row["question_type"], seed, row["id"]] = row["score"], row["blind"]
     return rows
 
 
 def groups(rows, column=0):
-    """Scores, or with column 1 blind ones: {line of a table: {question type: numbers}}."""
+    """Numbers of what read_rung returns: {line of a table: {question type: numbers}}.
+
+    Args: column: 0 for scores, 1 for blind guesses.
+    """
+    # Sorted: the bootstrap draws by place, and the same rows are to give the same interval.
     types = defaultdict(list)
-    for (kind, _, _), scores in sorted(rows.items()):
-        types[kind].append(scores[column])
-    boxes = types.pop("localization")
+    for (kind, _, _), numbers in sorted(rows.items()):
+        types[kind].append(numbers[column])
+    boxes = types.pop("localization", [])
     each = {kind: {kind: numbers} for kind, numbers in types.items()}
     return {**each, QUESTIONS: types, BOXES: {BOXES: boxes}}
 
@@ -79,8 +82,17 @@ def measured(types):
     >>> measured({"room size": [1, 1], "object size": [0]})
     [0.5, 0.5, 0.5]
     """
-    means = [np.mean(numbers) for numbers in types.values()]
+    means = [np.array(numbers, float).mean() for numbers in types.values()]
     return [float(np.mean(means)), *bootstrap_interval(types)]
+
+
+def scores_of(rungs):
+    """{line of a table: [(rung, value, low, high, no mark)]}: rows of a chart."""
+    scores = defaultdict(list)
+    for name, rows in rungs.items():
+        for line, types in groups(rows).items():
+            scores[line].append((name, *measured(types), None))
+    return scores
 
 
 def change(after, before):
@@ -88,31 +100,29 @@ def change(after, before):
 
     Returns: {"value", "low", "high", "seeds"}: the mean over types, its interval, each seed's mean.
     """
-    types = defaultdict(list)
-    seeds = defaultdict(lambda: defaultdict(list))
-    for key, (score, _) in after.items():
-        kind, seed, _ = key
-        if key in before and kind != "localization":
-            points = 100 * (score - before[key][0])
-            types[kind].append(points)
-            seeds[seed][kind].append(points)
-    if not types:
+    points = {}
+    seeds = defaultdict(dict)  # the same for each seed
+    for key in after:
+        if key in before:
+            _, seed, _ = key
+            points[key] = seeds[seed][key] = [100 * (after[key][0] - before[key][0])]
+    if not points:
         raise UserError("the ladders have no question in common; give ladders of the same seeds")
-    value, low, high = measured(types)
-    each = [measured(own)[0] for own in seeds.values()]
+    value, low, high = measured(groups(points)[QUESTIONS])
+    each = [measured(groups(own)[QUESTIONS])[0] for own in seeds.values()]
     return {"value": value, "low": low, "high": high, "seeds": each}
 
 
-def compared(runs, pairs):
+def compared(ladders, pairs):
     """Rungs compared with rungs of the ladder, where both are evaluated.
 
     Args:    pairs: [(name, rung, its ladders, the ladder's rung)].
     Returns: [{"name", "score", "beside": the ladder's rung, "paper"} and what `change` returns].
     """
     rows = []
-    for name, rung, ladders, beside in pairs:
-        after = read_rung(ladders, rung)
-        before = read_rung(runs, beside)
+    for name, rung, own, beside in pairs:
+        after = read_rung(own, rung)
+        before = read_rung(ladders, beside)
         if after and before:
             row = {"name": name, "beside": beside, "paper": PAPER_POINTS.get(name)}
             row["score"], *_ = measured(groups(after)[QUESTIONS])
@@ -120,51 +130,42 @@ def compared(runs, pairs):
     return rows
 
 
-def other_ways(runs, others):
+def other_ways(ladders, others):
     """Pairs for `compared`: the rungs of ablations; ladders with more or fewer rooms (others)."""
     pairs = []
     for way in WAYS:
         for rung in RUNGS:
             name = f"{rung.name}-{way}"
-            pairs.append((name, name, runs, rung.name))
-    for scale, ladders in others.items():
-        pairs.append((f"grpo, rooms x{scale:g}", "grpo", ladders, "grpo"))
+            pairs.append((name, name, ladders, rung.name))
+    for scale, own in others.items():
+        pairs.append((f"grpo, rooms x{scale:g}", "grpo", own, "grpo"))
     return pairs
 
 
 # ---------------------------------------------------------------------------------- tables
 
 
-def markdown(rows):
-    """Rows of cells, the heads first, as a Markdown table."""
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    lines.insert(1, "|" + "---|" * len(rows[0]))
-    return "\n".join(lines)
+def score_table(rungs, scores):
+    """A line for each question type, a column for each rung.
 
-
-def score_table(rungs):
-    """Markdown: a line for each question type, a column for each rung."""
-    columns = [groups(rows) for rows in rungs.values()]
+    Args:    rungs: {rung: what read_rung returns}. scores: see `scores_of`.
+    """
     lines = [["score", "blind guess", *rungs]]
     for line, blind in groups([*rungs.values()][-1], 1).items():
-        cells = [line, f"{measured(blind)[0]:.3f}"]
-        for column in columns:
-            value, low, high = measured(column[line])
-            cells.append(f"{value:.3f} [{low:.3f}, {high:.3f}]")
-        lines.append(cells)
-    return markdown(lines)
+        cells = [f"{value:.3f} [{low:.3f}, {high:.3f}]" for _, value, low, high, _ in scores[line]]
+        lines.append([line, f"{measured(blind)[0]:.3f}", *cells])
+    return text_table(lines)
 
 
 def change_table(rows):
-    """Markdown of what `compared` returns."""
+    """A line for each row that `compared` returns."""
     lines = [["rung", "score", "compared with", "points", "each seed", "the paper's"]]
     for row in rows:
         points = f"{row['value']:+.1f} [{row['low']:+.1f}, {row['high']:+.1f}]"
         seeds = ", ".join([f"{seed:+.1f}" for seed in row["seeds"]])
-        cells = [row["name"], f"{row['score']:.3f}", row["beside"], points, seeds]
-        cells.append(f"{row['paper']:+.1f}" if row["paper"] else "")
-        lines.append(cells)
-    return markdown(lines)
+        paper = f"{row['paper']:+.1f}" if row["paper"] else ""
+        lines.append([row["name"], f"{row['score']:.3f}", row["beside"], points, seeds, paper])
+    return text_table(lines)
 
 
 # ---------------------------------------------------------------------------------- probes
@@ -173,79 +174,62 @@ def change_table(rows):
 def pooled(figures):
     """One figure over several ladders, each with an interval.
 
-    The ladders were asked other questions, so the squares of how far the intervals reach below
-    (and above) add up.
+    The ladders were asked other questions, so the squares of the intervals' half widths add up.
 
-    >>> pooled([{"value": 0, "low": -3, "high": 6}, {"value": 1, "low": -3, "high": 9}])
-    {'value': 0.5, 'low': -2.0, 'high': 5.5}
+    >>> pooled([{"value": 0, "low": -3, "high": 3}, {"value": 1, "low": -3, "high": 5}])
+    {'value': 0.5, 'low': -2.0, 'high': 3.0}
     """
     count = len(figures)
     value = sum(figure["value"] for figure in figures) / count
-    below = math.hypot(*[figure["value"] - figure["low"] for figure in figures]) / count
-    above = math.hypot(*[figure["high"] - figure["value"] for figure in figures]) / count
-    return {"value": value, "low": value - below, "high": value + above}
+    widths = [figure["high"] - figure["low"] for figure in figures]
+    half = math.hypot(*widths) / 2 / count
+    return {"value": value, "low": value - half, "high": value + half}
 
 
-def together(results):
-    """Rows of a probe over all ladders: the rungs and the figures that all of them have."""
-    same = defaultdict(list)
+def together(paths):
+    """Rows of a probe over several ladders. paths: of its results, which must be of equal rungs."""
+    results = [read_json(path) for path in paths]
+    settings = []
     for result in results:
-        for row in result["rows"]:
-            for name, figure in figures_of(row).items():
-                same[row["name"], name].append(figure)
-    rows = {}
-    for (rung, name), figures in same.items():
-        if len(figures) == len(results):
-            rows.setdefault(rung, {"name": rung})[name] = pooled(figures)
-    return [*rows.values()]
-
-
-def probed(runs):
-    """{probe: its result over all ladders}, of every probe that all ladders have."""
-    probes = {}
-    for what in PANELS:
-        paths = [Path(run) / "probes" / f"{what}.json" for run in runs]
-        if all(path.is_file() for path in paths):
-            results = [read_json(path) for path in paths]
-            for path, result in zip(paths, results):
-                for name, expected in results[0]["settings"].items():
-                    value = result["settings"].get(name)
-                    if value != expected and name not in OWN_SETTINGS:
-                        place = f"expected {expected} as in {paths[0]}"
-                        raise UserError(f"{path}: probed with {name} {value}, {place}")
-            probes[what] = {"rows": together(results), "paper": results[0]["paper"]}
-    return probes
+        names = [row["name"] for row in result["rows"]]
+        settings.append(result["settings"] | {"models": names})
+    for path, own in zip(paths, settings):
+        other = changes(settings[0], own, OWN_SETTINGS)
+        if other:
+            raise UserError(f"{path}: probed with other settings than {paths[0]}: {other}")
+    rows = []
+    for same in zip(*[result["rows"] for result in results]):  # one rung in all ladders
+        row = {"name": same[0]["name"]}
+        for name in figures_of(same[0]):
+            row[name] = pooled([own[name] for own in same if name in own])
+        rows.append(row)
+    return rows
 
 
 # ---------------------------------------------------------------------------------- the command
 
 
 def by_scale(runs):
-    """{times the usual number of rooms: ladders}; of one scale each must have a seed of its own."""
+    """{times the usual number of rooms: {seed: ladder}}."""
     scales = defaultdict(dict)
     for run in runs:
-        config = read_json(Path(run) / CONFIG)
+        config = read_ladder(run)
         other = scales[config["scenes"] / ROOMS_MADE].setdefault(config["seed"], run)
         if other != run:
             raise UserError(f"{run}: has the seed of {other}; give one ladder for each seed")
-    return {scale: [*seeds.values()] for scale, seeds in scales.items()}
+    return scales
 
 
-def draw(rungs, ways, probes):
+def draw(scores, ways, probes):
     """{name: SVG} of the ladder, of the ablations and of each probe."""
-    panels = []
-    for line in (BOXES, QUESTIONS):
-        rows = []
-        for name, answers in rungs.items():
-            rows.append((name, *measured(groups(answers)[line])))
-        panels.append(dots(line, rows))
-    charts = {"ladder": join(panels, 2)}
+    charts = {"ladder": join([dots(line, scores[line]) for line in (BOXES, QUESTIONS)])}
     if ways:
-        rows = [(row["name"], row["value"], row["low"], row["high"]) for row in ways]
-        paper = {row["name"]: row["paper"] for row in ways if row["paper"]}
-        charts["ways"] = dots("points beside the ladder's rung of the same stage", rows, paper)
-    for what, result in probes.items():
-        charts[what] = chart(what, result)
+        rows = []
+        for row in ways:
+            rows.append((row["name"], row["value"], row["low"], row["high"], row["paper"]))
+        charts["ways"] = dots("points beside the ladder's rung of the same stage", rows)
+    for what, rows in probes.items():
+        charts[what] = chart(what, rows)
     return charts
 
 
@@ -255,29 +239,35 @@ def main():
     parser.add_argument("--figures", type=Path, help="folder to write charts to")
     args = parser.parse_args()
     others = by_scale(args.runs)
-    usual = 1 if 1 in others else min(others)
-    runs = others.pop(usual)
+    usual = next(iter(others))  # the first folder's
+    ladders = others.pop(usual)
 
     rungs = {}
     for rung in RUNGS:
-        answers = read_rung(runs, rung.name)
+        answers = read_rung(ladders, rung.name)
         if answers:
             rungs[rung.name] = answers
     if not rungs:
-        raise UserError(f"{', '.join(runs)}: there is no rung that all of them have evaluated")
-    steps = compared(runs, [(rung.name, rung.name, runs, rung.start) for rung in RUNGS[1:]])
-    ways = compared(runs, other_ways(runs, others))
-    probes = probed(runs)
+        names = ", ".join(ladders.values())
+        raise UserError(f"{names}: there is no rung that all of them have evaluated")
+    scores = scores_of(rungs)
+    steps = compared(ladders, [(rung.name, rung.name, ladders, rung.start) for rung in RUNGS[1:]])
+    ways = compared(ladders, other_ways(ladders, others))
+    probes = {}
+    for what in PANELS:
+        paths = [Path(run) / "probes" / f"{what}.json" for run in ladders.values()]
+        if all(path.is_file() for path in paths):
+            probes[what] = together(paths)
 
-    print(f"Ladders: {len(runs)}, rooms x{usual:g}\n\n{score_table(rungs)}")
+    print(f"Ladders: {len(ladders)}, rooms x{usual:g}\n\n{score_table(rungs, scores)}")
     print(f"\n{change_table(steps + ways)}")
-    for what, result in probes.items():
-        print(f"\n{what}\n{table(result)}")
+    for what, rows in probes.items():
+        print(f"\n{what}\n{table(rows)}")
     if args.figures:
         with writing(args.figures):
             args.figures.mkdir(parents=True, exist_ok=True)
-        for name, svg in draw(rungs, ways, probes).items():
-            save(svg, args.figures / f"{name}.svg")
+        for name, svg in draw(scores, ways, probes).items():
+            write_text(args.figures / f"{name}.svg", svg)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import sys
 from checkpoint import build_model, load_config
 from data import Processor, read_all, style_of
 from files import UserError, text_table
+from grpo import check_settings
 from ladder import RECIPES
 from model import HEAD_LOGITS
 from runtime import compute_dtype, main_guard, recipe_settings, run_length
@@ -24,7 +25,6 @@ from settings import Parser
 GB = 1e9
 RESERVE = 0.1  # of a GPU's memory: the CUDA context, NCCL's buffers, fragments
 FP32 = 4  # bytes
-MOST_GPUS = 1024
 
 
 # ---------------------------------------------------------------------------------- what is kept
@@ -137,15 +137,14 @@ def row_bytes(config, args, gpus, longest, itemsize):
         group = None
         scored = rows * longest.targets
         tokens = rows * longest.tokens
-    patches = rows * longest.patches
+    patches = 0 if args.freeze_vision else rows * longest.patches  # that are kept
     layer = rows * decoder_layer_bytes(text, longest.tokens, group, itemsize)
-    block = 0 if args.freeze_vision else vision_block_bytes(vision, patches, itemsize)
+    block = vision_block_bytes(vision, patches, itemsize)
     if not args.activation_checkpointing:
         return text.num_hidden_layers * layer + vision.depth * block, scored
     # The inputs of all layers, and the inside of the one that is computed again.
     inputs = text.num_hidden_layers * tokens * text.hidden_size
-    if not args.freeze_vision:
-        inputs += vision.depth * patches * vision.hidden_size
+    inputs += vision.depth * patches * vision.hidden_size
     return itemsize * inputs + max(layer, block), scored
 
 
@@ -208,37 +207,9 @@ def read_command(argv):
     match = re.fullmatch(r"([1-9][0-9]*)x([1-9][0-9]*)", command.gpus)
     if not match:
         raise UserError(f"--gpus is {command.gpus!r}, expected number x gigabytes, such as 4x80")
-    flags = ["--out", "nowhere", *flags]
-    if command.stage == "grpo":
-        args = recipe_settings(__doc__, "grpo", flags)
-    else:
-        args = recipe_settings(__doc__, None, ["--stage", command.stage, *flags])
+    # A trainer needs --out; a plan writes nothing there.
+    args = recipe_settings(__doc__, command.stage, ["--out", "nowhere", *flags])
     return args, int(match[1]), int(match[2])
-
-
-def fewest_gpus(config, args, longest, usable):
-    """The smallest power of two of GPUs on which the run fits, or None."""
-    gpus = 1
-    while gpus <= MOST_GPUS:
-        if peak(*memory(config, args, gpus, longest)) <= usable:
-            return gpus
-        gpus *= 2
-    return None
-
-
-def print_steps(args, samples, total):
-    """How long the run is, in optimizer steps and tokens."""
-    mean = total / len(samples)
-    if args.stage == "grpo":
-        steps, _ = run_length(args, len(samples), args.prompts_per_step)
-        G, C = args.num_generations, args.max_completion_length
-        tokens = steps / args.num_iterations * args.prompts_per_step * (mean + G * C)
-        print(f"steps       {steps:,} of {args.prompts_per_step} groups of {G}")
-    else:
-        steps, _ = run_length(args, len(samples), args.batch_size)
-        tokens = steps * args.batch_size * mean
-        print(f"steps       {steps:,} of {args.batch_size} rows")
-    print(f"tokens      {tokens / 1e6:,.1f} million at most")
 
 
 def main():
@@ -246,11 +217,12 @@ def main():
     config = load_config(args.model)
     samples = read_all(args.data, args.images)
     total, longest = longest_row(args, config, samples)
-    if args.stage == "grpo" and args.prompts_per_step < gpus:
-        raise UserError(
-            f"--prompts-per-step is {args.prompts_per_step}, expected at least one for each of "
-            f"the {gpus} GPUs"
-        )
+    if args.stage == "grpo":
+        check_settings(args, gpus)
+        drawn, unit = args.prompts_per_step, f"groups of {args.num_generations}"
+    else:
+        drawn, unit = args.batch_size, "rows"
+    steps, end = run_length(args, len(samples), drawn)
 
     # the run
     model = build_model(config)
@@ -262,7 +234,7 @@ def main():
         f"rows        {len(samples):,}, {total / len(samples):,.0f} tokens on average, at most "
         f"{longest.tokens:,} ({longest.where}) and {longest.patches:,} patches"
     )
-    print_steps(args, samples, total)
+    print(f"steps       {steps:,} of {drawn} {unit}: {end}")
     state = 3 * FP32 * (weights - frozen) + FP32 * frozen
     print(
         f"disk        {state / GB:.1f} GB for each of {args.keep_last + 1} trainer states, "
@@ -279,11 +251,9 @@ def main():
     rows.append(("at the peak", f"of {usable / GB:.1f}", f"{needed / GB:.2f}"))
     print(text_table(rows))
     if needed > usable:
-        enough = fewest_gpus(config, args, longest, usable)
-        hint = f"{enough} GPUs would do" if enough else "no number of GPUs would do"
         raise UserError(
             f"--gpus {gpus}x{gigabytes}: needs {needed / GB:.1f} GB on each GPU, "
-            f"{usable / GB:.1f} can be used; {hint}, or lower --micro-batch, --max-pixels or "
+            f"{usable / GB:.1f} can be used; take more GPUs, lower --micro-batch, --max-pixels or "
             "--prompts-per-step, or add --activation-checkpointing"
         )
 

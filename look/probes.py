@@ -7,9 +7,9 @@
     python -m look.probes hints --model DIR DIR --data SpatialLadder-26k --out DIR
 
 Each probe writes NAME.json, the chart NAME.svg and (the first two) pictures NAME/*.png to
-RUN/probes or --out. A model whose weights and settings are the same is not measured again.
-Intervals are 95% bootstraps over questions. The paper gives numbers (PAPER) without code, and does
-not define the last two measures. These definitions are ours:
+RUN/probes or --out. Intervals are 95% bootstraps over questions. The paper gives numbers without
+code (docs/probes.md has them), and does not define the last two measures. These definitions are
+ours:
 
 hints      Questions of relative direction about one picture. A localization row with the same
            picture and question gives the boxes of the objects. Accuracy of greedy answers without a
@@ -44,24 +44,21 @@ from PIL import Image, ImageDraw, ImageOps
 from ask import draw_boxes
 from benchmarks import bootstrap_interval
 from checkpoint import load_model
+from coldstart import sample_chains
 from data import IGNORE, Processor, collate, read_all, style_of
-from eval import answer_rows, asked, our_files, subset
+from eval import answer_rows, our_files, subset
 from files import (
     CONFIG,
-    MADE_OF,
     UserError,
-    changes,
-    fingerprint,
     hold,
-    made_of,
     read_json,
     text_table,
     write_json,
+    write_text,
     writing,
 )
-from grpo import noise, sample_completions
 from ladder import BASE, RECIPES, RUNGS
-from look.charts import dots, join, save
+from look.charts import dots, join
 from model import KVCache
 from pictures import Media, open_picture
 from rewards import (
@@ -73,7 +70,6 @@ from rewards import (
 )
 from runtime import choose_device, compute_dtype, main_guard
 from settings import (
-    MAY_CHANGE,
     PICTURES,
     Parser,
     add_flags,
@@ -81,69 +77,30 @@ from settings import (
     values,
 )
 
-PAPER = {  # arXiv 2510.08531
+CONDITIONS = ("none", "location", "full")
+PANELS = {  # probe -> charts: title -> figures of each model
     "hints": {
-        "paper, Qwen2.5-VL-3B: none": 0.365,
-        "paper, Qwen2.5-VL-3B: location": 0.415,
-        "paper, Qwen2.5-VL-3B: full": 0.46,
-        "paper, SpatialLadder-3B: none": 0.82,
-        "paper, SpatialLadder-3B: location": 0.825,
-        "paper, SpatialLadder-3B: full": 0.835,
+        "share of directions answered right": CONDITIONS,
     },
     "attention": {
-        "paper, Qwen2.5-VL-3B: iou": 0.338,
-        "paper, SpatialLadder-3B: iou": 0.377,
-        "paper, Qwen2.5-VL-3B: entropy": 0.193,
-        "paper, SpatialLadder-3B: entropy": 0.176,
+        "IoU of the most attended cells and the true boxes": (
+            "iou",
+            "another's map",
+            "locating: iou",
+            "locating: another's map",
+        ),
+        "entropy of the map / ln(cells)": ("entropy", "locating: entropy"),
     },
     "entropy": {
-        "paper, before training: entropy": 1.24,
-        "paper, stages 1 and 2: entropy": 1.47,
-        "paper, stage 3: entropy": 0.66,
+        "semantic entropy, nats": ("entropy",),
     },
-}
-CONDITIONS = ("none", "location", "full")
-PANELS = {  # probe -> panels of its chart: title, figures of each model, figures that they share
-    "hints": [
-        (
-            "share of directions answered right",
-            CONDITIONS,
-            ("chance",),
-        ),
-    ],
-    "attention": [
-        (
-            "IoU of the most attended cells and the true boxes",
-            ("iou", "another's map", "locating: iou", "locating: another's map"),
-            ("random cells", "best cells"),
-        ),
-        (
-            "entropy of the map / ln(cells)",
-            ("entropy", "locating: entropy"),
-            (),
-        ),
-    ],
-    "entropy": [
-        (
-            "semantic entropy, nats",
-            ("entropy",),
-            (),
-        ),
-    ],
 }
 LIMITS = {  # questions that are asked
     "hints": 200,
     "attention": 200,
     "entropy": 40,  # of each type
 }
-COLOURS = {  # the name in a question -> what is drawn
-    "red": "#ff0000",
-    "blue": "#0000ff",
-    "green": "#00ff00",
-    "yellow": "#ffff00",
-    "pink": "#ff00ff",
-    "turquoise": "#00ffff",
-}
+COLOURS = ("red", "blue", "green", "yellow", "magenta", "cyan")  # as a question and PIL name them
 USED = (  # settings that the results depend on
     "images",
     "dtype",
@@ -156,7 +113,7 @@ USED = (  # settings that the results depend on
 TOLERANCE = 0.1  # numbers that differ by so little mean the same
 RANDOM_MAPS = 20  # drawn for each question
 PAINTED = 4  # questions whose maps are painted
-SIDE = 448  # pixels of a painted map's longer side, at least
+SIDE = 448  # pixels of a painted map's longer side
 
 # ---------------------------------------------------------------------------------- shared
 
@@ -246,14 +203,14 @@ def mark(picture, boxes, condition):
     """Draw on a picture, in place: each box in its colour; for "full" the centres and a line."""
     draw = ImageDraw.Draw(picture)
     line = 1 + max(picture.size) // 300
-    for colour, box in zip(COLOURS.values(), boxes):
+    for colour, box in zip(COLOURS, boxes):
         x1, y1, x2, y2 = box["bbox_2d"]
         # PIL draws the last pixel too.
         draw.rectangle((x1, y1, x2 - 1, y2 - 1), outline=colour, width=line)
     if condition == "full":
         centres = [centre(box) for box in boxes]
         draw.line(centres, fill="white", width=line)
-        for colour, place in zip(COLOURS.values(), centres):
+        for colour, place in zip(COLOURS, centres):
             draw.circle(place, 2 * line, fill=colour, outline="white")
 
 
@@ -275,26 +232,25 @@ def hinted(question, located, condition):
 
 
 def probe_hints(model, processor, pairs, args, device):
-    """Yield {figure: number} of each question: was it answered right, was there a letter?
+    """{figure: number} of each question: was it answered right, was there a letter?
 
     What the first question shows is saved beside args.pictures.
     """
+    figures = [{"chance": 1 / len(question.options)} for question, _ in pairs]
     for condition in CONDITIONS:
-        picture = open_picture(hinted(*pairs[0], condition).media[0].source)
+        samples = [hinted(*pair, condition) for pair in pairs]
+        picture = open_picture(samples[0].media[0].source)
         save_picture(picture, args.pictures.with_name(condition + ".png"))
-    for part in batches(pairs, args.micro_batch):
-        figures = [{"chance": 1 / len(question.options)} for question, _ in part]
-        for condition in CONDITIONS:
-            samples = [hinted(*pair, condition) for pair in part]
-            rows = range(len(samples))
+        for rows in batches(range(len(pairs)), args.micro_batch):
             answers = answer_rows(model, processor, samples, rows, args, device)
-            for row, sample, answer in zip(figures, samples, answers):
+            for row, answer in zip(rows, answers):
                 text = answer["completion"]
-                row[condition] = accuracy_reward([text], sample)[0]
-                row[condition + ": invalid"] = meaning(text, sample) is None
+                right = accuracy_reward([text], samples[row])[0]
+                figures[row][condition] = right
+                figures[row][condition + ": invalid"] = meaning(text, samples[row]) is None
                 if condition != "none":
-                    row[condition + " - none"] = row[condition] - row["none"]
-        yield from figures
+                    figures[row][condition + " - none"] = right - figures[row]["none"]
+    return figures
 
 
 # ---------------------------------------------------------------------------------- attention
@@ -330,6 +286,7 @@ def attention_weights(q, k, places):
 def attention_maps(model, processor, samples, device):
     """A map (h, w) for each sample: the share of attention that each vision token gets."""
     examples = [processor.example(sample, style_of(sample, "direct")) for sample in samples]
+    # One forward over prompt and true answer gives the queries of every answer token at once.
     batch = collate(examples, model.config).to(device)
     cache = WatchedCache(batch.lengths)
     model(batch, cache)
@@ -349,45 +306,40 @@ def attention_maps(model, processor, samples, device):
     return maps
 
 
-def in_pixels(cells, shape):
-    """Spread cells (h, w) over a picture of shape (height, width)."""
-    rows = np.arange(shape[0]) * len(cells) // shape[0]
-    columns = np.arange(shape[1]) * len(cells[0]) // shape[1]
-    return cells[np.ix_(rows, columns)]
-
-
 def box_mask(boxes, size):
-    """The union of the boxes in a picture of size (width, height): (height, width) bool."""
-    mask = np.zeros(size[::-1], bool)
+    """The union of the boxes in a picture of size (width, height): (height, width), 0 or 1."""
+    mask = np.zeros(size[::-1], np.float32)
     for box in boxes:
         x1, y1, x2, y2 = map(round, box["bbox_2d"])
-        mask[y1:y2, x1:x2] = True
+        mask[y1:y2, x1:x2] = 1
     return mask
 
 
-def attended_iou(heat, truth):
+def in_cells(mask, shape):
+    """The share of each cell of a map (h, w) that a mask (height, width) covers.
+
+    >>> in_cells(box_mask([{"bbox_2d": [0, 0, 5, 10]}], (20, 20)), (2, 2)).tolist()
+    [[0.5, 0.0], [0.0, 0.0]]
+    """
+    # A box filter takes the mean over each cell, also where cells do not end between two pixels.
+    cells = Image.fromarray(mask).resize(shape[::-1], Image.Resampling.BOX)
+    return np.asarray(cells, float)
+
+
+def attended_iou(heat, mask):
     """IoU of a region with the cells of most attention, as many as have its area, at least one.
 
-    Args:    heat (h, w). truth (height, width) bool, pixels.
+    Args:    heat (h, w). mask (height, width): the region in pixels.
 
     >>> left = box_mask([{"bbox_2d": [0, 0, 10, 20]}], (20, 20))
     >>> attended_iou(np.array([[0.7, 0.1], [0.1, 0.1]]), left)  # both upper cells: 1 of 3
     0.3333333333333333
     """
-    count = max(1, round(heat.size * truth.mean()))
+    truth = in_cells(mask, heat.shape)
+    count = max(1, round(truth.sum()))
     order = np.argsort(-heat, axis=None, kind="stable")
-    cells = np.zeros(heat.shape, bool)
-    cells.flat[order[:count]] = True
-    seen = in_pixels(cells, truth.shape)
-    return float((seen & truth).sum() / (seen | truth).sum())
-
-
-def best_iou(shape, truth):
-    """The same for the best map: the cells that hold most of the region."""
-    cells = np.arange(math.prod(shape))
-    cell_of = in_pixels(cells.reshape(shape), truth.shape)  # of every pixel
-    share = np.bincount(cell_of.ravel(), truth.ravel(), len(cells))
-    return attended_iou(share.reshape(shape), truth)
+    shared = truth.flat[order[:count]].sum()
+    return float(shared / (count + truth.sum() - shared))
 
 
 def map_entropy(heat):
@@ -401,13 +353,12 @@ def map_entropy(heat):
 
 
 def overlay(picture, heat, boxes):
-    """The map in yellow over a grey picture that is large enough to look at; true boxes in red."""
-    scale = math.ceil(SIDE / max(picture.size))
-    painted = ImageOps.scale(picture.convert("L"), scale).convert("RGB")
+    """The map in yellow over a grey picture of a size to look at; true boxes in red."""
+    painted = ImageOps.contain(picture.convert("L"), (SIDE, SIDE)).convert("RGB")
     heat = (heat - heat.min()) / max(np.ptp(heat), 1e-9)  # from the least to the most
-    opacity = np.uint8(170 * in_pixels(heat, painted.size[::-1]))
-    painted.paste("#ffe128", mask=Image.fromarray(opacity))
-    draw_boxes(painted, boxes, (1 / scale, 1 / scale))
+    opacity = Image.fromarray(np.uint8(170 * heat))
+    painted.paste("#ffe128", mask=opacity.resize(painted.size, Image.Resampling.NEAREST))
+    draw_boxes(painted, boxes, np.divide(picture.size, painted.size))
     return painted
 
 
@@ -434,12 +385,12 @@ def probe_attention(model, processor, pairs, args, device):
     rng = np.random.default_rng(args.seed)
     for row, (question, located) in enumerate(pairs):
         picture = open_picture(question.media[0].source)
-        truth = box_mask(located.answer, picture.size)
+        mask = box_mask(located.answer, picture.size)
         figures = {}
         for kind, heats in maps.items():
             heat = heats[row]
-            own = attended_iou(heat, truth)
-            another = attended_iou(heats[others[row]], truth)
+            own = attended_iou(heat, mask)
+            another = attended_iou(heats[others[row]], mask)
             figures[kind + "iou"] = own
             figures[kind + "another's map"] = another
             figures[kind + "iou - another's"] = own - another
@@ -447,9 +398,9 @@ def probe_attention(model, processor, pairs, args, device):
             if row < PAINTED:
                 painted = overlay(picture, heat, located.answer)
                 save_picture(painted, f"{args.pictures}-{kind.strip(': ')}{row + 1}.png")
-        random = [attended_iou(rng.random(heat.shape), truth) for _ in range(RANDOM_MAPS)]
+        random = [attended_iou(rng.random(heat.shape), mask) for _ in range(RANDOM_MAPS)]
         figures["random cells"] = np.mean(random)
-        figures["best cells"] = best_iou(heat.shape, truth)
+        figures["best cells"] = attended_iou(in_cells(mask, heat.shape), mask)
         yield figures
 
 
@@ -492,16 +443,14 @@ def semantic_entropy(meanings):
 
 def probe_entropy(model, processor, pairs, args, device):
     """Yield {figure: number} of each question; the entropy counts for its type as well."""
-    G, C = args.num_generations, args.max_completion_length
     samples = [sample for sample, _ in pairs]
-    for rows in batches(range(len(pairs)), max(1, args.micro_batch // G)):
-        uniforms = torch.cat([noise(args.seed, 0, row, G, C) for row in rows]).to(device)
-        groups = sample_completions(model, processor, samples, rows, G, uniforms, args, device)
-        for group in groups:
-            meanings = [meaning(text, group.sample) for text in group.texts]
+    for rows in batches(range(len(pairs)), max(1, args.micro_batch // args.num_generations)):
+        chains = sample_chains(model, processor, samples, rows, args, device)
+        for row, chain in zip(rows, chains):
+            meanings = [meaning(text, samples[row]) for text in chain["completions"]]
             entropy = semantic_entropy(meanings)
-            invalid = meanings.count(None) / G
-            yield {"entropy": entropy, "invalid": invalid, group.sample.question_type: entropy}
+            invalid = meanings.count(None) / len(meanings)
+            yield {"entropy": entropy, "invalid": invalid, samples[row].question_type: entropy}
 
 
 # ---------------------------------------------------------------------------------- results
@@ -525,28 +474,24 @@ def figures_of(row):
     return {name: figure for name, figure in row.items() if isinstance(figure, dict)}
 
 
-def table(result):
-    """A line per figure with its interval, a column per model; below them the paper's figures."""
-    rows = result["rows"]
+def table(rows):
+    """The rows of NAME.json as text: a line per figure with its interval, a column per model."""
     lines = [["", *[row["name"] for row in rows]]]
     for name in figures_of(rows[0]):
         cells = ["{value:.3f} [{low:.3f}, {high:.3f}]".format(**row[name]) for row in rows]
         lines.append([name, *cells])
-    return text_table(lines) + "\n" + text_table(result["paper"].items())
+    return text_table(lines)
 
 
-def chart(what, result):
-    """One SVG: each model's figures, those that all models share, and the paper's as rings."""
+def chart(what, rows):
+    """The rows of NAME.json as one SVG."""
     charts = []
-    for title, names, shared in PANELS[what]:
-        rows = []
-        for model in result["rows"]:
-            rows += [(f"{model['name']}: {name}", *model[name].values()) for name in names]
-        rows += [(name, *model[name].values()) for name in shared]
-        paper = result["paper"].items()
-        rings = {label: value for label, value in paper if label.endswith(names)}
-        charts.append(dots(title, rows, rings))
-    return join(charts, 1)
+    for title, names in PANELS[what].items():
+        places = []
+        for row in rows:
+            places += [(f"{row['name']}: {name}", *row[name].values(), None) for name in names]
+        charts.append(dots(title, places))
+    return join(charts)
 
 
 # ---------------------------------------------------------------------------------- the command
@@ -555,55 +500,45 @@ PROBES = {"hints": probe_hints, "attention": probe_attention, "entropy": probe_e
 
 
 def questions_for(what, samples, args):
-    """What a probe asks: pairs of a question and its localization row; the same for one seed."""
-    pairs = spatial_pairs(samples)
-    if what == "entropy":  # there are no second rows
+    """What a probe asks: [(question, its localization row)]; the same for one seed."""
+    if what == "entropy":  # asks no second question
         parsed = CHOICE_TYPES + NUMBER_TYPES
         pairs = [(sample, None) for sample in samples if sample.question_type in parsed]
+    else:
+        pairs = spatial_pairs(samples)
     if not pairs:
         raise UserError(f"{args.data}: no rows for {what}; python -m look.probes --help says which")
     return list(zip(*subset(*zip(*pairs), args.limit or LIMITS[what], args.seed)))
 
 
-def contents(pairs, prompts):
-    """The fingerprint of what a probe asks: questions with their pictures, and prompts."""
-    rows = []
-    for pair in pairs:
-        rows += [sample for sample in pair if sample]
-    names = "\n".join(asked(rows))
-    return fingerprint([names.encode(), *prompts])
-
-
-def probe(what, models, pairs, args):
-    """Run one probe on all models. The results are written after each model."""
+def probe(what, models, samples, args):
+    """Run one probe on all models and write its results."""
+    pairs = questions_for(what, samples, args)
     folder = Path(args.out, what)  # of its pictures
-    path = folder.with_suffix(".json")
-    settings = {"data": str(args.data), "questions": len(pairs), **values(args, USED)}
-    prompts = [args.prompts] if args.prompts else []
-    result = {"what": what, "settings": settings, MADE_OF: contents(pairs, prompts)}
-    result |= {"rows": [], "paper": PAPER[what]}
-    earlier = []
-    if path.is_file():
-        before = read_json(path)
-        if not changes(before["settings"], settings, MAY_CHANGE):
-            earlier = [row for row in before["rows"] if before.get(MADE_OF) == result[MADE_OF]]
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    hold(folder)
     device = choose_device(args.device)
+    rows = []
     for name, directory, style in models:
         args.prompt_style = "direct" if what == "attention" else style
         args.pictures = folder / name
-        weights = made_of(directory, {})["model"]
-        row = {"name": name, "style": args.prompt_style, "model": weights}
-        same = [old for old in earlier if row.items() <= old.items()]
-        if same:
-            row = same[0]
-        else:
-            model = load_model(directory, compute_dtype(args.dtype, device), device)
-            processor = Processor(directory, model.config, args)
-            row |= summary(PROBES[what](model, processor, pairs, args, device), args.seed)
-        result["rows"].append(row)
-        write_json(path, result)
-    save(chart(what, result), path.with_suffix(".svg"))
-    print(f"\n{what}: {len(pairs)} questions\n{table(result)}", flush=True)
+        model = load_model(directory, compute_dtype(args.dtype, device), device)
+        processor = Processor(directory, model.config, args)
+        figures = summary(PROBES[what](model, processor, pairs, args, device), args.seed)
+        rows.append({"name": name, "style": args.prompt_style, **figures})
+    settings = {"data": str(args.data), "questions": len(pairs), **values(args, USED)}
+    write_json(folder.with_suffix(".json"), {"settings": settings, "rows": rows})
+    write_text(folder.with_suffix(".svg"), chart(what, rows))
+    print(f"\n{what}: {len(pairs)} questions\n{table(rows)}", flush=True)
+
+
+def read_ladder(run):
+    """What a ladder was begun with. Rooms and trainings have a CONFIG too."""
+    config = read_json(Path(run) / CONFIG)
+    if "scenes" not in config:
+        raise UserError(f"{run}: no ladder there, expected an --out of ladder.py")
+    return config
 
 
 def use_ladder(args):
@@ -611,7 +546,7 @@ def use_ladder(args):
 
     Returns: [(name, model directory, style)] of the rungs that are there.
     """
-    ladder = read_json(args.run / CONFIG)
+    ladder = read_ladder(args.run)
     args.data = args.data or ladder["test"] or args.run / "rooms/test"
     args.out = args.out or args.run / "probes"
     length = args.max_completion_length  # tiny rungs were trained for fewer tokens
@@ -628,36 +563,27 @@ def use_ladder(args):
 def main():
     parser = Parser(__doc__)
     parser.add_argument("what", choices=(*PROBES, "all"))
-    parser.add_argument("run", nargs="?", type=Path, help="folder of a ladder, such as runs/tiny")
-    parser.add_argument("--model", nargs="+", help="model directories, in place of a ladder")
+    models = parser.add_mutually_exclusive_group(required=True)
+    models.add_argument("run", nargs="?", type=Path, help="folder of a ladder, such as runs/tiny")
+    models.add_argument("--model", nargs="+", help="model directories, in place of a ladder")
     parser.add_argument("--data", help="folder like SpatialLadder-26k, or one jsonl file")
     parser.add_argument("--limit", type=int, help="questions (of each type, for entropy)")
     parser.checks["limit"] = positive
-    add_flags(
-        parser,
-        (*USED, "out", "device", "micro_batch", "prompt_style"),
-        num_frames=32,
-        micro_batch=32,
-    )
+    names = (*USED, "out", "device", "micro_batch", "prompt_style")
+    add_flags(parser, names, num_frames=32, micro_batch=32)
     args = parser.parse_args()
-    if args.run and args.model:
-        parser.error("expected the folder of a ladder or --model, found both")
+    chosen = PROBES if args.what == "all" else (args.what,)
+    if "entropy" in chosen and args.num_generations < 2:
+        parser.error("--num-generations is 1, expected at least 2: one answer has no entropy")
     if args.run:
         models = use_ladder(args)
     else:
-        parser.need(args, "model", "data", "out")
+        parser.need(args, "data", "out")
         names = [path.strip("/").replace("/", "_") for path in args.model]
         models = [(name, path, args.prompt_style) for name, path in zip(names, args.model)]
     samples = read_all(our_files(args.data), args.images)
-    chosen = PROBES if args.what == "all" else (args.what,)
-    questions = {what: questions_for(what, samples, args) for what in chosen}
     for what in chosen:
-        folder = Path(args.out, what)
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-        hold(folder)  # before a model is loaded
-    for what in chosen:
-        probe(what, models, questions[what], args)
+        probe(what, models, samples, args)
 
 
 if __name__ == "__main__":

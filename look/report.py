@@ -6,6 +6,7 @@ The page stands alone: pictures and charts are in it, nothing is fetched. It can
 time; what the run has not written yet is left out.
 """
 
+import math
 import re
 from html import escape
 from pathlib import Path
@@ -13,9 +14,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from files import CONFIG, UserError, read_json, read_jsonl, write_text
+from files import UserError, read_json, read_jsonl, write_text
 from ladder import RUNGS
-from look.charts import boxed, curve, data_uri, dots, embed, page
+from look.charts import boxed, curve, data_uri, dots, page
 from look.signs import signs
 from runtime import main_guard
 from settings import Parser
@@ -42,32 +43,30 @@ LEADS = {  # heading -> what is seen below it
     "Boxes through the rungs": "Pictures evenly spaced through the test set. Yellow: the true "
     "boxes. Pink and dashed: those of the rung.",
     "Answers through the rungs": "The middle test question of each type, with each rung's score.",
-    "Sampled groups": "The first and the last groups of completions in GRPO. A completion that "
-    "earns more than the mean of its group has a positive advantage and becomes more likely.",
+    "Sampled groups": "Groups of completions, evenly through GRPO. A completion that earns more "
+    "than the mean of its group has a positive advantage and becomes more likely.",
 }
 VERDICTS = {True: "TROUBLE", False: "ok", None: "unknown"}
-FEW_STEPS = 10  # a run without a longer stage has trained nothing
-PICTURES, FRAMES, GROUPS, CHARACTERS = 5, 8, 2, 500  # rows, views of a row, groups, text: at most
+FEW_STEPS = 10  # a run without a longer stage has trained nothing, and shows no sign of trouble
+PICTURES, FRAMES, GROUPS, CHARACTERS = 5, 8, 4, 500  # rows, views of a row, groups, text: at most
 
 
 # ---------------------------------------------------------------------------------- reading
 
 
-def rows_of(path, key):
-    """The rows of a JSON-lines file, which must have this key; none if there is no file yet."""
-    rows = []
-    if path.exists():
-        for where, row in read_jsonl(path):
-            if key not in row:
-                raise UserError(f"{where}: expected an object with the key {key}")
-            rows.append(row)
-    return rows
+def rows_of(path):
+    """The rows of a JSON-lines file; none if there is no file yet."""
+    return [row for _, row in read_jsonl(path)] if path.exists() else []
 
 
 def spread(items, count):
-    """At most `count` items, evenly from first to last: nothing is picked by how well it went."""
-    places = np.linspace(0, len(items) - 1, min(count, len(items)))
-    return [items[place] for place in places.round().astype(int)]
+    """At most `count` items, evenly from the first on: nothing is picked by how well it went.
+
+    >>> spread("abcde", 3)
+    'ace'
+    """
+    step = math.ceil(len(items) / count)
+    return items[:: max(1, step)]
 
 
 # ---------------------------------------------------------------------------------- pieces
@@ -91,25 +90,14 @@ def paragraph(text):
     return f'<p class="text">{shown}</p>'
 
 
-def conversation(prompt):
-    """What was said up to the answer: one question, or turns that begin with their role.
-
-    >>> conversation("<|im_start|>user\\nHow many?<|im_end|>\\n<|im_start|>assistant\\n")
-    'How many?'
-    """
-    turns = []
-    for turn in prompt.split("<|im_start|>")[1:-1]:  # the last is the head of the answer
-        role, _, text = re.sub(r"<\|[^|<>]*\|>", "", turn).partition("\n")  # no special tokens
-        if role != "system":
-            turns.append((role, text.strip()))
-    if len(turns) == 1:
-        return turns[0][1]
-    return "\n".join([f"{role}: {text}" for role, text in turns])
+def prompt_of(row):
+    """What was said up to the answer, without the chat format's special tokens."""
+    return re.sub(r"<\|[^|<>]*\|>", "", row["prompt"]).strip()
 
 
 def card(title, row, answers):
     """A question with its pictures and true answer. answers: [(good, heading, completion)]."""
-    question = paragraph(conversation(row["prompt"]))
+    question = paragraph(prompt_of(row))
     views = "".join(f'<img src="{picture(path)}" alt="">' for path in spread(row["images"], FRAMES))
     items = ""
     for good, heading, text in answers:
@@ -135,14 +123,12 @@ def parts(scores):
 
 def staircase(rungs):
     """A chart of each score, with a row for each rung of results.json."""
-    charts = {}  # title -> (rows, rings)
+    charts = {}
     for rung in rungs:
         for title, part in parts(rung["scores"]).items():
-            rows, rings = charts.setdefault(title, ([], {}))
-            rows.append((rung["name"], part["score"], part.get("low"), part.get("high")))
-            if part.get("blind") is not None:
-                rings["blind"] = part["blind"]
-    return "".join(dots(title, *rows) for title, rows in charts.items())
+            row = [part.get(name) for name in ("score", "low", "high", "blind")]
+            charts.setdefault(title, []).append((rung["name"], *row))
+    return "".join(dots(title, rows) for title, rows in charts.items())
 
 
 def lessons(rungs):
@@ -162,7 +148,7 @@ def curves(logs):
     for key, (title, unit) in CURVES.items():
         lines = {}
         for name, rows in logs.items():
-            points = [(row["step"], row[key]) for row in rows if key in row]
+            points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
             # The loss of GRPO is about zero whatever it learns.
             if points and not (key == "loss" and "reward" in rows[0]):
                 lines[name] = points
@@ -200,9 +186,9 @@ def conversations(types):
 
 
 def groups(rows):
-    """The first and the last GROUPS of completions, each from the highest advantage down."""
+    """Groups of completions, each from the highest advantage down."""
     cards = ""
-    for row in rows[:GROUPS] + rows[max(GROUPS, len(rows) - GROUPS) :]:
+    for row in spread(rows, GROUPS):
         lines = []
         for place in np.argsort(row["advantages"])[::-1]:
             gain = row["advantages"][place]
@@ -217,7 +203,7 @@ def probes(folder):
     """The charts and pictures that look.probes left."""
     body = ""
     for chart in sorted(folder.glob("*.svg")):
-        body += f"<h3>{escape(chart.stem)}</h3>{embed(chart.read_text(encoding='utf-8'))}"
+        body += f'<h3>{chart.stem}</h3><div class="across">{chart.read_text("utf-8")}</div>'
         for path in sorted((folder / chart.stem).glob("*.png")):
             body += f'<figure><img src="{picture(path)}" alt=""><figcaption>{escape(path.stem)}'
             body += "</figcaption></figure>"
@@ -242,37 +228,28 @@ def report(run):
     if not run.is_dir():
         raise UserError(f"{run}: no such directory; expected the --out of ladder.py")
     names = [rung.name for rung in RUNGS]
-    answers = {name: rows_of(run / "eval" / name / "predictions.jsonl", "where") for name in names}
-    logs = {name: rows_of(run / name / "log.jsonl", "step") for name in names}
-    files = {CONFIG: {}, "results.json": {"rungs": []}}
-    for name in files:
-        if (run / name).is_file():
-            files[name] = read_json(run / name)
-    settings, results = files.values()
+    answers = {name: rows_of(run / "eval" / name / "predictions.jsonl") for name in names}
+    logs = {name: rows_of(run / name / "log.jsonl") for name in names}
+    results = run / "results.json"
+    rungs = read_json(results)["rungs"] if results.is_file() else []
 
-    # A run with hardly any step shows that everything works, not what is learned.
-    steps = max(map(len, logs.values()))
-    if steps < FEW_STEPS:
-        troubles = []
-        ladder = f"<p>Nothing was trained: no stage has more than {steps} steps.</p>"
-    else:
-        troubles = [
-            f"{VERDICTS[bad]:<8}{name}: {said}" for name, (bad, said) in signs(run, answers, logs)
-        ]
-        ladder = lessons(results["rungs"]) + f'<div class="row">{staircase(results["rungs"])}</div>'
+    troubles = []
+    if max(map(len, logs.values())) >= FEW_STEPS:
+        for name, (bad, said) in signs(run, answers, logs):
+            troubles.append(f"{VERDICTS[bad]:<8}{name}: {said}")
     types = through_the_rungs(answers)
     located = types.pop("localization", {})
+    ladder = lessons(rungs) + f'<div class="row">{staircase(rungs)}</div>' if rungs else ""
     sections = {
         "The ladder": ladder,
         "Signs of trouble": "".join(f"<li>{escape(line)}</li>" for line in troubles),
         "Curves": curves(logs),
         "Boxes through the rungs": gallery([*located.values()]),
         "Answers through the rungs": conversations(types),
-        "Sampled groups": groups(rows_of(run / "grpo" / "rollouts.jsonl", "step")),
+        "Sampled groups": groups(rows_of(run / "grpo" / "rollouts.jsonl")),
         "Probes": probes(run / "probes"),
     }
-    chosen = [f"{name} {value}" for name, value in settings.items() if value is not None]
-    body = f'<p class="soft">{escape(", ".join(chosen))}</p>'
+    body = ""
     for heading, content in sections.items():
         lead = LEADS.get(heading, "") if content else "Nothing yet."
         body += f'<h2>{heading}</h2><p class="soft">{lead}</p>{content}'

@@ -28,6 +28,7 @@ SIZE = 112  # side of a picture in pixels; a multiple of 28, a merged patch of t
 # positions: the tint tells it where in the picture it looks.
 CAST = 40
 FIELD_OF_VIEW = math.radians(64)
+FOCAL_LENGTH = SIZE / 2 / math.tan(FIELD_OF_VIEW / 2)  # in pixels
 PITCH = math.radians(15)  # cameras look down by this angle
 EYE_HEIGHT = 1.5
 CEILING = 2.9
@@ -156,6 +157,8 @@ def polygon_distance(a, b):
     >>> polygon_distance(square, square + [4, 5]), polygon_distance(square, square / 2)
     (5.0, 0.0)
     """
+    # Two convex polygons are apart just where one of them has an edge beyond which all of the other
+    # lies. Their distance is then from a corner of one to an edge of the other.
     nearest = math.inf
     separated = False
     for p, q in ((a, b), (b, a)):
@@ -303,11 +306,6 @@ def finish(rng, sides, things, cameras):
 # ---------------------------------------------------------------------------------- pictures
 
 
-def focal_length(size):
-    """In pixels."""
-    return size / 2 / math.tan(FIELD_OF_VIEW / 2)
-
-
 def camera_axes(yaw):
     """(3, 3): right, down and forward of a camera, as rows in room coordinates."""
     c = math.cos(yaw)
@@ -324,17 +322,17 @@ def camera_axes(yaw):
 
 
 @lru_cache
-def pixel_rays(size):
-    """(3, size, size): through the centre of each pixel; right, down, and forward = 1."""
-    u = (np.arange(size) + 0.5 - size / 2) / focal_length(size)
+def pixel_rays():
+    """(3, SIZE, SIZE): through the centre of each pixel; right, down, and forward = 1."""
+    u = (np.arange(SIZE) + 0.5 - SIZE / 2) / FOCAL_LENGTH
     right, down = np.meshgrid(u, u)
     return np.stack([right, down, np.ones_like(right)]).astype(np.float32)
 
 
 @lru_cache
-def lens_cast(size, cast):
-    """(size, size, 3) grey levels to add: redder and less blue to the right, greener downwards."""
-    ramp = np.broadcast_to(np.linspace(-cast, cast, size), (size, size))
+def lens_cast(cast):
+    """(SIZE, SIZE, 3) grey levels to add: redder and less blue to the right, greener downwards."""
+    ramp = np.broadcast_to(np.linspace(-cast, cast, SIZE), (SIZE, SIZE))
     return np.stack([ramp, ramp.T, -ramp], 2).astype(np.float32)
 
 
@@ -349,14 +347,14 @@ def draw_walls(room, origin, rays):
     return room.tints[axis, side.astype(int)]
 
 
-def project(solid, basis, origin, size):
+def project(solid, basis, origin):
     """The rectangle (x0, y0, x1, y1) around a solid in the picture; None if it is behind."""
     right, down, forward = basis @ (solid.vertices - origin).T  # (V,) each
     if forward.max() < 0.1:
         return None
     if forward.min() < 0.1:  # it reaches behind the camera: it may show anywhere
-        return -size, -size, 2 * size, 2 * size
-    corners = size / 2 + focal_length(size) * np.stack([right, down]) / forward  # (2, V)
+        return -SIZE, -SIZE, 2 * SIZE, 2 * SIZE
+    corners = SIZE / 2 + FOCAL_LENGTH * np.stack([right, down]) / forward  # (2, V)
     return [*np.floor(corners.min(1)), *np.ceil(corners.max(1))]
 
 
@@ -377,29 +375,30 @@ def cast_rays(solid, origin, rays):
     return np.where(enter < leave, enter, np.inf), face
 
 
-def render(room, camera, size=SIZE, cast=CAST):
+def render(room, camera, cast=CAST):
     """One picture.
 
-    Returns: picture (size, size, 3) uint8; ids (size, size), the number + 1 of the thing that each
+    Returns: picture (SIZE, SIZE, 3) uint8; ids (SIZE, SIZE), the number + 1 of the thing that each
              pixel shows, 0 for none; a Sight of each thing.
     """
     basis = camera_axes(camera.yaw)
     origin = np.array([camera.x, camera.y, EYE_HEIGHT])
-    # From right, down, forward to room coordinates: (3, size, size).
-    rays = np.tensordot(basis.astype(np.float32), pixel_rays(size), (0, 0))
+    # From right, down, forward to room coordinates: (3, SIZE, SIZE).
+    rays = np.tensordot(basis.astype(np.float32), pixel_rays(), (0, 0))
     image = draw_walls(room, origin, rays)
-    depth = np.full((size, size), np.inf, np.float32)
-    ids = np.zeros((size, size), np.uint8)
+    depth = np.full((SIZE, SIZE), np.inf, np.float32)
+    ids = np.zeros((SIZE, SIZE), np.uint8)
     extents = []
     for number, solids in enumerate(room.solids, 1):
-        alone = np.zeros((size, size), bool)  # what it would show alone in the room
+        alone = np.zeros((SIZE, SIZE), bool)  # what it would show alone in the room
         rectangles = []
+        # A depth buffer: of all solids that a pixel's ray meets it shows the nearest.
         for solid in solids:
-            rectangle = project(solid, basis, origin, size)
+            rectangle = project(solid, basis, origin)
             if rectangle is None:
                 continue
             rectangles.append(rectangle)
-            x0, y0, x1, y1 = np.clip(rectangle, 0, size).astype(int)
+            x0, y0, x1, y1 = np.clip(rectangle, 0, SIZE).astype(int)
             window = np.s_[y0:y1, x0:x1]  # no ray outside can meet the solid
             length, face = cast_rays(solid, origin, rays[:, *window])
             alone[window] |= length < np.inf
@@ -408,7 +407,7 @@ def render(room, camera, size=SIZE, cast=CAST):
             ids[window][nearer] = number
             image[window][nearer] = solid.colours[face[nearer]]
         extents.append((int(alone.sum()), rectangles))
-    image = np.clip(image + lens_cast(size, cast), 0, 255).astype(np.uint8)
+    image = np.clip(image + lens_cast(cast), 0, 255).astype(np.uint8)
     sights = []
     for number, (alone, rectangles) in enumerate(extents, 1):
         sights.append(look(ids == number, alone, rectangles))

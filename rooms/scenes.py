@@ -297,11 +297,11 @@ def ladder_rows(rng, world, images, ids, easy):
 # ---------------------------------------------------------------------------------- files
 
 
-def pictures_of(rng, easy, video, size, cast, difficulty):
+def pictures_of(rng, easy, video, cast, difficulty):
     """(World, .jpg files) of a room; in a video's there is an order of appearance to ask for."""
     for _ in range(ROOM_TRIES):
         room = make_room(rng, video, easy, difficulty)
-        pictures, ids, sights = zip(*(render(room, camera, size, cast) for camera in room.cameras))
+        pictures, ids, sights = zip(*(render(room, camera, cast) for camera in room.cameras))
         word = "frame" if video else "view"
         world = make_world(room, sights, ids, word, room.cameras[0])
         if not video or ask(rng, world, *VIDEO["appearance order"]):
@@ -309,7 +309,7 @@ def pictures_of(rng, easy, video, size, cast, difficulty):
     raise UserError(f"no video with an order of appearance in {ROOM_TRIES} rooms of {difficulty}")
 
 
-def make_files(seed, split, index, size=SIZE, cast=CAST, difficulty=DIFFICULTY, tasks="ladder"):
+def make_files(seed, split, index, cast=CAST, difficulty=DIFFICULTY, tasks="ladder"):
     """One room: files {name: bytes} of pictures, and rows {kind of FILES[tasks]: list of dicts}.
 
     A pure function of its arguments. The rooms of the base are none of the ladder's.
@@ -318,11 +318,11 @@ def make_files(seed, split, index, size=SIZE, cast=CAST, difficulty=DIFFICULTY, 
     rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(stream, index)))
     video = index % 4 == 3
     easy = split == "train" and not video and rng.random() < EASY
-    world, pictures = pictures_of(rng, easy, video, size, cast, difficulty)
+    world, pictures = pictures_of(rng, easy, video, cast, difficulty)
     folder = f"room{index:05d}"
     files = {f"{folder}/{world.word}{i}.jpg": picture for i, picture in enumerate(pictures)}
     if video and rng.random() < AVI_SHARE:
-        files = {f"{folder}/video.avi": mjpeg_avi(pictures, size, FRAMES_PER_SECOND)}
+        files = {f"{folder}/video.avi": mjpeg_avi(pictures, SIZE, FRAMES_PER_SECOND)}
 
     # What rows are about, with the files: all pictures together, and each view by itself.
     parts = [(world, [*files])]
@@ -375,7 +375,6 @@ def write_rooms(
     scenes,
     seed,
     test_scenes=640,
-    size=SIZE,
     cast=CAST,
     processes=None,
     tasks="ladder",
@@ -393,7 +392,7 @@ def write_rooms(
     out = Path(out)
     difficulty = {name: sorted(difficulty.get(name, pair)) for name, pair in DIFFICULTY.items()}
     rooms = {"train": scenes, "val": test_scenes // 2, "test": test_scenes}
-    request = {"rooms": rooms, "seed": seed, "size": size, "cast": cast, "tasks": tasks}
+    request = {"rooms": rooms, "seed": seed, "size": SIZE, "cast": cast, "tasks": tasks}
     request |= difficulty
     if claim(out, request, lock=False):  # the folder is made beside and renamed
         print(f"{out} already holds these rooms")
@@ -405,7 +404,7 @@ def write_rooms(
         beside = Path(folder) / out.name
         with multiprocessing.Pool(processes) as pool:
             for split, count in rooms.items():
-                write_split(beside / split, count, pool, seed, size, cast, difficulty, tasks)
+                write_split(beside / split, count, pool, seed, cast, difficulty, tasks)
         write_json(beside / CONFIG, request)
         write_json(beside / "meta.json", rooms)
         os.replace(beside, out)
@@ -413,20 +412,29 @@ def write_rooms(
 
 # ---------------------------------------------------------------------------------- the command
 
+RANGES = {  # what the pairs of DIFFICULTY are of
+    "view_sides": "walls in meters, of rooms with views",
+    "video_sides": "walls in meters, of rooms with a video",
+    "view_categories": "different categories in a room with views",
+    "video_categories": "different categories in a room with a video",
+    "scale": "factor on all sides of a thing",
+}
+
 
 def main():
     parser = Parser(__doc__)
     parser.add_argument("--out", required=True, help="folder to make")
     parser.add_argument("--scenes", type=int, default=3600, help="training rooms")
     parser.add_argument("--test-scenes", type=int, default=640, help="test rooms; val: half")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of everything in the rooms")
     parser.add_argument("--cast", type=int, default=CAST, help="colour cast of the lens, 0: none")
     parser.add_argument("--tasks", choices=tuple(FILES), default="ladder", help="base: see talk.py")
-    parser.add_argument("--processes", type=int, help="default: one per core")
+    parser.add_argument("--processes", type=int, help="that make rooms (default: one per core)")
     parser.checks = dict.fromkeys(("scenes", "test_scenes", "seed", "cast"), not_negative)
+    parser.checks["processes"] = positive
     for name, pair in DIFFICULTY.items():
         options = {"nargs": 2, "type": type(pair[0]), "default": pair}
-        parser.add_argument(flag(name), help="the least and the most", **options)
+        parser.add_argument(flag(name), help=f"{RANGES[name]}: the least and the most", **options)
         parser.checks[name] = positive
     write_rooms(**vars(parser.parse_args()))
 

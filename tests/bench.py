@@ -16,6 +16,7 @@ import io
 import json
 import math
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -34,12 +35,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import grpo
 from checkpoint import load_model
 from data import IGNORE, NO_PATCHES, Example, Processor, Sample, collate, mrope_positions, read_all
-from files import read_json, read_jsonl, write_json, write_jsonl
+from files import UserError, read_json, read_jsonl, write_json, write_jsonl
 from model import generate
 from pictures import Media, to_patches
 from rooms.render import mjpeg_avi
 from rooms.tiny import CONFIG, train_tokenizer, write_model
-from runtime import main_guard
+from runtime import choose_device, main_guard
 from settings import Parser, positive
 from train_sft import Rows, accumulate_gradient
 
@@ -310,6 +311,8 @@ def write_questions(folder):
 
 def measure_grpo(args, folder):
     """A step on two prompts; without --peer-python ours alone."""
+    if args.peer_python and shutil.which(args.peer_python) is None:
+        raise UserError(f"--peer-python {args.peer_python}: no such program")
     args.model = folder
     write_random(folder, SMALL)
     write_questions(Path(folder))
@@ -553,14 +556,18 @@ def main():
     parser.add_argument("command", choices=COMMANDS, help="side: what peers and grpo start")
     parser.add_argument("--model", help="load, peers: model directory (default: random weights)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--device", default="cpu", help="load: where")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="load: where")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--task", choices=(*TASKS, "grpo"), help="peers: one of its tasks")
-    parser.add_argument("--side", help="peers: ours or transformers alone")
+    sides = ("ours", "transformers", "trl")
+    parser.add_argument("--side", choices=sides, help="peers: ours or transformers alone")
     parser.add_argument("--peer-python", help="grpo: python of an environment that has trl")
     parser.add_argument("--size", type=float, default=1.0, help="data: share of the rows")
     parser.checks |= {"repeat": positive, "size": positive}
     args = parser.parse_args()
+    if args.command == "peers" and (args.task == "grpo" or args.side == "trl"):
+        parser.error("GRPO and TRL are measured by: python tests/bench.py grpo")
+    args.device = choose_device(args.device)
     with tempfile.TemporaryDirectory() as folder:
         COMMANDS[args.command](args, folder)
 

@@ -67,7 +67,10 @@ def test_check_finds_everything_in_one_go(tmp_path, images, tiny_model, processo
         str(n) for n in range(1, first)
     ]
     for line, (_, message) in zip(errors, malformed):
-        assert message.split(": ")[-1] in line
+        if message.startswith("gone.jpg"):
+            assert line.endswith(f"{images}/gone.jpg: no such picture; is --images {images} right?")
+        else:
+            assert message.split(": ")[-1] in line
     warnings = [
         line.removeprefix(f"warning: {path}:") for line in lines if line.startswith("warning: ")
     ]
@@ -137,6 +140,25 @@ def test_a_picture_is_decoded_once_and_breaks_all_its_rows(tmp_path, images, cal
     assert lines[-1] == f"{path}: 4 rows, 3 errors, 0 warnings"
     decoded = check.decode_all([parse_row(row, "", images) for row in broken])
     assert set(decoded) == {(str(images / "cut.jpg"), False)}
+
+
+def test_what_one_mistake_brings_into_many_lines_is_counted(tmp_path, images, call, capsys):
+    """Three examples of each kind, the number, and everything else that is wrong."""
+    gone = [NUMBER | {"image": [f"{n}.jpg"]} for n in range(5)]
+    junk = ["junk"] * 30
+    path = write_rows(tmp_path / "rows.jsonl", *junk, *gone, NUMBER | {"image": 5})
+    with pytest.raises(SystemExit):
+        call(check, path, "--images", images)
+    lines = capsys.readouterr().out.splitlines()
+    places = [re.search(r":(\d+): ", line)[1] for line in lines[:7]]
+    assert places == ["1", "2", "3", "31", "32", "33", "36"]
+    said = f"{path}:31: {images}/0.jpg: no such picture; is --images {images} right?"
+    assert lines[3] == f"error: {said}"
+    assert lines[7:] == [
+        "error: 30 rows in all: not JSON",
+        "error: 5 rows in all: no such picture",
+        f"{path}: 36 rows, 36 errors, 0 warnings",
+    ]
 
 
 def test_a_film_is_read_as_training_reads_it(tmp_path, tiny_model):

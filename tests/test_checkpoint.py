@@ -649,26 +649,21 @@ def test_an_untied_config_with_tied_weights_is_refused(tmp_path, tensors):
 def test_index_naming_a_missing_shard(tmp_path, tensors):
     write_checkpoint(tmp_path / "model", flat_config(), tensors[True], 3)
     (tmp_path / "model" / "model-00002-of-00003.safetensors").unlink()
-    with pytest.raises(
-        UserError,
-        match=r"index.json: names files that do not exist: model-00002-of-00003.safetensors$",
-    ):
+    with pytest.raises(UserError, match=r"model-00002-of-00003\.safetensors: not a readable safe"):
         load_model(tmp_path / "model")
 
 
 def test_index_naming_the_wrong_shard(tmp_path, tensors):
-    """A tensor that is not in the file where the index says it is."""
+    """A tensor is read from the file that has it."""
     write_checkpoint(tmp_path / "model", flat_config(), tensors[True], 2)
     path = tmp_path / "model" / "model.safetensors.index.json"
     index = json.loads(path.read_text())
-    index["weight_map"]["model.norm.weight"] = next(
-        f
-        for f in set(index["weight_map"].values())
-        if f != index["weight_map"]["model.norm.weight"]
-    )
+    right = index["weight_map"]["model.norm.weight"]
+    (wrong,) = set(index["weight_map"].values()) - {right}
+    index["weight_map"]["model.norm.weight"] = wrong
     path.write_text(json.dumps(index))
-    with pytest.raises(UserError, match=r"missing model\.norm\.weight in model-0000"):
-        load_model(tmp_path / "model")
+    model = load_model(tmp_path / "model")
+    assert torch.equal(model.model.norm.weight, tensors[True]["model.norm.weight"])
 
 
 @pytest.mark.parametrize("keep", [0, 4, 8, 100, -1, -1000])
@@ -717,7 +712,7 @@ def test_any_index_is_read_or_refused(tmp_path_factory, value):
     try:
         checkpoint_tensors(directory)
     except UserError as error:
-        assert "model.safetensors.index.json" in str(error)
+        assert str(error).startswith(str(directory))
 
 
 # ------------------------------------------------------------ weights out

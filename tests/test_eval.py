@@ -391,13 +391,13 @@ def test_our_own_predictions_score_the_same_as_another_engines(flags, call, tmp_
         ("{", "given.jsonl:4: not JSON"),
         (
             {"id": 3, "completion": ""},
-            "given.jsonl:4: question_type is None, expected a text",
+            "given.jsonl:4: question_type is missing, expected str",
         ),
         (
             {"id": 1, "question_type": "room size", "completion": ""},
-            "given.jsonl:4: id 1 of 'room size' is not in the bench",
+            "given.jsonl:4: id '1' of 'room size' is not in the bench",
         ),
-        (GIVEN[0], "given.jsonl:4: id 1 of 'object count' stands twice"),
+        (GIVEN[0], "given.jsonl:4: id '1' of 'object count' stands twice"),
     ],
 )
 def test_malformed_predictions_are_one_line(change, message, ours, call, tmp_path):

@@ -509,40 +509,6 @@ def test_a_question_twice_is_sampled_twice(sample, parts):
     assert one["completions"] != two["completions"]
 
 
-# ---------------------------------------------------------------------------------- probes
-
-
-def test_a_probe_knows_rows_pictures_and_prompts(call, monkeypatch, parts, capsys):
-    """Measured again only where one of them has changed; a moved folder has not."""
-
-    def measured(*more):
-        loads = []
-        with monkeypatch.context() as patch:
-            load = probes.load_model
-            patch.setattr(probes, "load_model", lambda *args: loads.append(args) or load(*args))
-            call(
-                probes,
-                *("entropy", "--model", parts / "model", "--data", parts / "val"),
-                *("--limit", 1, "--num-generations", 2, "--max-completion-length", 4),
-                *("--device", "cpu", "--out", parts / "probes", *more),
-            )
-        return len(loads)
-
-    prompts = ("--prompts", parts / "prompts.json")
-    assert measured(*prompts) == 1
-    assert measured(*prompts) == 0
-    edit_prompts(parts)
-    assert measured(*prompts) == 1
-    invert(*(parts / "val" / "images").rglob("*.*"))
-    assert measured(*prompts) == 1
-    (parts / "val").rename(parts / "held-out")
-    assert measured(*prompts, "--data", parts / "held-out") == 0
-    rows = read_rows(parts / "held-out" / SPATIAL)
-    mended = [row | {"question": row["question"] + " Now?"} for row in rows]
-    (parts / "held-out" / SPATIAL).write_text("".join(json.dumps(row) + "\n" for row in mended))
-    assert measured(*prompts, "--data", parts / "held-out") == 1
-
-
 # ---------------------------------------------------------------------------------- ladders
 
 

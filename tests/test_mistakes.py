@@ -272,7 +272,7 @@ MODELS = {  # name of a model directory -> (what breaks it, what the error must 
     ),
     "index": (
         index_alone('{"weight_map": {"a": "b.safetensors"}}'),
-        f"{INDEX}: names files that do not exist: b.safetensors",
+        "b.safetensors: not a readable safetensors file",
     ),
     "index_list": (
         index_alone("[]"),
@@ -428,6 +428,7 @@ COMMANDS = (
     # rooms.scenes, rooms.tiny
     ("scenes.py", "the following arguments are required: --out"),
     ("scenes.py --out {out} --scenes -1", "--scenes is -1, expected 0 or more"),
+    ("scenes.py --out {out} --processes 0", "--processes is 0, expected a positive number"),
     ("scenes.py --out {out} --size 100", "unknown argument --size"),
     ("scenes.py --out {out} --scale 0 1", "--scale is 0.0, expected a positive number"),
     ("scenes.py --out {out} --tasks plain", "argument --tasks: invalid choice: 'plain'"),
@@ -469,7 +470,7 @@ COMMANDS = (
     (PLAN + " 1x1 --model {big}", "--gpus 1x1: needs "),
     (
         PLAN + " 99x80 --stage grpo",
-        "--prompts-per-step is 8, expected at least one for each of the 99 GPUs",
+        "--prompts-per-step is 8, expected at least one for each of the 99 processes",
     ),
     # look.report, look.compare
     ("report.py", "the following arguments are required: run"),
@@ -478,19 +479,25 @@ COMMANDS = (
     ("report.py {ladders}/1 --out {out}", "unknown argument --out"),
     ("compare.py", "the following arguments are required: runs"),
     ("compare.py {rooms}/none", "none/config_run.json: no such file"),
+    ("compare.py {rooms}", "rooms: no ladder there, expected an --out of ladder.py"),
     ("compare.py {ladders}/1 {ladders}/2", "2: has the seed of "),
     ("compare.py {ladders}/1", "1: there is no rung that all of them have evaluated"),
     ("compare.py {ladders}/1 --figure {out}", "unknown argument --figure, did you mean --figures?"),
     # look.probes
     ("probes.py look {rooms}", "argument what: invalid choice: 'look'"),
-    ("probes.py hints", "--model is missing"),
+    ("probes.py hints", "one of the arguments run --model is required"),
     ("probes.py hints --model {model} --out {out}", "--data is missing"),
     ("probes.py hints --model {model} --data {rooms}/train", "--out is missing"),
     (
         "probes.py hints {ladders}/1 --model {model}",
-        "expected the folder of a ladder or --model, found both",
+        "argument --model: not allowed with argument run",
     ),
     ("probes.py hints {rooms}/none", "none/config_run.json: no such file"),
+    ("probes.py hints {rooms}", "rooms: no ladder there, expected an --out of ladder.py"),
+    (
+        "probes.py all {ladders}/1 --num-generations 1",
+        "--num-generations is 1, expected at least 2",
+    ),
     (PROBE + " --data {rooms}/none", "none: not readable"),
     (PROBE + " --data {rooms}", "spld_grounding_data.jsonl: not readable"),
     (PROBE + " --data {spatial}", "spatial_data.jsonl: no rows for hints; "),
@@ -506,6 +513,7 @@ COMMANDS = (
     # look.ablations
     ("ablations.py --ways none", "argument --ways: invalid choice: 'none'"),
     ("ablations.py --seeds two", "argument --seeds: invalid int value: 'two'"),
+    ("ablations.py --seeds 0", "--seeds is 0, expected a positive number"),
     ("ablations.py --data-scale 0", "--scenes is 0, expected a positive number"),
     ("ablations.py --data-scales 1", "unknown argument --data-scales, did you mean --data"),
     ("ablations.py --preset paper", "--model is missing"),
@@ -515,6 +523,10 @@ COMMANDS = (
     ("bench.py walk", "argument command: invalid choice: 'walk'"),
     ("bench.py load --model {rooms}/none", "none: not a model directory"),
     ("bench.py load --repeat 0", "--repeat is 0, expected a positive number"),
+    ("bench.py load --device cuda", "--device cuda: torch finds no GPU"),
+    ("bench.py peers --side nobody", "argument --side: invalid choice: 'nobody'"),
+    ("bench.py peers --task grpo", "GRPO and TRL are measured by: python tests/bench.py grpo"),
+    ("bench.py grpo --peer-python NONE", "--peer-python NONE: no such program"),
     ("bench.py load --repeats 3", "unknown argument --repeats, did you mean --repeat?"),
     # broken rows and models
     *((SFT + f" --data {{rows}}/{name}/rows.jsonl", said) for name, (_, said) in ROWS.items()),

@@ -90,7 +90,7 @@ def test_hint_pictures_hold_the_colours_that_the_question_names(condition, grey)
     hinted = probes.hinted(question, located, condition)
     pixels = np.asarray(probes.open_picture(hinted.media[0].source))
     for name, box in zip(probes.COLOURS, BOXES):
-        colour = list(ImageColor.getrgb(probes.COLOURS[name]))
+        colour = list(ImageColor.getrgb(name))
         x1, y1, x2, y2 = box["bbox_2d"]
         rows, columns = pixels[y1:y2], pixels[:, x1:x2]
         for edge in (columns[y1], columns[y2 - 1], rows[:, x1], rows[:, x2 - 1]):
@@ -284,12 +284,11 @@ def test_at_least_one_cell_is_attended():
 def test_clusters_of_meaning(kind, texts, sizes, loaded, grey, monkeypatch):
     """The whole way from sampled texts to nats; what cannot be parsed is one cluster."""
 
-    def completions(model, processor, samples, rows, G, uniforms, args, device):
-        assert uniforms.shape == (4, 8)
-        return [SimpleNamespace(texts=texts, sample=samples[row]) for row in rows]
+    def chains(model, processor, samples, rows, args, device):
+        return [{"completions": texts} for row in rows]
 
-    monkeypatch.setattr(probes, "sample_completions", completions)
-    args = SimpleNamespace(num_generations=4, max_completion_length=8, micro_batch=4, seed=0)
+    monkeypatch.setattr(probes, "sample_chains", chains)
+    args = SimpleNamespace(num_generations=4, micro_batch=4)
     sample, _ = pair(grey, question_type=kind)
     (row,) = probes.probe_entropy(*loaded, [(sample, None)], args, "cpu")
     meanings = [probes.meaning(text, sample) for text in texts]
@@ -315,7 +314,12 @@ def run(rooms, tiny_model, tmp_path):
     for rung in ("stage1", "grpo"):
         shutil.copytree(tiny_model, run / rung)
     (run / "stage1" / "config.json").unlink()  # not finished: no rung
-    ladder = {"preset": "tiny", "model": str(tiny_model), "test": str(rooms / "train")}
+    ladder = {
+        "preset": "tiny",
+        "model": str(tiny_model),
+        "test": str(rooms / "train"),
+        "scenes": 12,
+    }
     (run / "config_run.json").write_text(json.dumps(ladder))
     return run
 
@@ -337,13 +341,11 @@ def test_all_on_a_tiny_ladder(run, call, capsys):
                 assert figure["low"] <= figure["value"] + 1e-12
                 assert figure["value"] <= figure["high"] + 1e-12
                 assert "{value:.3f} [{low:.3f}, {high:.3f}]".format(**figure) in printed
-        assert result["paper"] == probes.PAPER[what]
         svg = ElementTree.parse(out / f"{what}.svg").getroot()
         words = " ".join(svg.itertext())
-        assert "paper, " in words
-        for title, names, shared in probes.PANELS[what]:
+        for title, names in probes.PANELS[what].items():
             labels = [f"{rung}: {name}" for rung in ("base", "grpo") for name in names]
-            assert all(text in words for text in (title, *labels, *shared))
+            assert all(text in words for text in (title, *labels))
     conditions = {f"{condition}.png" for condition in probes.CONDITIONS}
     assert {path.name for path in (out / "hints").iterdir()} == conditions
     maps = {"base-1.png", "base-2.png", "base-locating1.png", "base-locating2.png"}
@@ -352,25 +354,11 @@ def test_all_on_a_tiny_ladder(run, call, capsys):
     assert not list(out.rglob("*.tmp"))
 
 
-def test_a_model_is_measured_once(run, call, tmp_path, monkeypatch):
-    """The same numbers elsewhere; in place nothing is computed until weights or settings change."""
+def test_the_same_numbers_elsewhere(run, call, tmp_path):
+    """Questions, noise and intervals are functions of the seed."""
     call(probes, "all", run, *SMALL)
-    results = results_in(run / "probes")
     call(probes, "all", run, *SMALL, "--out", tmp_path / "again")
-    assert results_in(tmp_path / "again") == results
-
-    def load(directory, *_):
-        raise UserError(f"loads {directory}")
-
-    monkeypatch.setattr(probes, "load_model", load)
-    call(probes, "all", run, *SMALL)
-    assert results_in(run / "probes") == results
-    with pytest.raises(UserError, match="loads"):
-        call(probes, "entropy", run, *SMALL, "--temperature", 0.5)
-    weights = run / "grpo" / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\0")
-    with pytest.raises(UserError, match=r"loads .*grpo"):  # the base is not measured again
-        call(probes, "hints", run, *SMALL)
+    assert results_in(tmp_path / "again") == results_in(run / "probes")
 
 
 def test_any_checkpoints_and_one_file(tiny_model, rooms, call, tmp_path):
@@ -392,12 +380,17 @@ def test_what_is_missing_is_one_line(rooms, run, call, tmp_path, capsys):
         call(probes, "hints", tmp_path)
     for flags, line in (
         (("--model", "m", "--data", rooms), "--out is missing"),
-        ((), "--model is missing"),
-        ((run, "--model", "m"), "expected the folder of a ladder or --model, found both"),
+        ((), "one of the arguments run --model is required"),
+        ((run, "--model", "m"), "argument --model: not allowed with argument run"),
     ):
         with pytest.raises(SystemExit):
             call(probes, "hints", *flags)
         assert line in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"rooms: no ladder there, expected an --out of ladder.py"):
+        call(probes, "hints", rooms)
+    with pytest.raises(SystemExit):
+        call(probes, "all", run, "--num-generations", 1)
+    assert "--num-generations is 1, expected at least 2" in capsys.readouterr().err
     boxes = rooms / "train" / "spld_grounding_data.jsonl"
     with pytest.raises(UserError, match="no rows for entropy"):
         call(probes, "entropy", run, "--data", boxes)

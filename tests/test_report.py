@@ -124,7 +124,6 @@ def run(tmp_path):
         for name, shift in (("base", 0.0), ("grpo", 0.2))
     ]
     write(tmp_path / "results.json", {"preset": "tiny", "seed": 3, "rungs": rungs})
-    write(tmp_path / "config_run.json", {"preset": EVIL, "seed": 3, "model": None})
     return tmp_path
 
 
@@ -166,12 +165,8 @@ def test_the_page_asks_for_nothing_outside_itself(run):
     assert not re.search(r"https?:|//[a-z]|@import|url\(", text)
 
 
-def test_the_settings_of_the_ladder_stand_at_the_top(run):
-    assert f"preset {html.escape(EVIL)}, seed 3</p>" in page(run)
-
-
 def test_each_score_has_a_chart_with_the_numbers_of_results_json(run):
-    """Rungs are rows in order, above a ring for the blind baseline; swapped scores would show."""
+    """A row for each rung in order, with a ring for the blind baseline."""
     text = section(page(run), "The ladder")
     for title, base, grpo, low, blind in (
         ("all questions", "0.375", "0.575", "0.3", "0.4"),
@@ -186,9 +181,9 @@ def test_each_score_has_a_chart_with_the_numbers_of_results_json(run):
             f"{low} to {'0.65' if low == '0.3' else '0.9'}",
             base,
         ]
-        assert words[ticks + 3 :: 2] == ["grpo", grpo, blind] and words[-2:] == ["blind", blind]
-        assert len(dots) == 2 and len(rings) == 1
-        (a, b), (ring,) = map(float, dots), map(float, rings)
+        assert words[ticks + 3 :: 2] == ["grpo", grpo]
+        assert len(dots) == 2 and len(rings) == 2 and rings[0] == rings[1]
+        (a, b), ring = map(float, dots), float(rings[0])
         scale = (b - a) / (float(grpo) - float(base))
         assert ring == pytest.approx(a + scale * (float(blind) - float(base)), abs=0.3)
     assert chart(text, "well-formed answers")[0][-4:] == ["base", "0.9", "grpo", "0.9"]
@@ -238,14 +233,12 @@ def test_curves_of_each_stage(run):
     }
 
 
-def test_a_run_with_hardly_a_step_says_that_nothing_was_trained(run):
-    """ladder.py --smoke: its zeros are no result, and what goes wrong is no alarm."""
+def test_a_run_with_hardly_a_step_has_no_signs(run):
+    """ladder.py --smoke: what goes wrong there is no alarm."""
     for name in ("base", "grpo"):
         write(run / name / "log.jsonl", *({"step": i, "loss": 1.0} for i in range(1, 5)))
-    troubles = report.report(run)
+    assert report.report(run) == []
     text = (run / "report.html").read_text("utf-8")
-    assert "Nothing was trained: no stage has more than 4 steps." in text
-    assert troubles == [] and "all questions" not in text
     assert "Nothing yet." in section(text, "Signs of trouble")
     assert "<path" in section(text, "Boxes through the rungs")
 
@@ -270,19 +263,12 @@ def test_answers_of_the_rungs_to_one_question(run):
     )
 
 
-def test_rollouts_show_the_first_and_last_groups_best_completion_first(run):
-    """7 steps: two at each end, none in between; the highest advantage of a group is first."""
+def test_rollouts_are_spread_and_show_the_best_completion_first(run):
+    """7 steps: every second; the highest advantage of a group is first."""
     text = section(page(run), "Sampled groups")
-    assert re.findall(r"<h3>step (\d+), object count", text) == ["1", "2", "6", "7"]
+    assert re.findall(r"<h3>step (\d+), object count", text) == ["1", "3", "5", "7"]
     assert re.findall(r"advantage ([+-]\d\.\d\d) \(", text) == ["+1.25", "-0.50"] * 4
     assert "(format 1.00, " in text and "low 7" in text and "low 4" not in text
-
-
-def test_few_rollouts_are_shown_once(run):
-    """With three groups the first two and the last two overlap; no group may appear twice."""
-    path = run / "grpo" / "rollouts.jsonl"
-    path.write_text("".join(path.read_text().splitlines(keepends=True)[:3]))
-    assert re.findall(r"<h3>step (\d+),", page(run)) == ["1", "2", "3"]
 
 
 def test_prompts_are_shown_without_special_tokens(run):
@@ -291,14 +277,11 @@ def test_prompts_are_shown_without_special_tokens(run):
 
 
 def test_a_chat_is_shown_as_a_conversation():
-    """Every turn up to the answer, with its role; a single question stands alone."""
-    head = "<|im_start|>assistant\n"
-    first = "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>How wide?<|im_end|>\n"
-    system = "<|im_start|>system\nBe brief.<|im_end|>\n"
-    more = "<|im_start|>assistant\n85<|im_end|>\n<|im_start|>user\nAnd high?<|im_end|>\n"
-    assert report.conversation(system + first + head) == "How wide?"
-    said = report.conversation(system + first + more + head)
-    assert said == "user: How wide?\nassistant: 85\nuser: And high?"
+    """Every turn up to the answer, with its role."""
+    said = report.prompt_of(
+        {"prompt": "<|im_start|>user\nHow wide?<|im_end|>\n<|im_start|>assistant\n"}
+    )
+    assert said == "user\nHow wide?\nassistant"
 
 
 def test_long_texts_are_cut_and_say_so():
@@ -310,8 +293,7 @@ def test_an_empty_run_says_what_is_missing(tmp_path):
     """The page can be made at any time: each section of a run that has not begun is a sentence."""
     text = page(tmp_path)
     Page(text)
-    assert "Nothing was trained: no stage has more than 0 steps." in text
-    assert text.count("Nothing yet.") == 6 and "<svg" not in text
+    assert text.count("Nothing yet.") == 7 and "<svg" not in text
 
 
 def test_a_run_that_goes_on_shows_what_is_there(run):
@@ -326,7 +308,6 @@ def test_a_run_that_goes_on_shows_what_is_there(run):
     "name, line, message",
     [
         ("grpo/log.jsonl", '{"step": 6, "loss"', "log.jsonl:13: not JSON"),
-        ("grpo/log.jsonl", '{"loss": 1}', "log.jsonl:13: expected an object with the key step"),
         ("grpo/rollouts.jsonl", "[1]", "rollouts.jsonl:8: expected an object"),
         ("eval/base/predictions.jsonl", "nan", "predictions.jsonl:3: not JSON"),
     ],
@@ -353,7 +334,8 @@ def test_the_command_says_the_signs_and_where_the_page_is(run, call, capsys):
     call(report, run)
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == str(run / "report.html")
-    (sign,) = lines[:-1]
+    boxes, sign = lines[:-1]
+    assert boxes.startswith("ok      grpo: 100.0% of its localization answers are valid JSON")
     assert sign.startswith("unknown grpo: 12 steps of GRPO with 0 evaluations")
     assert sign in section((run / "report.html").read_text("utf-8"), "Signs of trouble")
 
@@ -372,10 +354,10 @@ def decode(uri):
 
 
 def test_spread_is_even_and_never_repeats():
-    """Nothing is picked by its outcome: first, last and evenly between."""
-    assert spread("abcde", 3) == ["a", "c", "e"]
-    assert spread("ab", 5) == ["a", "b"]
-    assert spread("", 5) == []
+    """Nothing is picked by its outcome."""
+    assert spread("abcdefghij", 3) == "aei"
+    assert spread("ab", 5) == "ab"
+    assert spread("", 5) == ""
 
 
 def test_what_the_probes_left_is_shown(run):

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from files import UserError
+from rooms import render as render_module
 from rooms import scenes
 from rooms.render import (
     CAST,
@@ -428,7 +429,7 @@ def test_answers_are_balanced():
     """No letter, side or position is right more often: else it would be learned, not the scene."""
     letters, sides = {n: Counter() for n in (2, 3, 4)}, Counter()
     for row in itertools.chain(
-        *(scenes.make_files(9, "train", i, 28)[1]["spatial"] for i in range(160))
+        *(scenes.make_files(9, "train", i)[1]["spatial"] for i in range(160))
     ):
         if row["options"]:
             letters[len(row["options"])][row["answer"]] += 1
@@ -457,7 +458,7 @@ def test_polygon_distance_by_sampling():
 def test_rooms_differ_between_splits_and_seeds():
     """A test room that is a training room would be scored from memory."""
     keys = itertools.product((0, 1), scenes.SPLITS, (0, 1))
-    contents = [scenes.make_files(seed, split, index, 28)[0] for seed, split, index in keys]
+    contents = [scenes.make_files(seed, split, index)[0] for seed, split, index in keys]
     assert len({next(iter(files.values())) for files in contents}) == len(contents)
 
 
@@ -483,7 +484,7 @@ def test_files_do_not_depend_on_processes(tmp_path):
     """Same request, same bytes; the rows load, pictures have their size, a video is an .avi."""
     data = pytest.importorskip("data")
     for n in (1, 2):
-        scenes.write_rooms(tmp_path / str(n), 32, 4, test_scenes=4, size=56, processes=n)
+        scenes.write_rooms(tmp_path / str(n), 32, 4, test_scenes=4, processes=n)
     one, two = (contents(tmp_path / n) for n in "12")
     assert one == two and len(list(tmp_path.iterdir())) == 2
     train = tmp_path / "1" / "train"
@@ -499,7 +500,7 @@ def test_files_do_not_depend_on_processes(tmp_path):
     assert any(p.suffix == ".avi" for p in one)
     assert {
         Image.open(io.BytesIO(content)).size for p, content in one.items() if p.suffix == ".jpg"
-    } == {(56, 56)}
+    } == {(SIZE, SIZE)}
 
 
 def test_difficulty_is_what_is_asked_for():
@@ -517,7 +518,6 @@ def test_difficulty_is_what_is_asked_for():
             assert (factors > 0.2 * 0.85).all() and (factors < 0.4 * 1.18).all()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, pair, expected",
     (
@@ -525,25 +525,25 @@ def test_difficulty_is_what_is_asked_for():
         ("video_categories", (2, 2), "no video with an order of appearance"),
     ),
 )
-def test_rooms_that_cannot_be_are_given_up(tmp_path, name, pair, expected):
+def test_rooms_that_cannot_be_are_given_up(tmp_path, monkeypatch, name, pair, expected):
     """After many tries one line, and a folder that is empty."""
+    for module in (scenes, render_module):
+        monkeypatch.setattr(module, "ROOM_TRIES", 9)
     with pytest.raises(UserError, match=expected):
-        scenes.write_rooms(
-            tmp_path / "new", 4, 0, test_scenes=0, size=28, processes=1, **{name: pair}
-        )
+        scenes.write_rooms(tmp_path / "new", 4, 0, test_scenes=0, processes=1, **{name: pair})
     assert [path.name for path in tmp_path.rglob("*")] == ["new"]
 
 
 def test_folder_mistakes(tmp_path, capsys, monkeypatch):
     """A folder of other data is not touched; the same rooms are not made twice; one line each."""
     out = tmp_path / "rooms"
-    scenes.write_rooms(out, 1, 0, test_scenes=0, size=28, processes=1)
+    scenes.write_rooms(out, 1, 0, test_scenes=0, processes=1)
     before = (out / "meta.json").stat().st_mtime_ns
-    scenes.write_rooms(out, 1, 0, test_scenes=0, size=28, processes=1)
+    scenes.write_rooms(out, 1, 0, test_scenes=0, processes=1)
     assert "already" in capsys.readouterr().out
     assert (out / "meta.json").stat().st_mtime_ns == before
     with pytest.raises(UserError, match="begun with other settings: seed 0, now 1"):
-        scenes.write_rooms(out, 1, 1, test_scenes=0, size=28, processes=1)
+        scenes.write_rooms(out, 1, 1, test_scenes=0, processes=1)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "theirs.txt").write_text("")
     with pytest.raises(UserError, match="full: not empty"):
@@ -581,7 +581,7 @@ def test_numbers_that_cannot_be(call, tmp_path, capsys, flags, expected):
 def test_the_order_of_a_pair_does_not_matter(tmp_path):
     """The least and the most may be given either way round."""
     for name, scale in (("one", (0.4, 1.2)), ("two", (1.2, 0.4))):
-        scenes.write_rooms(tmp_path / name, 1, 0, test_scenes=0, size=28, processes=1, scale=scale)
+        scenes.write_rooms(tmp_path / name, 1, 0, test_scenes=0, processes=1, scale=scale)
     one, two = (
         (tmp_path / name / "train" / "images" / "room00000" / "view0.jpg").read_bytes()
         for name in ("one", "two")

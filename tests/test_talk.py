@@ -305,7 +305,7 @@ def test_the_bases_rooms_are_not_the_ladders():
     for split in scenes.SPLITS:
         pictures = {}
         for tasks in FILES:
-            files = [make_files(0, split, index, 28, tasks=tasks)[0] for index in range(3)]
+            files = [make_files(0, split, index, tasks=tasks)[0] for index in range(3)]
             pictures[tasks] = set().union(*(file.values() for file in files))
         assert not pictures["ladder"] & pictures["base"]
 
