@@ -183,7 +183,7 @@ def longest_row(args, config, samples):
     longest = argparse.Namespace(tokens=0, targets=0, patches=0, where=None)
     for sample in samples:
         style = style_of(sample, args.prompt_style if rl else None)
-        example = processor.example(sample, style, answer=not rl, pixels=False)
+        example = processor.example(sample, style, with_answer=not rl, pixels=False)
         tokens = len(example.ids)
         total += tokens
         if tokens > longest.tokens:
