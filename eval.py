@@ -242,7 +242,7 @@ def answer_once(samples, size, ranks, out, answer):
 def settings():
     """The flags, checked."""
     parser = Parser(__doc__)
-    names = ("model", "images", "out", "seed", "device", "dtype", *PICTURES)
+    names = ("model", "images", "out", "seed", "device", "threads", "dtype", *PICTURES)
     names += ("prompt_style", "max_completion_length")
     add_flags(parser, names, num_frames=32)
     add = parser.add_argument
@@ -267,7 +267,8 @@ def settings():
 
 def main():
     args, began = settings(), time.time()
-    ranks, bench, out = Ranks(args.device), BENCHES.get(args.bench, OURS), Path(args.out)
+    ranks = Ranks(args.device, args.threads)
+    bench, out = BENCHES.get(args.bench, OURS), Path(args.out)
 
     # 1. The questions, before the model: mistakes show at once. Pictures are opened when needed.
     benchmark, extras = read_rows(args.bench, args.data, args.images)
@@ -276,7 +277,7 @@ def main():
 
     # 2. Who answers them: a model here, or another engine, which has done so already. The recipe
     #    is all that the answers and their scores depend on.
-    names = vars(args).keys() - {"device", "out", "batch_size"}
+    names = vars(args).keys() - {"device", "threads", "out", "batch_size"}
     recipe = values(args, sorted(names))
     if args.predictions:
         answers = given_answers(args.predictions, samples, benchmark)

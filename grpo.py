@@ -528,7 +528,7 @@ def read_prompts_and_questions(args):
 
 def main():
     args = recipe_settings(__doc__, stage="grpo")
-    ranks = Ranks(args.device)
+    ranks = Ranks(args.device, args.threads)
     check_settings(args, ranks.world)
 
     # data

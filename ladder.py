@@ -72,7 +72,14 @@ BASE = "base"  # folder of the repository: a small model that can see and speak 
 ROOMS = "runs/tiny/rooms/train/"
 ROOMS_MADE = 3600  # training rooms: with these steps no stage reads a row twice
 
-TINY = {"weight_decay": 0.05, "betas": [0.9, 0.95], "warmup_ratio": 0.03}
+TINY = {
+    # Two threads take 0.7 of the time while nothing else runs, and three times as long beside one
+    # busy program (docs/speed.md). With one thread the numbers are the same on any machine's cores.
+    "threads": 1,
+    "weight_decay": 0.05,
+    "betas": [0.9, 0.95],
+    "warmup_ratio": 0.03,
+}
 TINY_SFT = TINY | {"epochs": 1000.0}  # that is, max_steps decides
 # The stages after the first read its rows too, or the model forgets how to write boxes.
 TINY_REPLAY = TINY_SFT | {"replay": [ROOMS + GROUNDING], "replay_ratio": 0.2}
@@ -166,7 +173,7 @@ RECIPES = {  # preset -> stage -> what differs from settings.SETTINGS
 }
 # preset -> flags of its evaluations. The authors' pictures are larger there (run_eval.sh).
 EVALUATION = {
-    "tiny": "",
+    "tiny": " --threads 1",
     "paper": " --min-pixels 12544 --max-pixels 401408 --input-as authors",
 }
 SMOKE = {"1": 4, "2": 4, "cold": 4, "grpo": 1}  # optimizer steps of --smoke

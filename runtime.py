@@ -238,9 +238,11 @@ def compute_dtype(name, device):
 
 
 class Ranks:
-    """The processes of this run: torchrun's, or this one alone."""
+    """The processes of this run: torchrun's, or this one alone. threads: see settings.SETTINGS."""
 
-    def __init__(self, device=None):
+    def __init__(self, device=None, threads=None):
+        if threads:
+            torch.set_num_threads(threads)
         self.device = choose_device(device)
         options = {"backend": "gloo"}
         if self.device.type == "cuda":

@@ -141,6 +141,9 @@ SETTINGS = {
     ),
     "keep_last": Setting(int, 2, "trainer states that are kept", positive, True),
     "device": Setting(("cpu", "cuda"), None, "default: cuda if there is one", may_change=True),
+    "threads": Setting(
+        int, None, "CPU threads that torch computes with (default: one a core)", positive, True
+    ),
     "dtype": Setting(
         ("float32", "bfloat16"),
         None,
@@ -163,7 +166,7 @@ COMMON = (  # what every trainer takes
     *("model", "data", "images", "out", "resume", "seed", "workers", *PICTURES),
     *("epochs", "max_steps", "micro_batch", "learning_rate", "lr_scheduler_type", "warmup_ratio"),
     *("weight_decay", "betas", "max_grad_norm", "save_every", "keep_last", "device", "dtype"),
-    *("activation_checkpointing", "freeze_vision"),
+    *("threads", "activation_checkpointing", "freeze_vision"),
 )
 SFT = (*COMMON, "replay", "replay_ratio", "curriculum", "batch_size")
 GRPO = (

@@ -128,7 +128,7 @@ def accumulate_gradient(model, batches, num_targets):
 
 def main():
     args = recipe_settings(__doc__)
-    ranks = Ranks(args.device)
+    ranks = Ranks(args.device, args.threads)
 
     # data
     need_inputs(args, ranks)
