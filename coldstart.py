@@ -60,7 +60,8 @@ def sample_chains(model, processor, samples, rows, args, device):
     G, length = args.num_generations, args.max_completion_length
     # As in GRPO, each chain's noise depends on seed and row only: (B * G, length).
     uniforms = torch.cat([noise(args.seed, 0, row, G, length) for row in rows]).to(device)
-    groups = sample_completions(model, processor, samples, rows, G, uniforms, args, device)
+    chosen = [samples[row] for row in rows]
+    groups = sample_completions(model, processor, chosen, G, uniforms, args, device)
     chains = []
     for group in groups:
         chains.append(

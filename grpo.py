@@ -180,28 +180,28 @@ def noise(seed, step, place, group, length):
     return torch.from_numpy(np.stack(draws))
 
 
-def sample_completions(model, processor, samples, rows, G, uniforms, args, device):
-    """G completions for each of the rows, all in one batch; greedy where uniforms is None.
+def sample_completions(model, processor, samples, G, uniforms, args, device):
+    """G completions for each of the samples, all in one batch; greedy where uniforms is None.
 
-    Args:    rows: numbers into samples. uniforms (len(rows) * G, C).
+    Args:    uniforms (len(samples) * G, C).
     Returns: [Group] without rewards. A localization sample's boxes are in pixels as the model sees
              them.
     """
     # Prompts alone, up to where the assistant begins.
     room = args.max_completion_length
     examples = []
-    for row in rows:
-        style = style_of(samples[row], args.prompt_style)
-        examples.append(processor.example(samples[row], style, with_answer=False, room=room))
+    for sample in samples:
+        style = style_of(sample, args.prompt_style)
+        examples.append(processor.example(sample, style, with_answer=False, room=room))
     rollout = generate(
         model,
         collate(examples, processor.config).to(device),
-        args.max_completion_length,
+        room,
         processor.stop_ids,
-        G,
-        uniforms,
-        processor.banned(device),
-        args.temperature,
+        group=G,
+        uniforms=uniforms,
+        banned=processor.banned(device),
+        temperature=args.temperature,
     )
     # What follows is done on the CPU: texts, rewards, and the batches of the update.
     all_ids = rollout.ids.cpu()
@@ -209,12 +209,11 @@ def sample_completions(model, processor, samples, rows, G, uniforms, args, devic
     all_finished = rollout.finished.cpu()
 
     groups = []
-    for i, (row, example) in enumerate(zip(rows, examples)):
+    for i, (sample, example) in enumerate(zip(samples, examples)):
         completions = slice(i * G, (i + 1) * G)
         lengths = all_lengths[completions]
         ids = all_ids[completions, : int(lengths.max())]  # (G, C)
         texts = [processor.decode(ids[g, : lengths[g]].tolist()) for g in range(G)]
-        sample = samples[row]
         if example.boxes:  # the reward compares boxes on the picture that the model was shown
             sample = dataclasses.replace(sample, answer=example.boxes)
         prompt = collate([example], processor.config)
@@ -224,17 +223,15 @@ def sample_completions(model, processor, samples, rows, G, uniforms, args, devic
     return groups
 
 
-def sample_groups(model, processor, samples, rows, step, args, device, rank=0, world=1):
-    """Sample and reward G completions for each of the rows (numbers into samples).
+def sample_groups(model, processor, samples, places, step, args, device):
+    """Sample and reward G completions for each of the samples.
 
-    Args:    rows: every world-th of the step's rows, from number `rank` on.
+    Args:    samples: this rank's of the step. places: the place of each in the whole step.
     """
     G, C = args.num_generations, args.max_completion_length
-    # This rank has every world-th row of the step; `places` are their numbers in the whole step.
-    places = [rank + i * world for i in range(len(rows))]
-    uniforms = torch.cat([noise(args.seed, step, place, G, C) for place in places])  # (rows * G, C)
+    uniforms = torch.cat([noise(args.seed, step, place, G, C) for place in places])  # (B * G, C)
     uniforms = to_device(uniforms, device)
-    groups = sample_completions(model, processor, samples, rows, G, uniforms, args, device)
+    groups = sample_completions(model, processor, samples, G, uniforms, args, device)
     for group in groups:
         group.rewards = {}
         # Added up in float64, then rounded: 0.1 + 0.2 and 0.3 are equal rewards.
@@ -460,17 +457,15 @@ def rollout_metrics(groups, ranks):
 
 def held_out_metrics(model, processor, samples, args, ranks):
     """Mean rewards of greedy answers to held-out samples, over all ranks."""
-    mine = range(ranks.rank, len(samples), ranks.world)
+    mine = samples[ranks.rank :: ranks.world]
     prompts = max(1, args.prompts_per_step // ranks.world)
-    size = prompts * args.num_generations  # as many rows as a rollout has
+    size = prompts * args.num_generations  # as many completions at once as in a rollout
     totals = dict.fromkeys(args.reward_funcs, 0.0)
     # Greedy: one completion a prompt, without noise.
     with gathered(model):
         for first in range(0, len(mine), size):
-            rows = mine[first : first + size]
-            for group in sample_completions(
-                model, processor, samples, rows, 1, None, args, ranks.device
-            ):
+            some = mine[first : first + size]
+            for group in sample_completions(model, processor, some, 1, None, args, ranks.device):
                 for name in totals:
                     totals[name] += call_reward(name, group.texts, group.sample)[0]
     totals = ranks.sum_named(totals)
@@ -564,10 +559,11 @@ def main():
             # sample, reward, advantage: one rollout for every num_iterations updates
             number = (step - 1) // args.num_iterations + 1  # of the rollout
             rows = rows_of_step(number, len(samples), args.prompts_per_step, args.seed)
-            mine = rows[ranks.rank :: ranks.world]
-            share = (ranks.device, ranks.rank, ranks.world)
+            # The step's prompts are dealt out to the ranks by turns.
+            places = range(ranks.rank, len(rows), ranks.world)
+            mine = [samples[rows[place]] for place in places]
             with gathered(model):
-                groups = sample_groups(model, processor, samples, mine, step, args, *share)
+                groups = sample_groups(model, processor, mine, places, step, args, ranks.device)
             run.append("rollouts.jsonl", rollout_rows(groups, step, ranks))
             metrics = rollout_metrics(groups, ranks)
             counts = step_counts(groups, args, ranks)
@@ -578,8 +574,8 @@ def main():
         sums = accumulate_gradient(model, groups, counts, args, banned, ranks.device)
         sums = ranks.sum_named(sums)
         loss = sums["policy"] + sums["kl_loss"]
-        places = [samples[row].where for row in sorted(rows)]
-        rate, norm = update_weights(model, optimizer, step, steps, args, loss, places)
+        where = [samples[row].where for row in sorted(rows)]
+        rate, norm = update_weights(model, optimizer, step, steps, args, loss, where)
         updated = time.perf_counter()
 
         # held-out questions, log, save

@@ -407,17 +407,17 @@ def clip_gradients(model, max_norm):
     return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 
 
-def update_weights(model, optimizer, step, steps, args, loss, places):
+def update_weights(model, optimizer, step, steps, args, loss, where):
     """Clip the gradients and take one step of the optimizer.
 
-    Args:    places: where this step's rows stand ("file.jsonl:17"), for the error.
+    Args:    where: this step's rows ("file.jsonl:17"), for the error.
     Returns: the learning rate, and the global gradient norm before it was clipped.
     Raises:  UserError, with the weights as they were, if loss or norm is not finite.
     """
     norm = clip_gradients(model, args.max_grad_norm)
     # One bad number would spread to every weight, and the run would go on with them.
     if not (math.isfinite(loss) and math.isfinite(norm)):
-        rows = ", ".join(dict.fromkeys(places))
+        rows = ", ".join(dict.fromkeys(where))
         raise UserError(
             f"step {step}: loss {loss}, gradient norm {norm}; not applied. "
             f"Rows of this step: {rows}"

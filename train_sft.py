@@ -175,8 +175,8 @@ def main():
         (loss,) = ranks.sum(accumulate_gradient(model, batches, num_targets))
 
         # update
-        places = [samples[row].where for row in sorted(rows)]
-        rate, norm = update_weights(model, optimizer, step, steps, args, loss, places)
+        where = [samples[row].where for row in sorted(rows)]
+        rate, norm = update_weights(model, optimizer, step, steps, args, loss, where)
 
         # log, save
         entry = {

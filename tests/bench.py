@@ -338,6 +338,7 @@ def our_step(directory, folder):
         "beta": 0.01,
         "learning-rate": 1e-6,
         "device": "cpu",
+        "threads": torch.get_num_threads(),
     }
     sys.argv = ["grpo.py"]
     for name, value in flags.items():

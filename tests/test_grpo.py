@@ -481,18 +481,19 @@ def test_group_batch_targets_every_token_once(world):
 
 def sampled(world, rows, args, monkeypatch, step=1, share=(0, 1)):
     """sample_groups and the Rollout inside it. share: rank and number of processes."""
+    rank, processes = share
+    places = [rank + i * processes for i in range(len(rows))]
+    samples = [world.samples[row] for row in rows]
     kept = []
     with monkeypatch.context() as patch:
         original = grpo.generate
 
-        def generates(*arguments):
-            kept.append(original(*arguments))
+        def generates(*arguments, **options):
+            kept.append(original(*arguments, **options))
             return kept[0]
 
         patch.setattr(grpo, "generate", generates)
-        groups = sample_groups(
-            world.model, world.processor, world.samples, rows, step, args, "cpu", *share
-        )
+        groups = sample_groups(world.model, world.processor, samples, places, step, args, "cpu")
         return groups, kept[0]
 
 
