@@ -663,6 +663,7 @@ class Processor:
 
         These are the vision tokens and the rows of the embedding that no token has.
         """
+        # A sampled picture token would have no picture; a padded row of the embedding no text.
         banned = torch.arange(self.config.text.vocab_size) >= self.tokenizer.get_vocab_size()
         for name, token in self.special.items():
             if name != "<|im_end|>":
@@ -675,8 +676,9 @@ class Processor:
 
     def encode_answer(self, text):
         """Ids of what the assistant says, in which the model's own tokens are tokens."""
+        # re.split keeps what matches a pattern in brackets: the tokens are pieces too.
         ids = []
-        for piece in self.own_pattern.split(text):  # what matches is a piece too
+        for piece in self.own_pattern.split(text):
             if piece in self.own_tokens:
                 ids.append(self.own_tokens[piece])
             else:
@@ -685,6 +687,7 @@ class Processor:
 
     def decode(self, ids):
         """Text of a completion: with the model's own tokens, without its end of turn."""
+        # skip_special_tokens would also drop what the model may say, such as <|box_start|>.
         said = [token for token in ids if token not in self.structure]
         return self.tokenizer.decode(said, skip_special_tokens=False)
 
@@ -703,9 +706,11 @@ class Processor:
                  room: tokens of a completion (--max-completion-length) that have to fit behind it.
         Raises:  UserError that begins with the sample's file:line.
         """
+        # That a box lies within its picture is only known when the picture's header is read.
         if sample.question_type == "localization":
-            check_media(sample)  # a box outside would be trained on
+            check_media(sample)
         with located(sample.where):
+            # Pictures first: their sizes decide how many tokens the text has, and where boxes lie.
             loaded = [self.load(media, pixels) for media in sample.media]
             grids = [item.grid for item in loaded]
             seconds = [item.seconds for item in loaded]
@@ -720,6 +725,7 @@ class Processor:
                     problem = f"--max-completion-length {room} does not fit behind {problem}"
                 raise UserError(f"{problem}; the model's context has {context}")
             positions = mrope_positions(ids, grids, seconds, self.config)
+        # A text without pictures has no patches: cat needs one tensor at least.
         patches = torch.cat([NO_PATCHES, *(item.patches for item in loaded)])
         boxes = ()
         if sample.question_type == "localization":
@@ -734,6 +740,7 @@ class Processor:
             count, (width, height) = len(frames), frames[0].size
         else:
             count, (width, height), interval = measure(media, *self.frames)
+        # The size that the model sees, and the sizes on the way to it.
         in_video = count if media.kind == "video" else 0
         limits = self.limits[media.kind]
         steps = resizes(height, width, limits, self.input_as, in_video, media.is_video_file)
@@ -839,9 +846,11 @@ def collate(examples, config):
     for example in examples:
         grids += example.grids
     patches = torch.cat([e.patches for e in examples])  # (N, 1176)
+    # All ranks must run the vision encoder: its sharded weights are gathered together.
     if not grids:
         grids = [(1, 2, 2)]
         patches = torch.zeros(4, PATCH_VALUES)
+    # Places are indices into the flattened ids: number of the sequence * T + place in it.
     return Batch(
         ids=ids,
         positions=positions.permute(2, 0, 1),  # (3, B, T)

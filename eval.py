@@ -225,6 +225,7 @@ def answer_once(samples, size, ranks, out, answer):
     for batch in batches[ranks.rank :: ranks.world]:
         if any(names[row] not in saved for row in batch):
             left.append(batch)
+    # Only rank 0 shows a bar: its share is as large as the others'.
     progress = {"disable": ranks.rank != 0, "mininterval": 2, "dynamic_ncols": True}
     for batch in tqdm(left, desc="answers", **progress):
         rows = [{"key": names[row], **given} for row, given in zip(batch, answer(batch))]

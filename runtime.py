@@ -320,6 +320,7 @@ def shard(model, mesh, dtype):
     )
     # A layer's weights are gathered for its forward and again for its backward, and let go after
     # each. What no layer holds belongs to the model itself, which comes last.
+    # Inputs are not cast: positions and rotary angles stay in fp32 (cast_forward_inputs above).
     for layer in (*model.visual.blocks, *model.model.layers, model):
         fully_shard(layer, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
     # FSDP would divide by the number of ranks. The loss is divided by the count of all ranks'
@@ -466,6 +467,7 @@ def micro_batches(rows, costs, size, rank, world):
     [[(7, False)]]
     """
     size = min(size, math.ceil(len(rows) / world))  # larger ones would leave ranks without rows
+    # All ranks sort alike, so that each knows its share without asking the others.
     ordered = [row for _, row in sorted(zip(costs, rows))]
     batches = []
     for first in range(0, len(ordered), size):
