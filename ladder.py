@@ -176,7 +176,7 @@ EVALUATION = {
     "tiny": " --threads 1",
     "paper": " --min-pixels 12544 --max-pixels 401408 --input-as authors",
 }
-SMOKE = {"1": 4, "2": 4, "cold": 4, "grpo": 1}  # optimizer steps of --smoke
+SMOKE = {"1": 4, "2": 4, "cold": 4, "grpo": 4}  # optimizer steps of --smoke
 
 # What the bare commands of preset tiny need, and the command that makes it, before what that
 # command itself needs. Rooms are made unasked; a training takes long and is only named.

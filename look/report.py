@@ -233,8 +233,9 @@ def report(run):
     results = run / "results.json"
     rungs = read_json(results)["rungs"] if results.is_file() else []
 
-    troubles = []
+    troubles = ["Hardly a step was trained: this page shows that everything works, and no more."]
     if max(map(len, logs.values())) >= FEW_STEPS:
+        troubles = []
         for name, (bad, said) in signs(run, answers, logs):
             troubles.append(f"{VERDICTS[bad]:<8}{name}: {said}")
     types = through_the_rungs(answers)
