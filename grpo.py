@@ -546,14 +546,14 @@ def main():
         reference = load_sharded(args.model, ranks, args.dtype).requires_grad_(False)
     banned = processor.banned(ranks.device)
     optimizer = adamw(model, args)
-    first = run.restore(model, optimizer)
+    done = run.restore(model, optimizer)
     G = args.num_generations
     size = f"{args.prompts_per_step} groups of {G}"
     source = ", ".join(args.data)
     ranks.print(f"{len(samples)} prompts, {steps} steps of {size}, until {end}: {source}")
 
     model.train()
-    for step in run.steps(first, steps):
+    for step in run.steps(done, steps):
         began = time.perf_counter()
         if (step - 1) % args.num_iterations == 0:
             # sample, reward, advantage: one rollout for every num_iterations updates

@@ -699,13 +699,13 @@ class Run:
 
     # ------------------------------------------------------------------ the loop
 
-    def steps(self, first, steps):
-        """Step numbers first + 1 ... steps, with a progress bar on rank 0."""
+    def steps(self, done, steps):
+        """Step numbers done + 1 ... steps, with a progress bar on rank 0."""
         self.total, self.clock = steps, time.perf_counter()
         self.bar = tqdm(
-            range(first + 1, steps + 1),
+            range(done + 1, steps + 1),
             desc=f"{self.args.stage:>5}",
-            initial=first,
+            initial=done,
             total=steps,
             disable=self.ranks.rank != 0,
             mininterval=2,

@@ -80,12 +80,12 @@ class Rows(Dataset):
         return example
 
 
-def plan_steps(samples, first, steps, args, ranks):
+def plan_steps(samples, done, steps, args, ranks):
     """Yield, for each step, its row numbers and this rank's micro-batches of them.
 
     Both depend on (seed, step) only, so a resumed run continues exactly.
     """
-    for step in range(first + 1, steps + 1):
+    for step in range(done + 1, steps + 1):
         window = competence(step, steps, args.curriculum)
         rows = rows_of_step(step, len(samples), args.batch_size, args.seed, window)
         costs = [cost(samples[row]) for row in rows]
@@ -152,15 +152,15 @@ def main():
         args.model, ranks, args.dtype, args.activation_checkpointing, args.freeze_vision
     )
     optimizer = adamw(model, args)
-    first = run.restore(model, optimizer)
+    done = run.restore(model, optimizer)
     length = f"{steps} steps of {args.batch_size}, until {end}"
     ranks.print(f"{len(samples)} rows, {length}: {source}")
 
     # Which rows each step takes is known before the first step, so workers can read ahead.
-    plan = list(plan_steps(samples, first, steps, args, ranks))
+    plan = list(plan_steps(samples, done, steps, args, ranks))
     loader = load_batches(samples, processor, plan, args.workers)
     model.train()
-    for step, (rows, share) in zip(run.steps(first, steps), plan):
+    for step, (rows, share) in zip(run.steps(done, steps), plan):
         # All micro-batches of the step first: the loss is divided by the count of all targets,
         # which is known when all have been read.
         batches = [next(loader) for _ in share]
