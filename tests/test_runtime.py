@@ -273,7 +273,7 @@ def test_what_may_change_when_a_run_goes_on():
     """
     free = {name for name, setting in SETTINGS.items() if setting.may_change}
     paths = {"model", "data", "images", "out", "replay", "prompts", "eval_data"}
-    machine = {"device", "workers", "micro_batch", "activation_checkpointing"}
+    machine = {"device", "threads", "workers", "micro_batch", "activation_checkpointing"}
     assert free == paths | machine | {"resume", "save_every", "keep_last"}
 
 
