@@ -203,13 +203,16 @@ def main_guard(main):
     except KeyboardInterrupt:  # Ctrl-C where no run saves its state first
         sys.stderr.write(f"{Path(sys.argv[0]).name}: stopped\n")
         code = 128 + signal.SIGINT
-    if dist.is_initialized():
-        if code and dist.get_backend() == "nccl":
-            # Destroying NCCL's group waits for collectives that other ranks may never join.
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-        dist.destroy_process_group()  # gloo: else its threads abort the interpreter at its exit
+    # After an error, destroying NCCL's group would wait for collectives that other ranks may never
+    # join. Of gloo, threads that are left would abort the interpreter at its exit.
+    if dist.is_initialized() and not (code and dist.get_backend() == "nccl"):
+        dist.destroy_process_group()
+    if "RANK" in os.environ:
+        # torchrun's processes end here, past the interpreter's own exit, in which one of hundreds
+        # was seen to abort all the same ("terminate called", exit code -6).
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)
 
 

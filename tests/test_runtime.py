@@ -352,18 +352,21 @@ def test_our_own_mistake_keeps_its_traceback():
 
 
 @pytest.mark.parametrize(
-    "backend, fails, ending",
+    "backend, fails, torchrun, expected",
     (
         # Destroying NCCL's group after an error would wait for ranks that never come.
-        ("nccl", user_error, "_exit(2)"),
-        ("nccl", memory_error, "_exit(2)"),
-        ("nccl", no_error, "destroyed"),
-        ("gloo", user_error, "destroyed"),
-        ("gloo", no_error, "destroyed"),
+        ("nccl", user_error, True, ["_exit(2)"]),
+        ("nccl", memory_error, True, ["_exit(2)"]),
+        ("nccl", no_error, True, ["destroyed", "_exit(0)"]),
+        ("gloo", user_error, True, ["destroyed", "_exit(2)"]),
+        ("gloo", user_error, False, ["destroyed"]),
+        ("gloo", no_error, False, ["destroyed"]),
     ),
 )
-def test_how_a_process_group_ends(monkeypatch, backend, fails, ending):
+def test_how_a_process_group_ends(monkeypatch, backend, fails, torchrun, expected):
     endings = []
+    if torchrun:
+        monkeypatch.setenv("RANK", "0")
 
     def exits(code):
         endings.append(f"_exit({code})")
@@ -375,7 +378,7 @@ def test_how_a_process_group_ends(monkeypatch, backend, fails, ending):
     monkeypatch.setattr(os, "_exit", exits)
     with pytest.raises(SystemExit) as error:
         main_guard(fails)
-    assert endings == [ending]
+    assert endings == expected
     assert error.value.code == (0 if fails is no_error else 2)
 
 
