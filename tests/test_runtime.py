@@ -343,6 +343,7 @@ def test_main_guard_turns_a_mistake_into_one_line(monkeypatch, capsys, fails, ex
     assert exit_line(capsys, main_guard, fails) == f"train_sft.py: {expected}"
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("RANK", "3")
+    monkeypatch.setattr(os, "_exit", sys.exit)
     assert exit_line(capsys, main_guard, fails) == f"train_sft.py: rank 3: {expected}"
 
 
