@@ -31,6 +31,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+import eval as evaluation
 import grpo
 import ladder
 import rewards
@@ -403,6 +404,22 @@ def gpus(monkeypatch):
         return calls
 
     return find
+
+
+@pytest.mark.parametrize("given, set_to", (((), 1), (("--threads", 3), 3)))
+def test_a_script_computes_with_so_many_threads(monkeypatch, call, tmp_path, given, set_to):
+    """Preset tiny's one thread, or the flag's; eval.py knows no preset."""
+    calls = []
+    monkeypatch.setattr(torch, "set_num_threads", calls.append)
+    files = ("--model", tmp_path, "--data", tmp_path / "none.jsonl", "--out", tmp_path / "out")
+    for script, more in ((train_sft, ("--stage", 1)), (grpo, ())):
+        with pytest.raises(UserError):  # there is no such file: it gets no further
+            call(script, *files, *more, *given)
+    if given:
+        with pytest.raises(UserError):
+            call(evaluation, *files, "--bench", tmp_path / "none.jsonl", *given)
+        calls.remove(set_to)
+    assert calls == [set_to, set_to]
 
 
 def test_a_gpu_is_taken_where_there_is_one(monkeypatch, gpus):
