@@ -34,6 +34,7 @@ def test_load(tiny_model, call, capsys):
     assert all(float(line[1]) > 0 for line in lines[1:4])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ("video", "sample", "train"))
 def test_both_sides_of_a_task_run(task, tiny_model):
     """On the tiny model and the same input."""
@@ -46,6 +47,7 @@ def test_both_sides_of_a_task_run(task, tiny_model):
     assert one.patches.equal(two.patches)
 
 
+@pytest.mark.slow
 def test_a_side_reports_seconds_and_memory(tiny_model, call, capsys):
     """From a process of its own to the line of the table."""
     flags = ("--side", "ours", "--task", "decode", "--model", tiny_model, "--repeat", 1)
@@ -88,6 +90,7 @@ def test_a_step_of_grpo(little, call, tmp_path):
     assert seconds[0] > 0
 
 
+@pytest.mark.slow
 def test_a_shared_prompt_and_copies(little, call, capsys):
     call(bench, "shared", "--repeat", 1)
     *_, heads, one, two = capsys.readouterr().out.splitlines()

@@ -1089,6 +1089,7 @@ print(max(peak, anonymous()) - before, sum(2 * p.numel() for p in model.paramete
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="RssAnon is Linux's")
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
 def test_loading_holds_the_weights_once(tmp_path, pair, stored):

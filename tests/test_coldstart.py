@@ -207,6 +207,7 @@ def test_an_interrupted_run_goes_on(sample, tmp_path):
     assert sample("--seed", 1, out=tmp_path / "other" / "cold.jsonl").read_bytes() != whole
 
 
+@pytest.mark.slow
 def test_two_processes_sample_as_one(sample, rooms, tiny_model, tmp_path):
     """Chains depend on seed, question and number only."""
     driver = tmp_path / "driver.py"

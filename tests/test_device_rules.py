@@ -94,6 +94,7 @@ def ran():
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_a_gpu_gives_what_the_cpu_gives(ran):
     """Texts exactly, numbers to rounding; and nothing was refused, or the process had failed."""
     for name, value in ran["cpu"].items():

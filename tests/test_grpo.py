@@ -833,6 +833,7 @@ def test_stage_1_goes_on_by_reinforcement(call, rooms, tiny_model, tmp_path, mon
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss_type", ("grpo", "dr_grpo", "dapo"))
 def test_the_reward_rises(call, rooms, tiny_model, tmp_path, monkeypatch, loss_type):
     """A reward for digits teaches an untrained model to write digits: the sign of the whole update

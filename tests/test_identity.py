@@ -191,6 +191,7 @@ def draw_anew(parts):
     invert(*(parts / "train" / "images").rglob("*.*"))
 
 
+@pytest.mark.slow
 @SCRIPTS
 def test_a_run_goes_on_with_what_it_was_begun_with(call, monkeypatch, parts, script):
     """Other contents under the same path: one line that names them, and nothing is touched."""
@@ -632,6 +633,7 @@ def test_two_starts_in_one_folder_are_one_run(rooms, tiny_model, tmp_path):
 # ---------------------------------------------------------------------------------- states
 
 
+@pytest.mark.slow
 def test_a_run_that_was_taken_back_goes_on_from_there(
     call, monkeypatch, rooms, tiny_model, tmp_path
 ):
@@ -668,6 +670,7 @@ def test_a_state_from_elsewhere_is_found_again(
     assert steps_of(out) == [3, 4]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("removed", (0, 1, 2))
 def test_a_kill_while_states_are_left_leaves_one_way(
     call, monkeypatch, rooms, tiny_model, tmp_path, removed
@@ -761,6 +764,7 @@ def test_a_full_disk_while_sampling_chains(sample, parts):
     assert sample() == (whole, [])
 
 
+@pytest.mark.slow
 @SCRIPTS
 @pytest.mark.parametrize("name", ("log.jsonl", "rollouts.jsonl"))
 def test_a_full_disk_while_logging(call, monkeypatch, rooms, tiny_model, tmp_path, script, name):

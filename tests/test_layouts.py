@@ -348,6 +348,7 @@ def test_marks_of_concatenated_files_are_no_text(images):
     assert [sample.where for sample in read_all([path], None)] == [f"{path}:1", f"{path}:2"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("break_", ("\n", "\u2028", "\r", "\x85"), ids=ascii)
 def test_a_message_has_one_line_and_begins_with_its_place(break_, images, tiny_model):
     """Whatever the path holds, and in a worker of the trainer too, whose traceback torch adds."""

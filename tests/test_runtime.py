@@ -708,6 +708,7 @@ def test_a_missing_rung_names_its_command(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_bare_first_stage_makes_rooms_and_model(monkeypatch, call, tmp_path):
     """The first command a reader types needs nothing but the repository (with fewer rooms here)."""
     monkeypatch.chdir(tmp_path)
@@ -872,6 +873,7 @@ def damage(state, how):
         largest.write_bytes(half if how == "torn" else b"\0" * len(content))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ("torn", "zeros", "no metadata", "torn meta.json"))
 def test_a_damaged_state_falls_back(
     monkeypatch, call, rooms, tiny_model, undisturbed, tmp_path, capsys, how
@@ -949,6 +951,7 @@ def test_a_full_disk_loses_nothing(call, rooms, tiny_model, undisturbed, tmp_pat
     assert_equal_runs(out, undisturbed(train_sft))
 
 
+@pytest.mark.slow
 def test_pictures_that_vanish_lose_nothing(monkeypatch, call, rooms, tiny_model, tmp_path):
     """Deleted after step 2: the row that needs one is named. Put back, the run ends the same."""
     train, elsewhere = tmp_path / "train", tmp_path / "elsewhere"
@@ -1008,6 +1011,7 @@ def test_no_hidden_random_numbers(
     assert_equal_runs(calm, upset)
 
 
+@pytest.mark.slow
 def test_what_an_interrupted_save_left_is_removed(monkeypatch, call, rooms, tiny_model, tmp_path):
     """45 GB of a 3B trainer state that nobody would ever read.
 
@@ -1136,7 +1140,8 @@ def test_ranks_add_gather_and_fail_together(tmp_path):
         }
 
 
-@pytest.mark.parametrize("processes", (2, pytest.param(4, marks=pytest.mark.slow)))
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", (2, 4))
 def test_processes_train_as_one(monkeypatch, call, drive, rooms, plain_model, tmp_path, processes):
     """10 SFT steps and the sharded weights saved.
 

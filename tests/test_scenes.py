@@ -425,6 +425,7 @@ def test_chains_of_directions_and_orders(made):
         assert dict(firsts) == {name: picture for name, picture, *_ in CLAUSE.findall(chain)}
 
 
+@pytest.mark.slow
 def test_answers_are_balanced():
     """No letter, side or position is right more often: else it would be learned, not the scene."""
     letters, sides = {n: Counter() for n in (2, 3, 4)}, Counter()

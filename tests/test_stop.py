@@ -114,6 +114,7 @@ def state(pid):
     return ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("kind", ["python", "library", "worker"])
 def test_a_second_signal_ends_a_step_that_never_ends(start, tmp_path, kind, number):
@@ -138,6 +139,7 @@ def test_one_signal_finishes_the_step(start, tmp_path):
 SIGNALS = [(os.kill, signal.SIGTERM), (os.killpg, signal.SIGINT)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("send, number", SIGNALS)
 def test_torchrun_passes_on_what_came_already(start, tmp_path, send, number):
     """Ctrl-C comes twice, by itself and passed on, and is one signal: the step is finished."""
@@ -147,6 +149,7 @@ def test_torchrun_passes_on_what_came_already(start, tmp_path, send, number):
     assert (tmp_path / "saved 0").exists() and (tmp_path / "saved 1").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("send, number", SIGNALS)
 @pytest.mark.parametrize("kind", ["python", "collective"])
 def test_a_second_signal_ends_all_ranks(start, tmp_path, kind, send, number):

@@ -219,6 +219,7 @@ KEYS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", FILES)
 def test_a_few_steps_reduce_the_loss(call, rooms, tiny_model, tmp_path, stage, capsys):
     """Each stage's command learns, logs the agreed keys and leaves a model directory that loads and
@@ -298,6 +299,7 @@ def test_a_loss_that_is_not_finite_is_refused(call, rooms, tiny_model, tmp_path,
     assert [p.name for p in out.iterdir()] == ["config_run.json"]
 
 
+@pytest.mark.slow
 def test_a_broken_picture_names_its_row(rooms, tiny_model, tmp_path):
     """One line with file:line and picture, the same when a worker process reads it, whose traceback
     torch adds.
@@ -395,6 +397,7 @@ def test_epochs_that_are_given_are_trained(call, rooms, tiny_model, tmp_path, ca
     assert expected in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_stop_in_the_last_step_loses_nothing(call, rooms, tiny_model, tmp_path, monkeypatch):
     """SIGTERM while the last step runs: its state is saved, and the run goes on to its end."""
     flags = ("--stage", "1", "--model", tiny_model, "--data", rooms / "train" / FILES["1"], *FEW)
