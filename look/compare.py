@@ -76,6 +76,20 @@ def groups(rows, column=0):
     return {**each, QUESTIONS: types, BOXES: {BOXES: boxes}}
 
 
+def above_blind(rows):
+    """{question type: numbers}: what each question of read_rung's gains over the blind guess.
+
+    Of a type they have the mean (score - blind) / (1 - blind).
+    """
+    scores = groups(rows)[QUESTIONS]
+    blind = groups(rows, 1)[QUESTIONS]
+    gains = {}
+    for kind, numbers in scores.items():
+        guesses = np.array(blind[kind], float)  # None becomes NaN
+        gains[kind] = (np.array(numbers, float) - guesses) / (1 - guesses.mean())
+    return gains
+
+
 def measured(types):
     """[mean over the types, low, high] of {question type: numbers}.
 
@@ -154,6 +168,30 @@ def score_table(rungs, scores):
     for line, blind in groups([*rungs.values()][-1], 1).items():
         cells = [f"{value:.3f} [{low:.3f}, {high:.3f}]" for _, value, low, high, _ in scores[line]]
         lines.append([line, f"{measured(blind)[0]:.3f}", *cells])
+    return text_table(lines)
+
+
+def gain_table(rungs):
+    """How far above the blind guess each type of question lies; 1 is all right.
+
+    Args: rungs: {rung: what read_rung returns}.
+    """
+    columns = [above_blind(rows) for rows in rungs.values()]
+    kinds = [*columns[-1]]
+    lines = [["gain above the blind guess", *rungs]]
+    surely = [0] * len(columns)  # types whose whole interval lies above the blind guess
+    for kind in kinds:
+        cells = []
+        for number, gains in enumerate(columns):
+            value, low, high = measured({kind: gains[kind]})
+            surely[number] += low > 0
+            cells.append(f"{value:+.2f} [{low:+.2f}, {high:+.2f}]")
+        lines.append([kind, *cells])
+    means = [measured(gains) for gains in columns]
+    lines.append(
+        ["mean", *[f"{value:+.2f} [{low:+.2f}, {high:+.2f}]" for value, low, high in means]]
+    )
+    lines.append(["types surely above", *[f"{count} of {len(kinds)}" for count in surely]])
     return text_table(lines)
 
 
@@ -260,6 +298,7 @@ def main():
             probes[what] = together(paths)
 
     print(f"Ladders: {len(ladders)}, rooms x{usual:g}\n\n{score_table(rungs, scores)}")
+    print(f"\n{gain_table(rungs)}")
     print(f"\n{change_table(steps + ways)}")
     for what, rows in probes.items():
         print(f"\n{what}\n{table(rows)}")

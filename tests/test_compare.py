@@ -67,11 +67,17 @@ def test_tables_by_hand(runs, printed):
     assert [cell.split()[0] for cell in lines[5][2:]] == ["0.375", "0.625"]
     assert lines[6][:2] == ["box IoU", "0.100"]
     assert lines[6][2].startswith("1.000 [0.5")
-    name, score, beside, points, seeds = lines[9]  # the paper has no figure for it
+    # Counts gain (0.5 - 0.5) / 0.5, then (1 - 0.5) / 0.5; sizes are as good as blind.
+    assert lines[8] == ["gain above the blind guess", "stage1", "stage2"]
+    assert [cell.split()[0] for cell in lines[9][1:]] == ["+0.00", "+1.00"]
+    assert lines[10] == ["object size", "+0.00 [+0.00, +0.00]", "+0.00 [+0.00, +0.00]"]
+    assert [cell.split()[0] for cell in lines[11][1:]] == ["+0.00", "+0.50"]
+    assert lines[12] == ["types surely above", "0 of 2", "1 of 2"]
+    name, score, beside, points, seeds = lines[15]  # the paper has no figure for it
     assert (name, score, beside, seeds) == ("stage2", "0.625", "stage1", "+25.0, +25.0")
     # By chance none or all of the four counts that are drawn anew were wrong before.
     assert points == "+25.0 [+0.0, +50.0]"
-    assert len(lines) == 10
+    assert len(lines) == 16
 
 
 def test_only_questions_that_both_hold_are_compared():
@@ -131,10 +137,10 @@ def test_ablations_stand_beside_the_ladder(runs, printed):
     for run in runs:
         write_answers(run, "stage2-no1", (0, 0))
     line = ["stage2-no1", "0.125", "stage2", "-50.0 [-50.0, -50.0]", "-50.0, -50.0", "-1.2"]
-    assert printed(*runs)[10:] == [line]
+    assert printed(*runs)[16:] == [line]
     # An ablation that one of the ladders has not finished is left out.
     answers_of(runs[1], "stage2-no1").unlink()
-    assert len(printed(*runs)) == 10
+    assert len(printed(*runs)) == 16
 
 
 def test_other_numbers_of_rooms_stand_beside_the_usual(runs, tmp_path, printed):
