@@ -77,16 +77,23 @@ def groups(rows, column=0):
 
 
 def above_blind(rows):
-    """{question type: numbers}: what each question of read_rung's gains over the blind guess.
+    """How far questions lie above the blind guess; 1 is all right, 0 as good as blind.
 
-    Of a type they have the mean (score - blind) / (1 - blind).
+    A question's number is (score - blind) / (1 - mean blind of its type), so that the mean of a
+    type is (score - blind) / (1 - blind) of its means.
+
+    Returns: {question type: numbers}
+
+    >>> rows = {("object size", 0, "1"): (1.0, 0.2), ("object size", 0, "2"): (0.5, 0.8)}
+    >>> sum(above_blind(rows)["object size"]) / 2  # (0.75 - 0.5) / (1 - 0.5)
+    0.5
     """
     scores = groups(rows)[QUESTIONS]
     blind = groups(rows, 1)[QUESTIONS]
     gains = {}
     for kind, numbers in scores.items():
         guesses = np.array(blind[kind], float)  # None becomes NaN
-        gains[kind] = (np.array(numbers, float) - guesses) / (1 - guesses.mean())
+        gains[kind] = ((np.array(numbers, float) - guesses) / (1 - guesses.mean())).tolist()
     return gains
 
 
@@ -172,26 +179,24 @@ def score_table(rungs, scores):
 
 
 def gain_table(rungs):
-    """How far above the blind guess each type of question lies; 1 is all right.
+    """How far above the blind guess each type of question lies, their mean, and how many surely do.
 
     Args: rungs: {rung: what read_rung returns}.
     """
     columns = [above_blind(rows) for rows in rungs.values()]
     kinds = [*columns[-1]]
     lines = [["gain above the blind guess", *rungs]]
-    surely = [0] * len(columns)  # types whose whole interval lies above the blind guess
-    for kind in kinds:
-        cells = []
-        for number, gains in enumerate(columns):
-            value, low, high = measured({kind: gains[kind]})
-            surely[number] += low > 0
-            cells.append(f"{value:+.2f} [{low:+.2f}, {high:+.2f}]")
-        lines.append([kind, *cells])
-    means = [measured(gains) for gains in columns]
-    lines.append(
-        ["mean", *[f"{value:+.2f} [{low:+.2f}, {high:+.2f}]" for value, low, high in means]]
-    )
-    lines.append(["types surely above", *[f"{count} of {len(kinds)}" for count in surely]])
+    lines += [[kind] for kind in kinds]
+    lines += [["mean"], ["types surely above"]]
+    for gains in columns:
+        intervals = [measured({kind: gains[kind]}) for kind in kinds]
+        surely = sum(low > 0 for _, low, _ in intervals)  # the whole interval lies above
+        cells = [
+            f"{value:+.2f} [{low:+.2f}, {high:+.2f}]"
+            for value, low, high in [*intervals, measured(gains)]
+        ]
+        for line, cell in zip(lines[1:], [*cells, f"{surely} of {len(kinds)}"]):
+            line.append(cell)
     return text_table(lines)
 
 

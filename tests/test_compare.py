@@ -80,6 +80,16 @@ def test_tables_by_hand(runs, printed):
     assert len(lines) == 16
 
 
+def test_a_gain_that_may_be_chance_is_not_surely_above(runs, printed):
+    """Two of three counts are right: a gain of +0.33, but three wrong ones may be drawn anew."""
+    for run in runs:
+        write_answers(run, "stage2", (1, 1, 0))
+    gains = printed(*runs)[8:13]
+    assert gains[1][0] == "object count"
+    assert gains[1][2].startswith("+0.33 [-")
+    assert gains[4] == ["types surely above", "0 of 2", "0 of 2"]
+
+
 def test_only_questions_that_both_hold_are_compared():
     before = {("object count", 0, "1"): (0.0, 0), ("object count", 0, "2"): (1.0, 0)}
     after = {("object count", 0, "2"): (0.5, 0), ("object count", 0, "3"): (1.0, 0)}
