@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data import Sample, are_texts, located
+from data import Sample, are_texts, letters_of, located
 from files import UserError, need, read_jsonl, reason, text_table
 from pictures import Media
 from rewards import (
@@ -549,8 +549,9 @@ def option_text(option):
 
 def true_text(sample):
     """The answer; of a choice the text of the right option, as letters are shuffled."""
-    for option in sample.options:
-        if parse_choice(option) == parse_choice(sample.answer):
+    right = parse_choice(sample.answer)
+    for letter, option in zip(letters_of(sample.options), sample.options):
+        if letter == right:
             return option_text(option)
     return sample.answer
 
@@ -588,7 +589,7 @@ def blind_baseline(train, samples, match=our_match):
             key = ("", sample.question_type)
         if sample.options:
             times = {option: seen[key][option_text(option)] for option in sample.options}
-            answers.append(parse_choice(max(times, key=times.get)))
+            answers += letters_of([max(times, key=times.get)])
         else:
             answers.append(best_text(key))
     return answers

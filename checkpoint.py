@@ -91,8 +91,6 @@ def parse_config(source, where="config.json"):
     Args:    source: the parsed JSON object. where: its path, for errors.
     Raises:  UserError for a model, rope type, activation ... that model.py does not implement.
     """
-    if not isinstance(source, dict):
-        raise UserError(f"{where}: expected a JSON object, found {type(source).__name__}")
     try:
         text = source.get("text_config") or source
         vision = source.get("vision_config") or {}
@@ -157,14 +155,6 @@ def with_defaults(cls, values):
 # ---------------------------------------------------------------------------------- weights in
 
 
-def read_object(path):
-    """The object of a JSON file."""
-    value = read_json(path)
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
-
-
 def build_model(config):
     """The model on the meta device: shapes without memory. load_weights fills it."""
     with torch.device("meta"):
@@ -187,7 +177,7 @@ def checkpoint_tensors(directory):
     if single.is_file():
         names = [single.name]
     elif index.is_file():
-        weight_map = read_object(index).get("weight_map")
+        weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict):
             raise UserError(
                 f"{index}: expected an object with a 'weight_map' from tensor names to files"
@@ -379,7 +369,7 @@ def read_stop_ids(directory, tokens):
     Qwen2.5-VL has two, <|im_end|> and <|endoftext|>. tokens: how many tokens there are.
     """
     path = Path(directory) / "generation_config.json"
-    stops = read_object(path).get("eos_token_id")
+    stops = read_json(path).get("eos_token_id")
     if stops is None:
         return ()
     ids = tuple(stops) if isinstance(stops, list) else (stops,)
@@ -431,7 +421,7 @@ def preprocessors(directory, kind):
         where = path = Path(directory) / name
         if not path.is_file():
             continue
-        settings = content = read_object(path)
+        settings = content = read_json(path)
         if section is not None:
             where = f"{path}: {section}"
             settings = content.get(section)

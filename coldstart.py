@@ -14,8 +14,6 @@ from collections import Counter, defaultdict
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from checkpoint import load_config, load_model
 from data import Processor, prompt_text, read_all
 from eval import answer_once, subset
@@ -30,8 +28,7 @@ from files import (
     write_json,
     write_jsonl,
 )
-from grpo import noise, sample_completions
-from rewards import accuracy_reward, format_reward
+from grpo import sample_groups
 from runtime import Ranks, check_lengths, compute_dtype, main_guard
 from settings import MAY_CHANGE, PICTURES, Parser, add_flags, positive, share, values
 
@@ -47,6 +44,8 @@ SAMPLING = (
     "temperature",
     *PICTURES,
 )
+# Chains are judged as in GRPO. Each reward is kept by itself, their sum is not used.
+JUDGED = {"reward_funcs": ("format", "accuracy"), "reward_weights": (1, 1), "scale_rewards": "none"}
 SHARES = ("well formed", "accepted")  # counted in chains
 QUESTIONS = ("in the band", "kept")
 
@@ -57,21 +56,10 @@ def sample_chains(model, processor, samples, rows, args, device):
     Args:    rows: numbers into samples.
     Returns: {"completions": texts, "format": rewards, "accuracy": rewards} for each.
     """
-    G, length = args.num_generations, args.max_completion_length
-    # As in GRPO, each chain's noise depends on seed and row only: (B * G, length).
-    uniforms = torch.cat([noise(args.seed, 0, row, G, length) for row in rows]).to(device)
     chosen = [samples[row] for row in rows]
-    groups = sample_completions(model, processor, chosen, G, uniforms, args, device)
-    chains = []
-    for group in groups:
-        chains.append(
-            {
-                "completions": group.texts,
-                "format": format_reward(group.texts),
-                "accuracy": accuracy_reward(group.texts, group.sample),
-            }
-        )
-    return chains
+    # As in GRPO, each chain's noise depends on seed and row only.
+    groups = sample_groups(model, processor, chosen, rows, 0, args, device)
+    return [{"completions": group.texts, **group.rewards} for group in groups]
 
 
 def distinct(chains):
@@ -176,7 +164,7 @@ def settings():
     add("--per-type", type=int, help="chains that are kept of a question type")
     parser.checks |= dict.fromkeys(("limit", "batch_size", "per_question", "per_type"), positive)
     parser.checks |= {"min_accuracy": share, "difficulty": share}
-    parser.set_defaults(prompt_style="thinking")
+    parser.set_defaults(prompt_style="thinking", **JUDGED)
     args = parser.parse_args()
     parser.need(args, "model", "data", "out")
     if args.difficulty[0] > args.difficulty[1]:

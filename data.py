@@ -20,7 +20,7 @@ import math
 import re
 from base64 import b64decode
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -429,7 +429,7 @@ def prompt_text(sample, style, prompts=PROMPTS):
 def read_prompts(path):
     """PROMPTS with the texts of a JSON file in place of ours."""
     texts = read_json(path)
-    if not isinstance(texts, dict) or not are_texts([*texts.values()]):
+    if not are_texts([*texts.values()]):
         raise UserError(f"{path}: expected an object from prompt names to texts")
     for name, text in texts.items():
         if name not in PROMPTS:
@@ -443,14 +443,12 @@ def read_prompts(path):
     return PROMPTS | texts
 
 
-def answer_text(sample, style, scale):
-    """What the assistant is to say.
+def answer_text(sample, style):
+    """What the assistant is to say. Boxes are in pixels of the picture as the model sees it.
 
-    Args:    scale: (x, y) factors from the original picture to the size that the model sees.
-
-    >>> box = {"bbox_2d": [0, 8, 20, 36], "label": "lamp"}
+    >>> box = {"bbox_2d": [0, 2, 10, 9], "label": "lamp"}
     >>> sample = Sample("f:1", "1", "?", "localization", (box,))
-    >>> print(answer_text(sample, "localize", (0.5, 0.25)))
+    >>> print(answer_text(sample, "localize"))
     ```json
     [{"bbox_2d": [0, 2, 10, 9], "label": "lamp"}]
     ```
@@ -461,9 +459,7 @@ def answer_text(sample, style, scale):
         return sample.solution
     if sample.question_type != "localization":
         return sample.answer
-    # Qwen2.5-VL gives boxes in pixels of the picture that it sees.
-    boxes = scale_boxes(sample.answer, scale)
-    lines = [json.dumps(box, ensure_ascii=False) for box in boxes]
+    lines = [json.dumps(box, ensure_ascii=False) for box in sample.answer]
     return "```json\n[" + ",\n".join(lines) + "]\n```"
 
 
@@ -597,15 +593,6 @@ def load_tokenizer(directory):
     return tokenizer
 
 
-def special_tokens(tokenizer, apart_from):
-    """{name: id} of the special tokens, apart from some ids."""
-    tokens = {}
-    for token, added in tokenizer.get_added_tokens_decoder().items():
-        if added.special and token not in apart_from:
-            tokens[added.content] = token
-    return tokens
-
-
 class Processor:
     """Everything between a Sample and an Example: tokenizer, picture limits, prompts.
 
@@ -653,7 +640,10 @@ class Processor:
         self.stop_ids = read_stop_ids(directory, size) or (self.special["<|im_end|>"],)
         # Special tokens are the chat's structure, or the model's own words, such as <|box_start|>.
         self.structure = {*self.stop_ids, *map(self.tokenizer.token_to_id, STRUCTURE)}
-        self.own_tokens = special_tokens(self.tokenizer, self.structure)
+        self.own_tokens = {}  # name -> id
+        for token, added in self.tokenizer.get_added_tokens_decoder().items():
+            if added.special and token not in self.structure:
+                self.own_tokens[added.content] = token
         names = sorted(self.own_tokens, key=len, reverse=True)  # the longest that matches is meant
         pattern = "|".join(map(re.escape, names)) or "(?!)"  # which matches nowhere
         self.own_pattern = re.compile(f"({pattern})")
@@ -714,8 +704,12 @@ class Processor:
             loaded = [self.load(media, pixels) for media in sample.media]
             grids = [item.grid for item in loaded]
             seconds = [item.seconds for item in loaded]
-            scale = loaded[0].scale if loaded else (1, 1)  # boxes have one picture
-            turns = self.turns(sample, style, scale, with_answer)
+            boxes = ()
+            if sample.question_type == "localization":
+                # Qwen2.5-VL gives boxes in pixels of the picture that it sees. They have one.
+                boxes = scale_boxes(sample.answer, loaded[0].scale)
+                sample = replace(sample, answer=boxes)
+            turns = self.turns(sample, style, with_answer)
             grid_of = dict(zip(sample.media, grids))  # equal Media have equal grids
             ids, labels = self.render(turns, grid_of, with_answer)
             context = self.config.text.max_position_embeddings
@@ -727,9 +721,6 @@ class Processor:
             positions = mrope_positions(ids, grids, seconds, self.config)
         # A text without pictures has no patches: cat needs one tensor at least.
         patches = torch.cat([NO_PATCHES, *(item.patches for item in loaded)])
-        boxes = ()
-        if sample.question_type == "localization":
-            boxes = scale_boxes(sample.answer, scale)
         return Example(ids, labels, positions, patches, grids, boxes)
 
     def load(self, media, pixels=True):
@@ -758,14 +749,14 @@ class Processor:
         grid = (math.ceil(count / 2), h // PATCH, w // PATCH)
         return Loaded(patches, grid, seconds, (w / width, h / height))
 
-    def turns(self, sample, style, scale, with_answer):
+    def turns(self, sample, style, with_answer):
         """The conversation as ((role, (text or Media, ...)), ...)."""
         system = ("system", (self.prompts["system"],))
         if sample.messages is None:
             user = ("user", (*sample.media, prompt_text(sample, style, self.prompts)))
             if not with_answer:
                 return system, user
-            return system, user, ("assistant", (answer_text(sample, style, scale),))
+            return system, user, ("assistant", (answer_text(sample, style),))
         turns = sample.messages if with_answer else sample.messages[:-1]
         if sample.messages[0][0] == "system":  # a chat that brings its own
             return turns

@@ -33,7 +33,7 @@ from benchmarks import (
     table,
 )
 from checkpoint import load_config, load_model
-from data import Processor, collate, cost, picture_paths, read_all, style_of
+from data import Processor, cost, picture_paths, read_all
 from files import (
     CONFIG,
     MADE_OF,
@@ -48,7 +48,7 @@ from files import (
     write_json,
     write_jsonl,
 )
-from model import generate
+from grpo import sample_completions
 from rewards import CHOICE_TYPES, NUMBER_TYPES
 from runtime import Ranks, check_lengths, compute_dtype, main_guard
 from settings import MAY_CHANGE, PICTURES, Parser, add_flags, positive, values
@@ -115,36 +115,21 @@ def answer_rows(model, processor, samples, rows, args, device):
     Returns: for each what predictions.jsonl has of it beside facts(sample) and the score.
     """
     chosen = [samples[row] for row in rows]
-    # The way of training (data.py), but a prompt ends where the assistant begins.
-    examples = [
-        processor.example(sample, style_of(sample, args.prompt_style), with_answer=False)
-        for sample in chosen
-    ]
-    # No noise is given: each token is the most likely one. Banned are the tokens that GRPO bans.
-    rollout = generate(
-        model,
-        collate(examples, processor.config).to(device),
-        args.max_completion_length,
-        processor.stop_ids,
-        banned=processor.banned(device),
-    )
+    # As GRPO samples, one completion a prompt. Without noise each token is the most likely one.
+    groups = sample_completions(model, processor, chosen, 1, None, args, device)
     answers = []
-    for i, (sample, example) in enumerate(zip(chosen, examples)):
-        # the prompt as text, with one pad token for each picture, and how often it is repeated
-        prompt, vision_tokens = processor.shown(example)
+    for group in groups:
+        prompt, vision_tokens = group.shown
         answer = {
             "prompt": prompt,
             "vision_tokens": vision_tokens,
-            # ids (B, C): the first `length` of a row are its completion, zeros follow
-            "completion": processor.decode(rollout.ids[i, : rollout.lengths[i]].tolist()),
-            "truncated": not rollout.finished[i].item(),
-            # The model answers in pixels of the picture as it sees it: true boxes are scaled
-            # to them before they are compared.
-            "answer": example.boxes or sample.answer,
+            "completion": group.texts[0],
+            "truncated": not group.finished[0].item(),
+            "answer": group.sample.answer,  # true boxes in pixels as the model sees them
         }
-        if sample.question_type == "localization":
+        if group.sample.question_type == "localization":
             # the picture's size as the model saw it: a patch is 14 x 14 pixels
-            _, h, w = example.grids[0]
+            _, h, w = group.prompt.grids[0]
             answer["size"] = [14 * w, 14 * h]
         answers.append(answer)
     return answers
@@ -256,6 +241,7 @@ def settings():
     add("--blind-from", help="training rows: what do their answers say without a picture?")
     # The other numbers are rows of SETTINGS, which has their checks.
     parser.checks |= {"batch_size": positive, "limit": positive}
+    parser.set_defaults(temperature=1.0)
     args = parser.parse_args()
     parser.need(args, "out", "predictions" if args.predictions else "model")
     if args.bench in (*BENCHES, "rooms"):
@@ -278,14 +264,15 @@ def main():
 
     # 2. Who answers them: a model here, or another engine, which has done so already. The recipe
     #    is all that the answers and their scores depend on.
-    names = vars(args).keys() - {"device", "threads", "out", "batch_size"}
+    names = vars(args).keys() - {"device", "threads", "out", "batch_size", "temperature"}
     recipe = values(args, sorted(names))
     if args.predictions:
         answers = given_answers(args.predictions, samples, benchmark)
         recipe["predictions"] = os.path.realpath(args.predictions)
     else:
         processor = Processor(args.model, load_config(args.model), args)
-        ranks.once(check_lengths, processor, samples, args.prompt_style, False)
+        room = args.max_completion_length
+        ranks.once(check_lengths, processor, samples, args.prompt_style, False, room)
         recipe |= values(processor, ("min_pixels", "max_pixels")) | {"decoding": "greedy"}
         recipe[MADE_OF] = ranks.once(made_of, args.model, {"prompts": args.prompts})
 

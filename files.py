@@ -59,13 +59,16 @@ def writing(path, what="there", *others):
 
 
 def read_json(path):
-    """One JSON file; a missing or broken one is one line that names it."""
+    """The object of a JSON file; a missing or broken one is one line that names it."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8-sig"))  # or without a mark
+        value = json.loads(Path(path).read_text(encoding="utf-8-sig"))  # or without a mark
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
 
 
 def read_lines(path):

@@ -149,7 +149,7 @@ class Group:
     # gives ratios of exactly 1. `reference`: by the reference model; None without KL penalty.
     old: tuple | None = None
     reference: tuple | None = None
-    shown: str = ""  # the prompt as text, with one pad for each picture
+    shown: tuple = ()  # the prompt as text and how often its pads repeat; see Processor.shown
 
 
 def parts(group, size):
@@ -217,7 +217,7 @@ def sample_completions(model, processor, samples, G, uniforms, args, device):
         if example.boxes:  # the reward compares boxes on the picture that the model was shown
             sample = dataclasses.replace(sample, answer=example.boxes)
         prompt = collate([example], processor.config)
-        shown, _ = processor.shown(example)
+        shown = processor.shown(example)
         finished = all_finished[completions]
         groups.append(Group(sample, prompt, ids, lengths, finished, texts, shown=shown))
     return groups
@@ -273,36 +273,20 @@ def group_batch(prompt, ids, lengths):
 
 
 @torch.no_grad()
-def group_log_probs(model, groups, size, banned, temperature, device):
-    """Log-probs of each group's completion tokens, without gradient.
+def add_log_probs(groups, name, model, args, banned, device):
+    """Set `old` or `reference` of each group: log-probs by a model, without gradient.
 
-    Returns: for each group a tuple of G tensors, (length,) each.
+    A tuple of G tensors, (length,) each: what the update compares with.
     """
-    log_probs = []
     # With the weights gathered, ranks whose groups need more forwards keep nobody waiting.
     with gathered(model):
         for group in groups:
             of_group = []
-            for part in parts(group, size):
+            for part in parts(group, args.micro_batch):
                 batch = group_batch(part.prompt, part.ids, part.lengths).to(device)
-                scores, _ = model(batch, None, banned, temperature)  # (n,)
+                scores, _ = model(batch, None, banned, args.temperature)  # (n,)
                 of_group += scores.split(part.lengths.tolist())
-            log_probs.append(tuple(of_group))
-    return log_probs
-
-
-def add_log_probs(groups, model, reference, args, banned, device):
-    """Give the groups what the update compares with: log-probs before the first update on them.
-
-    With one update for each rollout the policy's are those of the update itself (see loss_terms).
-    """
-    settings = (args.micro_batch, banned, args.temperature, device)
-    if args.num_iterations > 1:
-        for group, log_probs in zip(groups, group_log_probs(model, groups, *settings)):
-            group.old = log_probs
-    if reference is not None:
-        for group, log_probs in zip(groups, group_log_probs(reference, groups, *settings)):
-            group.reference = log_probs
+            setattr(group, name, tuple(of_group))
 
 
 # ---------------------------------------------------------------------------------- the update
@@ -408,7 +392,7 @@ def rollout_rows(groups, step, ranks):
                 "step": step,
                 "where": sample.where,
                 "question_type": sample.question_type,
-                "prompt": group.shown,
+                "prompt": group.shown[0],
                 "answer": sample.answer,
                 "images": picture_paths(sample),
                 "completions": group.texts,
@@ -438,20 +422,21 @@ def rollout_metrics(groups, ranks):
         """One number for each completion of this rank."""
         return torch.cat([getattr(group, name) for group in groups]).tolist()
 
-    metrics = {"reward": mean_and_std(of_all("reward"), ranks)[0]}
-    for name in groups[0].rewards:
-        rewards = np.concatenate([group.rewards[name] for group in groups]).tolist()
-        mean, deviation = mean_and_std(rewards, ranks)
-        metrics[f"rewards/{name}/mean"] = mean
-        metrics[f"rewards/{name}/std"] = deviation
     # A group of equal rewards teaches nothing: its advantages are 0. Where this share grows, the
     # prompts are too easy or too hard. Compared, as the std of 8 x 1.9 in fp32 is not 0.
     equal = [float(group.reward.min() == group.reward.max()) for group in groups]
-    deviations = [group.reward.std().item() for group in groups]
-    metrics["reward_std"] = mean_and_std(deviations, ranks)[0]
-    metrics["frac_reward_zero_std"] = mean_and_std(equal, ranks)[0]
-    metrics["completions/mean_length"] = mean_and_std(of_all("lengths"), ranks)[0]
-    metrics["completions/clipped_ratio"] = 1 - mean_and_std(of_all("finished"), ranks)[0]
+    numbers = {
+        "reward": of_all("reward"),
+        "reward_std": [group.reward.std().item() for group in groups],
+        "frac_reward_zero_std": equal,
+        "completions/mean_length": of_all("lengths"),
+        "completions/clipped_ratio": [not finished for finished in of_all("finished")],
+    }
+    metrics = {name: mean_and_std(values, ranks)[0] for name, values in numbers.items()}
+    for name in groups[0].rewards:
+        rewards = np.concatenate([group.rewards[name] for group in groups]).tolist()
+        mean, deviation = mean_and_std(rewards, ranks)
+        metrics |= {f"rewards/{name}/mean": mean, f"rewards/{name}/std": deviation}
     return metrics
 
 
@@ -538,12 +523,10 @@ def main():
     ranks.once(check_lengths, processor, samples + held_out, args.prompt_style, False, room)
 
     # policy and reference: the reference is the model that the policy starts from, and stays so
-    model = load_sharded(
-        args.model, ranks, args.dtype, args.activation_checkpointing, args.freeze_vision
-    )
+    model = load_sharded(args, ranks)
     reference = None
     if args.beta:
-        reference = load_sharded(args.model, ranks, args.dtype).requires_grad_(False)
+        reference = load_sharded(args, ranks).requires_grad_(False)
     banned = processor.banned(ranks.device)
     optimizer = adamw(model, args)
     done = run.restore(model, optimizer)
@@ -567,7 +550,12 @@ def main():
             run.append("rollouts.jsonl", rollout_rows(groups, step, ranks))
             metrics = rollout_metrics(groups, ranks)
             counts = step_counts(groups, args, ranks)
-            add_log_probs(groups, model, reference, args, banned, ranks.device)
+            # With one update for each rollout `old` is what the update itself computes; see
+            # loss_terms.
+            if args.num_iterations > 1:
+                add_log_probs(groups, "old", model, args, banned, ranks.device)
+            if args.beta:
+                add_log_probs(groups, "reference", reference, args, banned, ranks.device)
         sampled = time.perf_counter()
 
         # update

@@ -128,10 +128,9 @@ class Batch:
 
     def to(self, device):
         tensors = {}
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
+        for name, value in vars(self).items():
             if isinstance(value, torch.Tensor):
-                tensors[field.name] = to_device(value, device)
+                tensors[name] = to_device(value, device)
         return dataclasses.replace(self, **tensors)
 
 

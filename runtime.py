@@ -145,7 +145,7 @@ def check_lengths(processor, samples, style=None, with_answer=True, room=0):
         row_style = style_of(sample, style)
         # An upper bound of its tokens: each part brings at most 9 of the chat format's own.
         most = room + 9
-        for _, parts in processor.turns(sample, row_style, (1, 1), with_answer):
+        for _, parts in processor.turns(sample, row_style, with_answer):
             for part in parts:
                 most += 9
                 if isinstance(part, str):
@@ -297,22 +297,22 @@ class Ranks:
 # ---------------------------------------------------------------------------------- model
 
 
-def load_sharded(directory, ranks, dtype=None, activation_checkpointing=False, freeze_vision=False):
-    """A model with fp32 weights that computes in `dtype`.
+def load_sharded(args, ranks):
+    """The model of --model, with fp32 weights, that computes in --dtype.
 
     It is built on the meta device, sharded, then filled with the rows that this rank holds.
     Sharded (FSDP2) under torchrun, on a GPU, or for bfloat16; fp32 on a CPU runs the bare module.
     Gradients are reduced in fp32 and summed: the loss is divided once, by the count of all ranks.
     """
-    dtype = compute_dtype(dtype, ranks.device)
-    model = build_model(load_config(directory))  # on the meta device: shapes without memory
-    model.activation_checkpointing = activation_checkpointing
-    model.visual.requires_grad_(not freeze_vision)
+    dtype = compute_dtype(args.dtype, ranks.device)
+    model = build_model(load_config(args.model))  # on the meta device: shapes without memory
+    model.activation_checkpointing = args.activation_checkpointing
+    model.visual.requires_grad_(not args.freeze_vision)
     if ranks.launched or ranks.device.type == "cuda" or dtype != torch.float32:
         shard(model, init_device_mesh(ranks.device.type, (ranks.world,)), dtype)
     # Memory for this rank's rows only; each rank reads no more of the files than these.
     model.to_empty(device=ranks.device)
-    load_weights(model, directory, held_rows)
+    load_weights(model, args.model, held_rows)
     return model
 
 
@@ -515,7 +515,6 @@ class Run:
     def __init__(self, args, ranks, samples=()):
         self.args, self.ranks, self.out = args, ranks, Path(args.out)
         self.stopping = False  # Ctrl-C or SIGTERM came
-        self.problem = None  # why the log could not be written
         self.saved = 0  # step of the newest trainer state
         # What a later start with --resume is compared with: the settings, and fingerprints of what
         # the run is made of.
@@ -685,20 +684,8 @@ class Run:
                 write_text(path, "".join(line + "\n" for line in kept))
 
     def append(self, name, rows):
-        """Add rows to a log. The ranks meet at the end of a step: a full disk is told there.
-
-        Nothing is written after it, as its last line may be torn.
-        """
-        if self.ranks.rank == 0 and self.problem is None:
-            # Raised here, the error would end rank 0 while the others wait for it.
-            try:
-                append_jsonl(self.out / name, rows)
-            except UserError as error:
-                self.problem = error
-
-    def tell_problem(self):
-        if self.problem:
-            raise self.problem
+        """Add rows to a log; all ranks call it. A full disk ends all of them."""
+        self.ranks.once(append_jsonl, self.out / name, rows)
 
     # ------------------------------------------------------------------ the loop
 
@@ -727,12 +714,7 @@ class Run:
         self.bar.set_postfix(loss=f"{entry['loss']:.3f}", refresh=False)
 
         # A signal reaches ranks at different moments. They agree here to stop after this step.
-        stop = False
-        if boundary:
-            stopping, failed = self.ranks.sum(self.stopping, self.problem is not None)
-            stop = stopping > 0
-            if failed:
-                self.ranks.once(self.tell_problem)  # rank 0 has it
+        stop = boundary and self.ranks.sum(self.stopping)[0] > 0
         due = self.args.save_every and step - self.saved >= self.args.save_every
         if stop or (boundary and due and step < self.total):
             self.save(model, optimizer, step)
@@ -754,7 +736,6 @@ class Run:
 
     def finish(self, model, processor):
         """Write the model directory; with config.json in it the run is complete."""
-        self.ranks.once(self.tell_problem)
         if self.ranks.rank == 0:
             with writing(self.out, "the model", SafetensorError):
                 tensors = whole_tensors(model)

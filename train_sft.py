@@ -148,9 +148,7 @@ def main():
     ranks.once(check_lengths, processor, samples)
 
     # model
-    model = load_sharded(
-        args.model, ranks, args.dtype, args.activation_checkpointing, args.freeze_vision
-    )
+    model = load_sharded(args, ranks)
     optimizer = adamw(model, args)
     done = run.restore(model, optimizer)
     length = f"{steps} steps of {args.batch_size}, until {end}"

@@ -44,7 +44,7 @@ from PIL import Image, ImageDraw, ImageOps
 from ask import draw_boxes
 from benchmarks import bootstrap_interval
 from checkpoint import load_model
-from coldstart import sample_chains
+from coldstart import JUDGED, sample_chains
 from data import IGNORE, Processor, collate, read_all, style_of
 from eval import answer_rows, our_files, subset
 from files import (
@@ -571,6 +571,7 @@ def main():
     parser.checks["limit"] = positive
     names = (*USED, "out", "device", "micro_batch", "prompt_style")
     add_flags(parser, names, num_frames=32, micro_batch=32)
+    parser.set_defaults(**JUDGED)
     args = parser.parse_args()
     chosen = PROBES if args.what == "all" else (args.what,)
     if "entropy" in chosen and args.num_generations < 2:

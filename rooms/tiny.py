@@ -101,7 +101,7 @@ def corpus(samples):
                     yield f"{role}\n{part}"
         if not sample.messages:
             yield "user\n" + prompt_text(sample, style_of(sample))
-            yield answer_text(sample, style_of(sample), (1, 1))
+            yield answer_text(sample, style_of(sample))
     numbers = " ".join(map(str, range(NUMBERS)))
     for _ in range(len(samples) // 50):
         yield f"system\n{PROMPTS['system']}{numbers}"

@@ -299,11 +299,10 @@ def run_paths(device):
     # GRPO: rollout, log-probs, update
     groups = grpo.sample_groups(model, processor, samples[:3], [0, 1, 2], 1, args, device)
     gave["sampled"] = [group.texts for group in groups]
-    log_probs = grpo.group_log_probs(model, groups, 2, banned, 1.0, device)
-    for group, scores in zip(groups, log_probs):
+    grpo.add_log_probs(groups, "old", model, args, banned, device)
+    for group in groups:
         group.advantages = torch.tensor([1.0, -1.0, 0.5, -0.5])
-        group.old = scores
-        group.reference = tuple(some + 0.1 for some in scores)
+        group.reference = tuple(some + 0.1 for some in group.old)
     counts = {"sequences": 12, "kept_tokens": 100, "forwards": 7}  # one filler
     gave["sums"] = list(
         grpo.accumulate_gradient(model, groups, counts, args, banned, device).values()

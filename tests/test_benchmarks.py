@@ -994,6 +994,13 @@ def test_blind_baseline_by_hand():
     assert evaluation.blind_baseline(count + near, asked) == ["4", "4", "B", "A", "None", "A"]
 
 
+def test_blind_baseline_reads_letters_as_rows_are_read():
+    """Any option that data.letters_of accepts: it ended in a traceback where there is no dot."""
+    near = sample("Nearest?", "relative distance", "B", ("A bed", "(B) sofa"))
+    asked = sample("Nearest?", "relative distance", "A", ("A sofa", "B bed"))
+    assert evaluation.blind_baseline([near], [near, asked]) == ["B", "A"]
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_blind_baseline_is_the_best_single_answer(seed):
     """An oracle: try every training answer on the training answers."""

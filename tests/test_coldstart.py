@@ -19,6 +19,7 @@ import coldstart
 from coldstart import choose
 from data import prompt_text, read_samples, style_of
 from files import UserError
+from rewards import REWARDS
 
 REPOSITORY = Path(coldstart.__file__).parent
 FEW = (
@@ -130,8 +131,8 @@ def test_what_is_kept_is_right_distinct_and_within_the_caps(chains, per_question
 @pytest.fixture
 def sample(call, rooms, tiny_model, tmp_path, monkeypatch):
     """Run it into a folder of its own; the chains' file, or None if it is not there."""
-    monkeypatch.setattr(coldstart, "format_reward", lambda texts: [1.0] * len(texts))
-    monkeypatch.setattr(coldstart, "accuracy_reward", varied_reward)
+    monkeypatch.setitem(REWARDS, "format", lambda texts, sample: [1.0] * len(texts))
+    monkeypatch.setitem(REWARDS, "accuracy", varied_reward)
 
     def run(
         *flags,
@@ -213,9 +214,10 @@ def test_two_processes_sample_as_one(sample, rooms, tiny_model, tmp_path):
     driver = tmp_path / "driver.py"
     driver.write_text(
         f"import sys\nsys.path[:0] = [{str(REPOSITORY)!r}, {str(Path(__file__).parent)!r}]\n"
-        "import coldstart, conftest, runtime\n"
-        "coldstart.format_reward = lambda texts: [1.0] * len(texts)\n"
-        "coldstart.accuracy_reward = conftest.varied_reward\nruntime.main_guard(coldstart.main)\n"
+        "import coldstart, conftest, rewards, runtime\n"
+        "rewards.REWARDS['format'] = lambda texts, sample: [1.0] * len(texts)\n"
+        "rewards.REWARDS['accuracy'] = conftest.varied_reward\n"
+        "runtime.main_guard(coldstart.main)\n"
     )
     done = launch(
         driver,
@@ -265,7 +267,7 @@ def test_other_sampling_settings_do_not_mix(sample):
 
 def test_nothing_kept_is_an_error(sample, tmp_path, monkeypatch, capsys):
     """After the table that shows why, and without an empty file for the trainer."""
-    monkeypatch.setattr(coldstart, "format_reward", lambda texts: [0.0] * len(texts))
+    monkeypatch.setitem(REWARDS, "format", lambda texts, sample: [0.0] * len(texts))
     with pytest.raises(UserError, match="no chain was kept; the table above says why"):
         sample()
     assert (

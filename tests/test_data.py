@@ -23,6 +23,7 @@ from data import (
     read_all,
     read_prompts,
     read_samples,
+    scale_boxes,
     style_of,
 )
 from files import UserError
@@ -529,7 +530,10 @@ def test_ids_are_those_of_the_chat_template(row, generate, tmp_path, images, tin
     [sample] = read_samples(write_rows(tmp_path / "rows.jsonl", row), images)
     style = style_of(sample)
     example = processor.example(sample, style, with_answer=not generate)
-    turns = processor.turns(sample, style, (112 / 300, 84 / 200), not generate)
+    if example.boxes:  # the answer is in pixels of the picture as the model sees it
+        assert example.boxes == scale_boxes(sample.answer, (112 / 300, 84 / 200))
+        sample = replace(sample, answer=example.boxes)
+    turns = processor.turns(sample, style, not generate)
     assert example.ids.tolist() == theirs(tiny_model, turns, example.grids, generate)
     assert example.positions.shape == (3, len(example.ids)) and len(example.labels) == len(
         example.ids
@@ -667,7 +671,7 @@ def test_another_models_tokenizer_is_refused(tiny_model, model):
     "content, message",
     [
         ("{", "not readable as JSON (Expecting property name"),
-        ("[1]", "expected an object from prompt names to texts"),
+        ("[1]", "expected a JSON object, found list"),
         ('{"system": 5}', "expected an object from prompt names to texts"),
         (
             '{"sytem": "Hi"}',

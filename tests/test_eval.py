@@ -16,6 +16,7 @@ from test_benchmarks import LAYOUTS
 
 import data
 import eval as evaluation
+import grpo
 from benchmarks import BENCHES
 from checkpoint import build_model, load_config, load_model, parse_config, save_model
 from data import Processor
@@ -125,15 +126,15 @@ def test_every_picture_reaches_the_answers(name, tiny_model, tmp_path, monkeypat
     samples, _ = evaluation.read_rows(name, tmp_path, None)
     model = load_model(tiny_model, torch.float32)
     processor = Processor(tiny_model, model.config, num_frames=4)
-    args = SimpleNamespace(prompt_style="thinking", max_completion_length=2)
-    original, generate = data.to_patches, evaluation.generate
+    args = SimpleNamespace(prompt_style="thinking", max_completion_length=2, temperature=1.0)
+    original, generate = data.to_patches, grpo.generate
     rollouts, shown = [], []
 
     def observed(*args, **options):
         rollouts.append(generate(*args, **options))
         return rollouts[-1]
 
-    monkeypatch.setattr(evaluation, "generate", observed)
+    monkeypatch.setattr(grpo, "generate", observed)
 
     def log_probs(row, changed=None):
         """changed: (which picture or video of the sample, which frame of it)."""

@@ -33,9 +33,9 @@ from files import UserError
 from grpo import (
     Group,
     accumulate_gradient,
+    add_log_probs,
     group_advantages,
     group_batch,
-    group_log_probs,
     kl_k3,
     noise,
     parts,
@@ -207,7 +207,11 @@ def shared_update(world, groups, args, fillers=0):
 
 
 def log_probs_of(model, world, groups, size=4, temperature=1.0):
-    return group_log_probs(model, groups, size, world.banned, temperature, "cpu")
+    """Each group's log-probs; the groups themselves stay as they are."""
+    args = SimpleNamespace(micro_batch=size, temperature=temperature)
+    copies = [dataclasses.replace(group) for group in groups]
+    add_log_probs(copies, "old", model, args, world.banned, "cpu")
+    return [group.old for group in copies]
 
 
 def assert_same(mine, theirs, loss_tolerance=1e-6, tolerance=1e-5):

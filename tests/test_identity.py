@@ -445,8 +445,8 @@ def test_rows_of_chats_and_of_bytes_have_names(rooms, tmp_path):
 @pytest.fixture
 def sample(call, monkeypatch, parts):
     """Sample chains into parts/cold.jsonl."""
-    monkeypatch.setattr(coldstart, "format_reward", lambda texts: [1.0] * len(texts))
-    monkeypatch.setattr(coldstart, "accuracy_reward", varied_reward)
+    monkeypatch.setitem(rewards.REWARDS, "format", lambda texts, sample: [1.0] * len(texts))
+    monkeypatch.setitem(rewards.REWARDS, "accuracy", varied_reward)
     asked = []
     sample_chains = coldstart.sample_chains
 
