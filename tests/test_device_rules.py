@@ -51,7 +51,7 @@ FAULTS = {  # name -> (file, a text in it, what stands there instead)
     "targets": (
         "model.py",
         "if isinstance(value, torch.Tensor):",
-        'if isinstance(value, torch.Tensor) and field.name != "targets":',
+        'if isinstance(value, torch.Tensor) and name != "targets":',
     ),
     "CPU number": ("grpo.py", "clipped.sum()))", "clipped.sum(), torch.tensor(1.0)))"),
     "value read": (
