@@ -211,23 +211,6 @@ def is_well_formed(text):
     return all(part.strip() for part in match.groups())
 
 
-def true_boxes(sample):
-    """The boxes that a row asks for; UserError if it asks for something else."""
-    if sample.question_type != "localization":
-        raise UserError(
-            f"{sample.where}: no box_iou reward for question_type {sample.question_type!r}, "
-            "expected boxes"
-        )
-    return sample.answer
-
-
-def box_iou_reward(completions, sample):
-    """Mean IoU of a localization's true boxes, which the caller gives in the model's pixels."""
-    truth = true_boxes(sample)
-    predictions = [parse_boxes(extract_answer(text, text)) for text in completions]
-    return [localization_scores(boxes, truth)["mean_iou"] for boxes in predictions]
-
-
 # question_type -> how an answer is parsed, and how it is compared with the truth. The last turn of
 # a chat has to be met word for word.
 SCORES = {
@@ -259,24 +242,23 @@ def accuracy_reward(completions, sample):
     The answer is the last <answer>, or the whole text without one. UserError for a type that is not
     known (the authors pay 0).
     """
-    if sample.question_type == "localization":
-        return box_iou_reward(completions, sample)
+    answers = [extract_answer(text, text) for text in completions]
+    if sample.question_type == "localization":  # the caller gives boxes in the model's pixels
+        boxes = [parse_boxes(answer) for answer in answers]
+        return [localization_scores(some, sample.answer)["mean_iou"] for some in boxes]
     # What cannot be parsed earns 0: the model is to learn the form of an answer too.
     parse, score, truth = how_to_score(sample)
-    answers = [parse(extract_answer(text, text)) for text in completions]
-    return [0.0 if answer is None else float(score(answer, truth)) for answer in answers]
+    parsed = [parse(answer) for answer in answers]
+    return [0.0 if answer is None else float(score(answer, truth)) for answer in parsed]
 
 
 # Every reward that --reward-funcs can name. A new one needs its line here.
-REWARDS = {"format": format_reward, "accuracy": accuracy_reward, "box_iou": box_iou_reward}
+REWARDS = {"format": format_reward, "accuracy": accuracy_reward}
 
 
 def check_row(name, sample):
     """Raise UserError if a reward of this file cannot score this row. Your own are not asked."""
-    reward = REWARDS[name]
-    if reward is box_iou_reward:
-        true_boxes(sample)
-    if reward is accuracy_reward and sample.question_type != "localization":
+    if REWARDS[name] is accuracy_reward and sample.question_type != "localization":
         how_to_score(sample)
 
 

@@ -800,7 +800,7 @@ def test_stage_1_goes_on_by_reinforcement(call, rooms, tiny_model, tmp_path, mon
     judged = []
     monkeypatch.setitem(
         rewards.REWARDS,
-        "box_iou",
+        "accuracy",
         lambda texts, sample: judged.append(sample) or varied_reward(texts, sample),
     )
     call(
@@ -813,7 +813,7 @@ def test_stage_1_goes_on_by_reinforcement(call, rooms, tiny_model, tmp_path, mon
         tmp_path / "out",
         *FEW,
         "--reward-funcs",
-        "box_iou",
+        "accuracy",
         "--reward-weights",
         2,
         "--max-pixels",
@@ -826,11 +826,11 @@ def test_stage_1_goes_on_by_reinforcement(call, rooms, tiny_model, tmp_path, mon
         read_rows(tmp_path / "out" / "rollouts.jsonl"),
     )
     assert (
-        log[0]["reward"] == pytest.approx(2 * log[0]["rewards/box_iou/mean"])
+        log[0]["reward"] == pytest.approx(2 * log[0]["rewards/accuracy/mean"])
         and log[0]["grad_norm"] > 0
     )
     assert all(
-        "bounding box" in row["prompt"] and list(row["rewards"]) == ["box_iou"] for row in rollouts
+        "bounding box" in row["prompt"] and list(row["rewards"]) == ["accuracy"] for row in rollouts
     )
     assert len(judged) == len(rollouts) and all(
         c <= 56 for s in judged for box in s.answer for c in box["bbox_2d"]
@@ -886,17 +886,13 @@ def test_the_reward_rises(call, rooms, tiny_model, tmp_path, monkeypatch, loss_t
         (("--num-generations", 1), "--num-generations is 1"),
         (
             ("--reward-funcs", "format", "style"),
-            "no reward 'style', expected of format, accuracy, box_iou",
+            "no reward 'style', expected of format, accuracy",
         ),
         (
             ("--reward-weights", 1),
             "--reward-weights has 1 numbers, expected 2: one for each of format, accuracy",
         ),
         (("--eval-every", 5), "--eval-every 5 needs --eval-data"),
-        (
-            ("--reward-funcs", "box_iou", "--reward-weights", 1),
-            "no box_iou reward for question_type",
-        ),
         (("--data", "BROKEN"), "broken.jsonl:1: "),
         (
             ("--reward-funcs", "format", "accuracy", "format", "--reward-weights", 1, 1, 5),

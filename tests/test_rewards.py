@@ -438,7 +438,6 @@ def test_box_rewards_pay_the_mean_iou_with_and_without_tags():
         "bed",
     ]
     iou = rewards.box_iou((1, 2, 30, 40), (0, 0, 4, 4))
-    assert rewards.REWARDS["box_iou"](texts, sample) == [1.0, iou / 2, 0.25, 0.0]
     assert rewards.REWARDS["accuracy"](texts, sample) == [1.0, iou / 2, 0.25, 0.0]
 
 
@@ -533,11 +532,8 @@ def test_rows_are_checked_for_the_rewards_of_the_table_only(monkeypatch):
     rewards.check_row("format", Row("", ""))
     rewards.check_row("accuracy", Row(NUMBER, "4"))
     rewards.check_row("accuracy", Row("localization", (box(0, 0, 2, 2),)))
-    rewards.check_row("box_iou", Row("localization", (box(0, 0, 2, 2),)))
     with pytest.raises(UserError, match=r"file.jsonl:17: no accuracy reward for question_type ''"):
         rewards.check_row("accuracy", Row("", ""))
-    with pytest.raises(UserError, match=r"file.jsonl:17: no box_iou reward for question_type"):
-        rewards.check_row("box_iou", Row(NUMBER, "4"))
     monkeypatch.setitem(rewards.REWARDS, "mine", lambda *_: pytest.fail("called"))
     monkeypatch.setitem(rewards.REWARDS, "accuracy", lambda *_: pytest.fail("called"))
     rewards.check_row("mine", Row("", ""))
