@@ -543,8 +543,12 @@ def given_answers(path, samples, benchmark):
 
 
 def option_text(option):
-    """What stands behind an option's letter."""
-    return option.split(" ", 1)[-1]
+    """What stands behind an option's letter.
+
+    >>> [option_text(option) for option in ("A. big bed", "(B) bed", "c) bed", "D bed", "A.bed")]
+    ['big bed', 'bed', 'bed', 'bed', 'bed']
+    """
+    return re.sub(r"^[(\[]?[A-Za-z](?![A-Za-z0-9])[)\].:]*\s*", "", option.strip())
 
 
 def true_text(sample):

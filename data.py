@@ -444,7 +444,7 @@ def read_prompts(path):
 
 
 def answer_text(sample, style):
-    """What the assistant is to say. Boxes are in pixels of the picture as the model sees it.
+    """What the assistant is to say. Boxes are written as they are: `example` scales them before.
 
     >>> box = {"bbox_2d": [0, 2, 10, 9], "label": "lamp"}
     >>> sample = Sample("f:1", "1", "?", "localization", (box,))
@@ -750,7 +750,7 @@ class Processor:
         return Loaded(patches, grid, seconds, (w / width, h / height))
 
     def turns(self, sample, style, with_answer):
-        """The conversation as ((role, (text or Media, ...)), ...)."""
+        """The conversation: ((role, (text or Media, ...)), ...). Boxes are written as they are."""
         system = ("system", (self.prompts["system"],))
         if sample.messages is None:
             user = ("user", (*sample.media, prompt_text(sample, style, self.prompts)))

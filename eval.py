@@ -111,7 +111,7 @@ def answer_rows(model, processor, samples, rows, args, device):
     """Answer some samples greedily, in one batch.
 
     Args:    rows: numbers into samples.
-             args: holds prompt_style and max_completion_length.
+             args: holds prompt_style, max_completion_length and temperature.
     Returns: for each what predictions.jsonl has of it beside facts(sample) and the score.
     """
     chosen = [samples[row] for row in rows]
@@ -241,6 +241,7 @@ def settings():
     add("--blind-from", help="training rows: what do their answers say without a picture?")
     # The other numbers are rows of SETTINGS, which has their checks.
     parser.checks |= {"batch_size": positive, "limit": positive}
+    # sample_completions reads it. No greedy answer depends on it, so it is not in the recipe.
     parser.set_defaults(temperature=1.0)
     args = parser.parse_args()
     parser.need(args, "out", "predictions" if args.predictions else "model")
@@ -271,8 +272,7 @@ def main():
         recipe["predictions"] = os.path.realpath(args.predictions)
     else:
         processor = Processor(args.model, load_config(args.model), args)
-        room = args.max_completion_length
-        ranks.once(check_lengths, processor, samples, args.prompt_style, False, room)
+        ranks.once(check_lengths, processor, samples, args.prompt_style, False)
         recipe |= values(processor, ("min_pixels", "max_pixels")) | {"decoding": "greedy"}
         recipe[MADE_OF] = ranks.once(made_of, args.model, {"prompts": args.prompts})
 

@@ -180,15 +180,14 @@ def noise(seed, step, place, group, length):
     return torch.from_numpy(np.stack(draws))
 
 
-def sample_completions(model, processor, samples, G, uniforms, args, device):
+def sample_completions(model, processor, samples, G, uniforms, args, device, room=0):
     """G completions for each of the samples, all in one batch; greedy where uniforms is None.
 
-    Args:    uniforms (len(samples) * G, C).
+    Args:    uniforms (len(samples) * G, C). room: tokens that have to fit behind a prompt.
     Returns: [Group] without rewards. A localization sample's boxes are in pixels as the model sees
              them.
     """
     # Prompts alone, up to where the assistant begins.
-    room = args.max_completion_length
     examples = []
     for sample in samples:
         style = style_of(sample, args.prompt_style)
@@ -196,7 +195,7 @@ def sample_completions(model, processor, samples, G, uniforms, args, device):
     rollout = generate(
         model,
         collate(examples, processor.config).to(device),
-        room,
+        args.max_completion_length,
         processor.stop_ids,
         group=G,
         uniforms=uniforms,
@@ -231,7 +230,7 @@ def sample_groups(model, processor, samples, places, step, args, device):
     G, C = args.num_generations, args.max_completion_length
     uniforms = torch.cat([noise(args.seed, step, place, G, C) for place in places])  # (B * G, C)
     uniforms = to_device(uniforms, device)
-    groups = sample_completions(model, processor, samples, G, uniforms, args, device)
+    groups = sample_completions(model, processor, samples, G, uniforms, args, device, room=C)
     for group in groups:
         group.rewards = {}
         # Added up in float64, then rounded: 0.1 + 0.2 and 0.3 are equal rewards.
@@ -450,7 +449,10 @@ def held_out_metrics(model, processor, samples, args, ranks):
     with gathered(model):
         for first in range(0, len(mine), size):
             some = mine[first : first + size]
-            for group in sample_completions(model, processor, some, 1, None, args, ranks.device):
+            groups = sample_completions(
+                model, processor, some, 1, None, args, ranks.device, args.max_completion_length
+            )
+            for group in groups:
                 for name in totals:
                     totals[name] += call_reward(name, group.texts, group.sample)[0]
     totals = ranks.sum_named(totals)

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,8 +20,9 @@ import eval as evaluation
 import grpo
 from benchmarks import BENCHES
 from checkpoint import build_model, load_config, load_model, parse_config, save_model
-from data import Processor
+from data import Processor, read_all
 from files import UserError
+from settings import PICTURES
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -114,9 +116,28 @@ def test_a_benchmark_runs_from_its_files_to_the_headline(name, always, call, tmp
         "min_pixels": 4 * 28 * 28,
     }
     assert recipe.items() <= scores["recipe"].items()
+    # One key more or less, and no evaluation that was begun before goes on.
+    others = {"bench", "blind_from", "data", "dtype", "images", "limit", "made_of", "model"}
+    others |= {"max_completion_length", "predictions"}
+    assert scores["recipe"].keys() == {*recipe, *others, *PICTURES}
     assert len(scores["recipe"]["made_of"]["model"]) == 16
     printed = capsys.readouterr().out
     assert f"{100 * headline:.1f}" in printed and str(BENCHES[name].paper["overall"][1]) in printed
+
+
+def test_a_prompt_that_fits_is_answered(rooms, tiny_model):
+    """Evaluation asks for no room behind it: a completion seldom has its full length."""
+    [sample, *_] = read_all([rooms / "train" / "spld_spatial_data.jsonl"], None)
+    model = load_model(tiny_model, torch.float32)
+    processor = Processor(tiny_model, model.config)
+    length = len(processor.example(sample, "direct", with_answer=False).ids)
+    text = replace(model.config.text, max_position_embeddings=length)
+    processor.config = replace(model.config, text=text)
+    args = SimpleNamespace(prompt_style="direct", max_completion_length=2, temperature=1.0)
+    [row] = evaluation.answer_rows(model, processor, [sample], [0], args, "cpu")
+    assert row["truncated"] or row["completion"]
+    with pytest.raises(UserError, match="--max-completion-length 2 does not fit behind"):
+        grpo.sample_completions(model, processor, [sample], 1, None, args, "cpu", room=2)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
