@@ -189,7 +189,10 @@ def checkpoint_tensors(directory):
         )
     tensors = {}
     for name in names:
-        file = open_safetensors(directory / name)
+        path = directory / name
+        if path.parent != directory:
+            raise UserError(f"{index}: names {name!r:.80}, expected a file of its own folder")
+        file = open_safetensors(path)
         for key in file.keys():  # noqa: SIM118  it is no dict
             # Releases of transformers between 4.52 and 5 wrote the longer prefixes.
             ours = key.replace("model.language_model.", "model.", 1)
