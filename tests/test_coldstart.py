@@ -8,16 +8,19 @@ import doctest
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import launch, varied_reward
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 import coldstart
+from checkpoint import load_model
 from coldstart import choose
-from data import prompt_text, read_samples, style_of
+from data import Processor, prompt_text, read_samples, style_of
 from files import UserError
 from rewards import REWARDS
 
@@ -206,6 +209,20 @@ def test_an_interrupted_run_goes_on(sample, tmp_path):
     sample()
     assert out.read_bytes() == whole
     assert sample("--seed", 1, out=tmp_path / "other" / "cold.jsonl").read_bytes() != whole
+
+
+def test_noise_belongs_to_the_row(rooms, tiny_model):
+    """A row's chains are the same whichever rows are sampled beside it."""
+    samples = read_samples(rooms / "train" / "spld_spatial_data.jsonl", rooms / "train" / "images")
+    model = load_model(tiny_model, torch.float32)
+    processor = Processor(tiny_model, model.config)
+    args = SimpleNamespace(**coldstart.JUDGED, prompt_style="thinking", temperature=1.0, seed=0)
+    args.num_generations, args.max_completion_length = 2, 8
+
+    def chains(*rows):
+        return coldstart.sample_chains(model, processor, samples, rows, args, "cpu")
+
+    assert chains(2) == chains(1, 2)[1:]
 
 
 @pytest.mark.slow

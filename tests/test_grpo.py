@@ -992,6 +992,51 @@ def test_equal_sums_of_other_parts_are_equal(world, monkeypatch):
     assert metrics["reward_std"] == 0.0
 
 
+def test_metrics_of_a_rollout_by_hand(world, monkeypatch):
+    """Two groups of two completions, each number put in by hand."""
+    groups, _ = sampled(world, [0, 1], settings(num_generations=2), monkeypatch)
+    numbers = [([0.0, 2.0], [1, 3], [True, False]), ([1.0, 1.0], [4, 4], [True, True])]
+    for group, (reward, lengths, finished) in zip(groups, numbers):
+        group.rewards = {"accuracy": reward}
+        group.reward = torch.tensor(reward)
+        group.lengths = torch.tensor(lengths)
+        group.finished = torch.tensor(finished)
+    metrics = grpo.rollout_metrics(groups, SimpleNamespace(sum=lambda *sums: list(sums)))
+    assert metrics == pytest.approx(
+        {
+            "reward": 1.0,
+            "reward_std": 2**0.5 / 2,  # of the groups: the square root of 2, and 0
+            "frac_reward_zero_std": 0.5,
+            "completions/mean_length": 3.0,
+            "completions/clipped_ratio": 0.25,
+            "rewards/accuracy/mean": 1.0,
+            "rewards/accuracy/std": 0.5**0.5,
+        }
+    )
+
+
+@pytest.mark.parametrize("iterations", (1, 2))
+def test_updates_are_compared_with_the_policy_that_sampled(
+    iterations, call, rooms, tiny_model, tmp_path, monkeypatch
+):
+    """One update needs no log-probs of its own; of two, both have those from before the first."""
+    monkeypatch.setitem(rewards.REWARDS, "accuracy", varied_reward)
+    olds = []
+
+    def observed(model, groups, *others):
+        olds.append(groups[0].old)
+        return accumulate_gradient(model, groups, *others)
+
+    monkeypatch.setattr(grpo, "accumulate_gradient", observed)
+    flags = ("--data", rooms / "train" / "spld_spatial_data.jsonl", "--out", tmp_path / "out")
+    call(grpo, "--model", tiny_model, *flags, *FEW, "--num-iterations", iterations)
+    assert len(olds) == 2
+    if iterations == 1:
+        assert olds == [None, None]
+    else:
+        assert olds[0] is not None and olds[0] is olds[1]
+
+
 def test_a_reward_that_fails_its_group_is_named(call, rooms, tiny_model, tmp_path, monkeypatch):
     """In a run: one line with row and reward, before anything is trained."""
     monkeypatch.setitem(rewards.REWARDS, "one", lambda texts, sample: [float(len(texts[0]))])
@@ -1046,6 +1091,22 @@ def test_a_prompt_beyond_the_context_shows_at_once(
         call(grpo, *flags, "--out", tmp_path / "out", *FEW)
     expected = r"\S+mine.jsonl:6: \d+ tokens; the model's context has 4096"
     assert re.fullmatch(expected, str(error.value))
+
+
+def test_prompts_leave_room_for_completions(world, tiny_model):
+    """Also where the length is only known when the row is used, as of a video file."""
+    (sample, *_) = world.samples
+    processor = Processor(tiny_model, world.model.config)
+    prompt = len(processor.example(sample, "thinking", with_answer=False).ids)
+    text = dataclasses.replace(world.model.config.text, max_position_embeddings=prompt + 7)
+    processor.config = dataclasses.replace(world.model.config, text=text)
+    args = settings(max_completion_length=8, num_generations=2, prompts_per_step=1)
+    ranks = SimpleNamespace(rank=0, world=1, device="cpu")
+    expected = f"--max-completion-length 8 does not fit behind {prompt} tokens"
+    with pytest.raises(UserError, match=expected):
+        grpo.sample_groups(world.model, processor, [sample], [0], 1, args, "cpu")
+    with pytest.raises(UserError, match=expected):
+        grpo.held_out_metrics(world.model, processor, [sample], args, ranks)
 
 
 def test_a_completion_that_just_fits_is_sampled(call, rooms, tiny_model, tmp_path):

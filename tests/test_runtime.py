@@ -259,6 +259,18 @@ def test_rows_are_replayed_where_nothing_else_is_said():
     assert args.replay_ratio == 0.2
 
 
+@pytest.mark.parametrize("chosen", (False, True))
+def test_a_model_is_loaded_as_the_settings_say(chosen, tiny_model):
+    """--activation-checkpointing, --freeze-vision: they reach the model."""
+    args = SimpleNamespace(model=tiny_model, dtype=None)
+    args.activation_checkpointing = args.freeze_vision = chosen
+    ranks = SimpleNamespace(device=torch.device("cpu"), launched=False)
+    model = runtime.load_sharded(args, ranks)
+    assert model.activation_checkpointing == chosen
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == (not (chosen and name.startswith("visual.")))
+
+
 def test_every_setting_has_a_flag():
     """What a recipe says can be said on the command line too; the table holds nothing else."""
     for rows in ladder.RECIPES.values():
