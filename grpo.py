@@ -449,8 +449,9 @@ def held_out_metrics(model, processor, samples, args, ranks):
     with gathered(model):
         for first in range(0, len(mine), size):
             some = mine[first : first + size]
+            room = args.max_completion_length
             groups = sample_completions(
-                model, processor, some, 1, None, args, ranks.device, args.max_completion_length
+                model, processor, some, 1, None, args, ranks.device, room=room
             )
             for group in groups:
                 for name in totals:

@@ -996,8 +996,8 @@ def test_blind_baseline_by_hand():
 
 def test_blind_baseline_reads_letters_as_rows_are_read():
     """Any option that data.letters_of accepts: it ended in a traceback where there is no dot."""
-    near = sample("Nearest?", "relative distance", "B", ("A bed", "(B) sofa"))
-    asked = sample("Nearest?", "relative distance", "A", ("A sofa", "B bed"))
+    near = sample("Nearest?", "relative distance", "B", ("(A) bed", "B sofa"))
+    asked = sample("Nearest?", "relative distance", "A", ("A sofa", "(B) bed"))
     assert evaluation.blind_baseline([near], [near, asked]) == ["B", "A"]
 
 
