@@ -85,6 +85,8 @@ AFTER_LINE_OR_TAG = r"(?<=\n|think>|answer>)(?<!assistant\n)"
 SPACED = {digit: rf"(?<![ _.\d]){digit}" for digit in digits}
 SPACED |= {letter: rf"{AFTER_LINE_OR_TAG}{letter}" for letter in ascii_lowercase}
 SPACED |= {letter: rf"{AFTER_LINE_OR_TAG}{letter}\b" for letter in "ABCD"}
+# In what is decoded there is none: texts come back as they were written.
+SPACES = r"(?<![^\n>\[(]) (?=\d)|(?<=\n|think>|answer>) (?=[a-zA-D])"
 CHAT_TEMPLATE = (  # the chat format of data.Processor, for transformers
     "{% if messages[0].role != 'system' %}<|im_start|>system\n"
     + PROMPTS["system"]
@@ -130,7 +132,8 @@ def train_tokenizer(texts):
     split = pre_tokenizers.Split(PIECES, "isolated")
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
-    tokenizer.decoder = decoders.ByteLevel()
+    without_spaces = decoders.Replace(Regex(SPACES), "")
+    tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), without_spaces])
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),

@@ -21,8 +21,9 @@ def tokenizer(tiny_model):
 
 
 def tokens(tokenizer, text):
-    """The tokens of a text, each decoded by itself."""
-    return [tokenizer.decode([i]) for i in tokenizer.encode(text, add_special_tokens=False).ids]
+    """The tokens of a text, as they are in the vocabulary."""
+    found = tokenizer.encode(text, add_special_tokens=False).tokens
+    return [token.replace("Ġ", " ").replace("Ċ", "\n") for token in found]
 
 
 # ---------------------------------------------------------------------------------- the weights

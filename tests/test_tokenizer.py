@@ -19,7 +19,7 @@ from model import generate
 from pictures import Media
 from rewards import accuracy_reward, format_reward
 
-GROUNDED = "<|object_ref_start|>lamp<|object_ref_end|><|box_start|>( 10, 20),( 30, 40)<|box_end|>"
+GROUNDED = "<|object_ref_start|>lamp<|object_ref_end|><|box_start|>(10, 20),(30, 40)<|box_end|>"
 STRUCTURE = (
     "<|im_start|>",
     "<|im_end|>",
@@ -156,7 +156,7 @@ def test_thinking_tokens_of_a_tuned_tokenizer(special, tmp_path):
     """As added tokens, special or not: one id each, read by the rewards as they are written."""
     names = "<reason>", "</reason>", "<reason>deep", "<think>", "</think>"
     odd = with_tokenizer(tmp_path / "odd", added(*names, special=special), rows=5)
-    text = "<think>two beds</think>\n<answer> 2</answer>"
+    text = "<think>two beds</think>\n<answer>2</answer>"
     ids = odd.encode_answer(text)
     for name in ("<think>", "</think>"):
         assert ids.count(odd.tokenizer.token_to_id(name)) == 1
