@@ -42,6 +42,7 @@ from settings import MAY_CHANGE, Parser, add_flags, positive, values
 GROUNDING = "spld_grounding_data.jsonl"
 SPATIAL = "spld_spatial_data.jsonl"
 COLDSTART = "spld_coldstart_data.jsonl"
+TOLD = "told_data.jsonl"  # of rooms: texts that the base can already answer
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ RUNGS = (
 
 BASE = "base"  # folder of the repository: a small model that can see and speak already
 ROOMS = "runs/tiny/rooms/train/"
-ROOMS_MADE = 3600  # training rooms: with these steps no stage reads a row twice
+ROOMS_MADE = 3600  # training rooms: with these steps no stage reads a row of its own twice
 
 TINY = {
     # Two threads take 0.7 of the time while nothing else runs, and three times as long beside one
@@ -81,8 +82,10 @@ TINY = {
     "warmup_ratio": 0.03,
 }
 TINY_SFT = TINY | {"epochs": 1000.0}  # that is, max_steps decides
-# The stages after the first read its rows too, or the model forgets how to write boxes.
-TINY_REPLAY = TINY_SFT | {"replay": [ROOMS + GROUNDING], "replay_ratio": 0.2}
+# A small model soon forgets what it no longer reads (docs/trials.md). So all three SFT stages
+# replay texts of the base. The second and the cold start replay boxes too.
+TINY_SEE = TINY_SFT | {"replay": [ROOMS + TOLD], "replay_ratio": 0.3}
+TINY_REPLAY = TINY_SFT | {"replay": [ROOMS + GROUNDING, ROOMS + TOLD], "replay_ratio": 0.4}
 
 # ---------------------------------------------------------------------------------- preset paper
 # The authors' scripts (run_spld_*.sh) and their answers (issues 2, 5 and 6 of their repository):
@@ -104,53 +107,53 @@ PAPER_SFT = PAPER | {"warmup_ratio": 0.1}
 
 RECIPES = {  # preset -> stage -> what differs from settings.SETTINGS
     "tiny": {
-        # The longest of the trainings that made the folder base/, from easy rows to hard ones.
+        # The training that made the folder base/: texts first, then pictures.
         "base": TINY_SFT
         | {
             "model": "runs/base/start",
             "data": ["runs/base/rooms/train/base_data.jsonl"],
             "out": "runs/base/model",
-            "curriculum": 0.5,
-            "max_steps": 5500,
-            "learning_rate": 6e-4,
-            "batch_size": 16,
+            "curriculum": 0.005,
+            "max_steps": 12000,
+            "learning_rate": 1e-3,
+            "batch_size": 32,
             "micro_batch": 16,
             "save_every": 500,
             "keep_last": 1,
         },
-        "1": TINY_SFT
+        "1": TINY_SEE
         | {
             "model": BASE,
             "data": [ROOMS + GROUNDING],
             "out": "runs/tiny/stage1",
-            "max_steps": 600,
-            "learning_rate": 4e-4,
+            "max_steps": 1200,
+            "learning_rate": 6e-4,
         },
         "2": TINY_REPLAY
         | {
             "model": "runs/tiny/stage1",
             "data": [ROOMS + SPATIAL],
             "out": "runs/tiny/stage2",
-            "max_steps": 1200,
-            "learning_rate": 4e-4,
+            "max_steps": 500,
+            "learning_rate": 3e-4,
         },
         "cold": TINY_REPLAY
         | {
             "model": "runs/tiny/stage2",
             "data": [ROOMS + COLDSTART],
             "out": "runs/tiny/cold",
-            "max_steps": 550,
-            "learning_rate": 6e-4,
+            "max_steps": 300,
+            "learning_rate": 4e-4,
         },
-        # 40 steps of 8 prompts x 8 completions, a tenth of stage 1's learning rate.
+        # 200 steps of 8 prompts x 8 completions.
         "grpo": TINY
         | {
             "model": "runs/tiny/cold",
             "data": [ROOMS + SPATIAL],
             "out": "runs/tiny/grpo",
-            "max_steps": 40,
-            "learning_rate": 4e-5,
-            "max_completion_length": 128,
+            "max_steps": 200,
+            "learning_rate": 1e-4,
+            "max_completion_length": 64,
         },
     },
     "paper": {
@@ -187,7 +190,7 @@ MADE_BY = {
     "runs/base/start": "python -m rooms.tiny --data runs/base/rooms/train runs/tiny/rooms/train "
     "--out runs/base/start",
     "runs/base/rooms": "python -m rooms.scenes --tasks base --out runs/base/rooms "
-    "--scenes 16000 --test-scenes 400 --seed 1 --view-categories 3 5",
+    "--scenes 12000 --test-scenes 400 --seed 1 --view-categories 3 5",
     "runs/tiny/rooms": "python -m rooms.scenes --out runs/tiny/rooms",
 }
 
@@ -207,9 +210,15 @@ def train(args, rung, files=None, flags=""):
     elif args.rooms and not files:
         # Rooms that nothing is trained on: does a higher reward mean better answers? With --images
         # (files of an ablation) their pictures would be looked for in the wrong folder.
-        flags += f" --eval-every 20 --eval-data {args.rooms}/val/{SPATIAL}"
-    if "replay" in RECIPES[args.preset][rung.stage]:
-        flags += f" --replay {args.data}/{GROUNDING}"
+        flags += f" --eval-every 25 --eval-data {args.rooms}/val/{SPATIAL}"
+    replayed = []
+    for file in RECIPES[args.preset][rung.stage].get("replay", ()):
+        name = Path(file).name
+        if args.rooms or name != TOLD:  # only rooms have texts of the base
+            replayed.append(f"{args.data}/{name}")
+    if replayed:
+        # First, so that an ablation can name other files: the last --replay counts.
+        flags = f" --replay {' '.join(replayed)}{flags}"
     if args.smoke:
         flags += f" --max-steps {SMOKE[rung.stage]}"
     files = files or " ".join([f"{args.data}/{name}" for name in rung.files])

@@ -25,11 +25,11 @@ from pathlib import Path
 
 import ladder
 from files import read_json, read_jsonl, write_jsonl
-from ladder import COLDSTART, GROUNDING, ROOMS_MADE, RUNGS, SPATIAL
+from ladder import COLDSTART, GROUNDING, RECIPES, ROOMS_MADE, RUNGS, SPATIAL, TOLD
 from runtime import main_guard
 from settings import Parser, check_number, positive, with_dashes
 
-NO_BOXES = " --replay-ratio 0"
+NO_BOXES = "{no_boxes}"
 OWN_FILES = " --images {data}/images"  # of a rung that trains on the files in OUT/WAY
 BARE = " --prompt-style direct --reward-funcs accuracy --reward-weights 1"
 WAYS = {  # name -> the ladder's rung that it starts from, and flags for each rung after it
@@ -45,15 +45,18 @@ WAYS = {  # name -> the ladder's rung that it starts from, and flags for each ru
     "mixed": ("base", {"stage2": NO_BOXES + "{together}", "cold": "", "grpo": ""}),
     "self": ("stage2", {"cold": OWN_FILES, "grpo": ""}),
 }
+STEPS_OF_BOTH = sum(RECIPES["tiny"][stage]["max_steps"] for stage in ("1", "2"))
 PRESETS = {
     "tiny": {
-        "longer": " --max-steps 1800",  # 600 of stage 1, 1,200 of stage 2
-        "together": " --max-steps 1800",
-        "sampling": "--limit 150 --per-question 2 --batch-size 32 --max-completion-length 128",
+        "longer": f" --max-steps {STEPS_OF_BOTH}",
+        "together": f" --max-steps {STEPS_OF_BOTH}",
+        "no_boxes": " --replay {data}/" + TOLD,
+        "sampling": "--limit 150 --per-question 2 --batch-size 32 --max-completion-length 64",
     },
     "paper": {
         "longer": " --epochs 1.287",  # (5,929 + 20,680) / 20,680 rows
         "together": "",  # one epoch of both files
+        "no_boxes": "",  # nothing is replayed
         "sampling": "--limit 400 --per-type 180",
     },
 }
@@ -80,7 +83,7 @@ def own_chains(args):
         # The tiny model never writes a chain before it has seen some; the 3B does when asked to.
         model = f"{args.out}/teacher"
         cold = RUNGS[3]
-        yield None, ladder.train(args, replace(cold, name="teacher"), flags=" --max-steps 300")
+        yield None, ladder.train(args, replace(cold, name="teacher"), flags=" --max-steps 100")
     yield (
         None,
         f"{args.python} coldstart.py --model {model} --data {args.data}/{SPATIAL} "
@@ -106,7 +109,12 @@ def commands(args, name):
         files = None
         if OWN_FILES in flags:
             files = " ".join([f"{args.out}/{name}/{file}" for file in rung.files])
-        flags = flags.format(data=args.data, **PRESETS[args.preset])
+        slots = dict(PRESETS[args.preset])
+        if args.preset == "tiny" and not args.rooms:  # then there are no texts of the base
+            slots["no_boxes"] = " --replay-ratio 0"
+        for slot, text in slots.items():
+            flags = flags.replace("{" + slot + "}", text)
+        flags = flags.format(data=args.data)  # last: a slot's text may name the folder too
         yield from ladder.steps(args, rung, files, flags)
 
 

@@ -9,8 +9,9 @@ types; differences are paired by question. No interval says how far other seeds 
 seed's own difference stands beside it.
 
 Each rung is compared with the one that it started from; the rungs of look.ablations, and ladders
-with other numbers of rooms than the first folder's, with the ladder's rung of the same stage. If
-all ladders were probed (look.probes), the probes come last.
+with other numbers of rooms than the first folder's, with the ladder's rung of the same stage. Then
+come the chains of thought (look.chains). The probes come last, if all ladders were probed
+(look.probes).
 """
 
 import math
@@ -22,6 +23,7 @@ import numpy as np
 from benchmarks import bootstrap_interval
 from files import UserError, changes, read_json, read_jsonl, text_table, write_text, writing
 from ladder import ROOMS_MADE, RUNGS
+from look import chains
 from look.ablations import WAYS
 from look.charts import dots, join
 from look.probes import PANELS, chart, figures_of, read_ladder, table
@@ -211,6 +213,18 @@ def change_table(rows):
     return text_table(lines)
 
 
+def chain_table(ladders):
+    """A line for each rung that thinks in every ladder, of all their chains; "" for none."""
+    each = [chains.judge_ladder(Path(run)) for run in ladders.values()]
+    rungs = {}
+    for rung in each[0]:
+        if all(rung in own for own in each):
+            rungs[rung] = []
+            for own in each:
+                rungs[rung] += own[rung]["all"]
+    return chains.table("rung", rungs, chains.FEW_SHARES) if rungs else ""
+
+
 # ---------------------------------------------------------------------------------- probes
 
 
@@ -305,6 +319,9 @@ def main():
     print(f"Ladders: {len(ladders)}, rooms x{usual:g}\n\n{score_table(rungs, scores)}")
     print(f"\n{gain_table(rungs)}")
     print(f"\n{change_table(steps + ways)}")
+    thoughts = chain_table(ladders)
+    if thoughts:
+        print(f"\n{thoughts}")
     for what, rows in probes.items():
         print(f"\n{what}\n{table(rows)}")
     if args.figures:

@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw
 
 from files import UserError, read_json, read_jsonl, write_text
 from ladder import RUNGS
+from look import chains
 from look.charts import boxed, curve, data_uri, dots, page
 from look.signs import signs
 from runtime import main_guard
@@ -46,6 +47,11 @@ LEADS = {  # heading -> what is seen below it
     "Sampled groups": "Groups of completions, evenly through GRPO. A completion that earns more "
     "than the mean of its group has a positive advantage and becomes more likely.",
 }
+CHAIN_COLUMNS = (
+    "asked: the share of chains of thought that state facts of just the things that the question "
+    "needs. whole: the share in which every step follows from the words before it. places: the "
+    "share of stated places that are true within half a meter."
+)
 VERDICTS = {True: "TROUBLE", False: "ok", None: "unknown"}
 FEW_STEPS = 10  # a run without a longer stage has trained nothing, and shows no sign of trouble
 PICTURES, FRAMES, GROUPS, CHARACTERS = 5, 8, 4, 500  # rows, views of a row, groups, text: at most
@@ -185,6 +191,14 @@ def conversations(types):
     return cards
 
 
+def chains_of_thought(run):
+    """A table of the rungs that think, where their chains can be checked."""
+    rungs = {name: groups["all"] for name, groups in chains.judge_ladder(run).items()}
+    if not rungs:
+        return ""
+    return f"<p>{CHAIN_COLUMNS}</p><pre>{chains.table('', rungs, chains.FEW_SHARES)}</pre>"
+
+
 def groups(rows):
     """Groups of completions, each from the highest advantage down."""
     cards = ""
@@ -246,7 +260,7 @@ def report(run):
         "Signs of trouble": "".join(f"<li>{escape(line)}</li>" for line in troubles),
         "Curves": curves(logs),
         "Boxes through the rungs": gallery([*located.values()]),
-        "Answers through the rungs": conversations(types),
+        "Answers through the rungs": chains_of_thought(run) + conversations(types),
         "Sampled groups": groups(rows_of(run / "grpo" / "rollouts.jsonl")),
         "Probes": probes(run / "probes"),
     }

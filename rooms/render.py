@@ -9,7 +9,6 @@ the pixel columns x1 to x2 - 1 and the rows y1 to y2 - 1, so x2 - x1 is its widt
 """
 
 import io
-import itertools
 import math
 import struct
 from collections import namedtuple
@@ -37,10 +36,10 @@ CEILING = 2.9
 # where the numbers vary widely: hence the wide ranges of walls and scales.
 DIFFICULTY = {
     "view_sides": (3.8, 5.0),  # walls in meters, of rooms with views and of rooms with a video
-    "video_sides": (2.8, 9.5),
+    "video_sides": (3.0, 7.0),
     "view_categories": (2, 5),  # different categories in a room
     "video_categories": (4, 6),
-    "scale": (0.5, 1.6),  # factor on all sides of a thing
+    "scale": (0.6, 1.6),  # factor on all sides of a thing
 }
 ROOM_TRIES = 1000  # rooms that are drawn before one of a kind is called impossible
 PLACE_TRIES = 30  # places that are drawn before a thing is left out
@@ -81,10 +80,9 @@ Thing = namedtuple("Thing", "name center yaw dims footprint")
 Solid = namedtuple("Solid", "normals offsets colours vertices")
 # place on the floor, and heading in radians, counter-clockwise from the x axis
 Camera = namedtuple("Camera", "x y yaw")
-# sides (2,): the walls' lengths in whole decimeters; solids of each thing; gaps (N, N): meters
-# between things; tints (3, 2, 3): colours of the walls x = 0 and x = width, y = 0 and y = depth, of
-# floor and ceiling
-Room = namedtuple("Room", "sides things solids gaps cameras tints")
+# sides (2,): the walls' lengths in meters, multiples of 0.25; solids of each thing; tints
+# (3, 2, 3): colours of the walls x = 0 and x = width, y = 0 and y = depth, of floor and ceiling
+Room = namedtuple("Room", "sides things solids cameras tints")
 # one thing in one picture: box of its visible pixels or None; their share of the pixels that it
 # would show if it stood alone in the room; whether a question may name it
 Sight = namedtuple("Sight", "box ratio clear")
@@ -151,8 +149,6 @@ def build(thing, sides, x, y, z, taper=1, tint=1):
 def polygon_distance(a, b):
     """Distance of two convex polygons (V, 2), counter-clockwise; 0 if they meet.
 
-    Things are upright prisms on the floor: this is the distance of their closest points in 3D.
-
     >>> square = np.array([[0, 0], [1, 0], [1, 1], [0, 1.]])
     >>> polygon_distance(square, square + [4, 5]), polygon_distance(square, square / 2)
     (5.0, 0.0)
@@ -210,8 +206,7 @@ def view_cameras(rng, sides):
     """Four cameras, one at each wall, that look inwards; in turn around the room."""
     cameras = []
     start = int(rng.integers(VIEWS))
-    step = int(rng.choice([1, -1]))
-    for wall in range(start, start + step * VIEWS, step):
+    for wall in range(start, start + VIEWS):
         yaw = wall * math.pi / 2
         c = np.cos(yaw)
         s = np.sin(yaw)
@@ -267,7 +262,7 @@ def make_room(rng, video, easy=False, difficulty=DIFFICULTY):
     walls = difficulty[f"{kind}_sides"]
     least, most = (1, 1) if easy else difficulty[f"{kind}_categories"]
     for _ in range(ROOM_TRIES):
-        sides = np.exp(rng.uniform(*np.log(walls), 2)).round(1)
+        sides = (4 * np.exp(rng.uniform(*np.log(walls), 2))).round() / 4
         cameras = video_cameras(rng, sides) if video else view_cameras(rng, sides)
         names = shuffled(rng, [*FURNITURE])
         names = names[: rng.integers(least, most + 1)]
@@ -281,16 +276,11 @@ def make_room(rng, video, easy=False, difficulty=DIFFICULTY):
 
 
 def finish(rng, sides, things, cameras):
-    """A Room: solids, distances and colours."""
+    """A Room: solids and colours."""
     solids = []
     for thing in things:
         parts = FURNITURE[thing.name]["solids"]
         solids.append([build(thing, **part) for part in parts])
-    gaps = np.zeros((len(things), len(things)))
-    for a, b in itertools.combinations(range(len(things)), 2):
-        distance = polygon_distance(things[a].footprint, things[b].footprint)
-        gaps[a, b] = distance
-        gaps[b, a] = distance
     shades = np.array(
         [
             [0.85, 0.95],  # two walls
@@ -300,7 +290,7 @@ def finish(rng, sides, things, cameras):
     )
     shades *= rng.uniform(150, 205)
     tints = shades[..., None] + rng.uniform(-14, 14, (3, 1, 3))
-    return Room(sides, things, solids, gaps, cameras, tints.astype(np.float32))
+    return Room(sides, things, solids, cameras, tints.astype(np.float32))
 
 
 # ---------------------------------------------------------------------------------- pictures

@@ -4,9 +4,9 @@
     python -m rooms.scenes --out DIR --scenes 40 --cast 0     # few, without the lens's tint
 
 Three of four rooms are compact and pictured by four cameras, one at each wall: every picture gives
-localization and single-image rows, the four together multi-view rows. Every fourth room is of any
-size and filmed from a moving camera: video rows. All answers are computed from the 3D scene, all
-boxes from the visible pixels.
+localization and single-image rows, the four together multi-view rows. Every fourth room is smaller
+or larger and filmed from a moving camera: video rows. All answers are computed from the 3D scene,
+all boxes from the visible pixels. Beside them told_data.jsonl holds texts of the base (talk.py).
 """
 
 import itertools
@@ -14,7 +14,6 @@ import math
 import multiprocessing
 import os
 import tempfile
-from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +21,7 @@ from tqdm import tqdm
 
 from data import Sample, prompt_text
 from files import CONFIG, UserError, claim, write_json, write_jsonl, writing
+from rooms import reckon
 from rooms.render import (
     CAST,
     DIFFICULTY,
@@ -36,28 +36,28 @@ from rooms.render import (
     shuffled,
 )
 from rooms.talk import (
-    SIDES,
-    area,
-    base_rows,
+    choice_rows,
     clear_groups,
     clear_kinds,
-    differ,
-    gap_between,
+    in_order,
     make_world,
     most_seen,
-    names,
-    past,
-    stated,
-    turn_angle,
-    turned,
-    whole,
+    orders,
+    seen_rows,
+    told_rows,
+    with_letters,
 )
 from runtime import main_guard
 from settings import Parser, flag, not_negative, positive
 
 SPLITS = ("train", "val", "test")
 FILES = {  # tasks -> kinds of rows -> their files
-    "ladder": {kind: f"spld_{kind}_data.jsonl" for kind in ("grounding", "spatial", "coldstart")},
+    "ladder": {
+        "grounding": "spld_grounding_data.jsonl",
+        "spatial": "spld_spatial_data.jsonl",
+        "coldstart": "spld_coldstart_data.jsonl",
+        "told": "told_data.jsonl",  # texts of the base, which the tiny recipes replay
+    },
     "base": {"base": "base_data.jsonl"},
 }
 FRAMES_PER_SECOND = 2
@@ -66,13 +66,16 @@ EASY = 0.3  # share of training rooms with views that hold one category
 SIZE_SHARE = 0.25  # share of size questions that become spatial rows
 COUNT_ONE = 0.12  # chance to count a category of one thing where no category has more
 CANDIDATES = 60  # choices of things that a question is tried with, at most
+TOLD_SHARE = 0.5  # of the texts that a room of the base brings
 
 # Margins that make answers unambiguous.
-NEAREST_MARGIN = 0.3  # meters from the nearest thing to the second nearest
-SIDE_MARGIN = 0.35  # meters between left and right, front and back
+NEAREST_MARGIN = 0.4  # meters from the nearest thing to the second nearest
+# Meters between left and right, front and back: so much that rounded places do not tie.
+SIDE_MARGIN = 0.35
 COLUMN_MARGIN = 0.04  # picture widths between left and right
 ANGLE_MARGIN = 15  # degrees to the edge of a sector
-MIN_DISTANCE = 0.2  # meters: no distance is asked for where things are closer
+MIN_DISTANCE = 0.5  # meters: no distance is asked for where things are closer
+ROUNDING = 0.15  # meters that a distance may be off because its places are rounded
 
 # How often a type comes before others: the more, the fewer rooms allow it; the last two always.
 WEIGHTS = {
@@ -87,96 +90,102 @@ WEIGHTS = {
 
 
 # ---------------------------------------------------------------------------------- questions
-# Each function takes the things in the order of the question's text. It returns None where they
-# make no unambiguous question, else the answer, the end of the chain of thought, and the options.
-# Chains use the phrases of talk.py. New to the base are the questions, the order of the steps, and
-# that a chain ends with the bare answer, so that it stands right before </think>.
+# Each function takes the things in the order of the question's text. It returns the steps of the
+# chain of thought, the answer and the options, or None where the question is not clear. The answer
+# follows from the steps, and their places are rounded to quarter meters. So a question is asked
+# only where the exact places agree: on the same choice, or on the same distance to ROUNDING.
 
 
 def object_size(world, a):
     """The longest side in centimeters."""
-    w, d, h = whole(a.dims, 100)
-    longest = max(w, d, h)
-    return str(longest), f"{w} by {d} by {h}: {longest}", ()
+    return *reckon.longest(a.sides), ()
 
 
 def absolute_distance(world, a, b):
-    """Meters of free floor."""
-    gap = gap_between(world, a, b)
-    if gap >= MIN_DISTANCE:
-        apart = round(math.dist(a.place, b.place))
-        return f"{gap:.1f}", f"{apart} apart: {gap:.1f}", ()
+    """Meters from middle to middle."""
+    steps, answer = reckon.apart(a.place, b.place)
+    exact = math.dist(a.center, b.center)
+    if exact >= MIN_DISTANCE and abs(float(answer) - exact) <= ROUNDING:
+        return steps, answer, ()
 
 
 def relative_distance(world, *things):
     """The nearest to the last of the things."""
     *others, target = things
-    order, steps = past(world, target, others)
-    (least, answer), (second, _), *_ = order
-    if least >= MIN_DISTANCE and second - least >= NEAREST_MARGIN:
-        return answer, f"{steps}: {answer}", names(others)
+    steps, answer = reckon.nearest(target.place, *[other.place for other in others])
+    exact = sorted((math.dist(target.center, other.center), other.name) for other in others)
+    (least, name), (second, _), *_ = exact
+    if name == answer and second - least >= NEAREST_MARGIN:
+        return steps, answer, [other.name for other in others]
 
 
 def camera_direction(world, a, b):
     """Front is nearer to the camera; left and right agree on the floor and in the picture."""
+    steps, answer = reckon.compare(a.place, b.place)
     xa, ya = ground(world.camera, a.center)
     xb, yb = ground(world.camera, b.center)
     columns = (xa / ya - xb / yb) / (2 * math.tan(FIELD_OF_VIEW / 2))
     on_the_floor = min(abs(xa - xb), abs(ya - yb)) >= SIDE_MARGIN
     if on_the_floor and columns * math.copysign(1, xa - xb) >= COLUMN_MARGIN:
-        side = "left" if xa < xb else "right"
-        order = "front" if ya < yb else "back"
-        answer = f"{side}-{order}"
-        return answer, f"it is {differ(a.place, b.place)}: {answer}", SIDES[4:]
+        return steps, answer, reckon.SIDES
 
 
 def relative_direction(world, a, b, c):
     """Standing at a and facing b; c is at the back beyond 135 degrees, as in VSI-Bench."""
-    centers = [item.center for item in (a, b, c)]
-    angle = turn_angle(*centers)
-    near = min(math.dist(a.center, other) for other in centers[1:])
+    steps, answer = reckon.turn(a.place, b.place, c.place)
+    angle = turn_angle(a.center, b.center, c.center)
+    near = min(math.dist(a.center, other.center) for other in (b, c))
     edge = min(abs(angle), abs(abs(angle) - 135))
-    if near >= 2 * SIDE_MARGIN and edge >= ANGLE_MARGIN:
-        answer = "left" if angle > 0 else "right"
-        if abs(angle) > 135:
-            answer = "back"
-        return answer, f"turn {turned(*centers)}: {answer}", ("left", "right", "back")
+    exact = "left" if angle > 0 else "right"
+    if abs(angle) > 135:
+        exact = "back"
+    if answer == exact and near >= 2 * SIDE_MARGIN and edge >= ANGLE_MARGIN:
+        return steps, answer, reckon.TURNS
+
+
+def turn_angle(a, b, c):
+    """Degrees in (-180, 180] to turn to the left at a, from facing b to facing c.
+
+    >>> turn_angle((0, 0), (0, 1), (-2, 0))
+    90.0
+    """
+    headings = [math.atan2(to[1] - a[1], to[0] - a[0]) for to in (b, c)]
+    turn = math.degrees(headings[1] - headings[0])
+    return 180 - (180 - turn) % 360
 
 
 def object_count(world, *things):
     """All things of a category."""
-    return str(len(things)), f"it holds {len(things)}", ()
+    return *reckon.total(*[thing.place for thing in things]), ()
 
 
 def room_size(world):
-    """Square meters."""
-    w, d = whole(world.room.sides, 10)
-    return area(w, d), f"{w} by {d}: {area(w, d)}", ()
+    """Whole square meters."""
+    return *reckon.floor(world.walls), ()
 
 
 def appearance_order(world, *things):
     """By first pictures: with any pixel of a thing as by those that show it clearly."""
-    order = sorted(things, key=attrgetter("first"))
-    for numbers in ([item.first for item in order], [item.seen for item in order]):
-        if numbers != sorted(set(numbers)):
-            return None
-    options = [", ".join(some) for some in itertools.permutations(names(order))]
-    firsts = ". ".join(f"{item.name}{item.where}" for item in order)
-    return options[0], f"{firsts}: {options[0]}", options
+    if in_order(things):
+        steps, answer = reckon.order(*[thing.first for thing in things])
+        return steps, answer, orders([thing.name for thing in things])
 
 
 # type: its function, and texts to try in turn, with one slot for each thing that is named
 VIDEO = {
-    "object size": (object_size, ["How many centimeters is the longest dimension of the {}?"]),
+    "object size": (
+        object_size,
+        ["How many centimeters, to the nearest ten, is the longest dimension of the {}?"],
+    ),
     "absolute distance": (
         absolute_distance,
-        ["How many meters apart are the {} and the {} at their closest points?"],
+        ["How many meters apart are the middles of the {} and the {}?"],
     ),
     "relative distance": (
         relative_distance,
         [
-            "Which of {}, {} and {} is nearest to the {}?",
-            "Which of {} and {} is nearest to the {}?",
+            "Which of {}, {} and {} has its middle nearest to that of the {}?",
+            "Which of {} and {} has its middle nearest to that of the {}?",
         ],
     ),
     "relative direction": (
@@ -184,7 +193,7 @@ VIDEO = {
         ["If I stand by the {} and face the {}, is the {} to my left, right or back?"],
     ),
     "object count": (object_count, ["How many {}s are in this room?"]),
-    "room size": (room_size, ["How many square meters is this room?"]),
+    "room size": (room_size, ["How many whole square meters is this room?"]),
     "appearance order": (appearance_order, ["In what order do {}, {} and {} first appear?"]),
 }
 MULTI_VIEW = {t: VIDEO[t] for t in VIDEO if t not in ("room size", "appearance order")}
@@ -211,36 +220,27 @@ def choices_of_things(rng, world, function, text):
     return several or [things for things in groups if rng.random() < COUNT_ONE]
 
 
-def ask(rng, world, function, texts):
+def pose(rng, world, function, texts):
     """One question of a type, or None where the world allows none.
 
     Of the options that may be right in this world, each is equally likely to be.
 
-    Returns: things, text, answer, chain of thought, options.
+    Returns: things, text, steps of the chain of thought, answer, options.
     """
     for text in texts:
         questions = {}
         for things in shuffled(rng, choices_of_things(rng, world, function, text))[:CANDIDATES]:
             question = function(world, *things)
             if question:
-                answer, steps, choices = question
+                _, answer, choices = question
                 key = answer if choices else ""
                 questions.setdefault(key, (things, *question))
         if questions:
-            things, answer, steps, choices = questions[rng.choice(sorted(questions))]
-            chain = f"{stated(things)} {steps}".strip()
-            return things, text.format(*names(things)), answer, chain, choices
+            things, *rest = questions[rng.choice(sorted(questions))]
+            return things, text.format(*[thing.name for thing in things]), *rest
 
 
 # ---------------------------------------------------------------------------------- rows
-
-
-def with_letters(rng, answer, choices):
-    """(options in any order, three wrong ones at most; the letter of the right one)."""
-    wrong = [choice for choice in choices if choice != answer]
-    texts = shuffled(rng, [*shuffled(rng, wrong)[:3], answer])
-    options = [f"{letter}. {text}" for letter, text in zip("ABCD", texts)]
-    return options, "ABCD"[texts.index(answer)]
 
 
 def coldstart_row(row, chain):
@@ -270,11 +270,12 @@ def ladder_rows(rng, world, images, ids, easy):
 
     wanted = {"": 2, "view": 1 if easy else 2, "frame": 4}[world.word]
     for question_type in sorted(types, key=lambda t: rng.exponential(1 / WEIGHTS[t])):
-        question = wanted and ask(rng, world, *types[question_type])
+        question = wanted and pose(rng, world, *types[question_type])
         if not question:
             continue
         wanted -= 1
-        things, text, answer, chain, choices = question
+        things, text, steps, answer, choices = question
+        chain = reckon.chain(steps, answer)
         options = None
         if choices:
             options, answer = with_letters(rng, answer, choices)
@@ -304,7 +305,7 @@ def pictures_of(rng, easy, video, cast, difficulty):
         pictures, ids, sights = zip(*(render(room, camera, cast) for camera in room.cameras))
         word = "frame" if video else "view"
         world = make_world(room, sights, ids, word, room.cameras[0])
-        if not video or ask(rng, world, *VIDEO["appearance order"]):
+        if not video or pose(rng, world, *VIDEO["appearance order"]):
             return world, [jpeg(picture) for picture in pictures]
     raise UserError(f"no video with an order of appearance in {ROOM_TRIES} rooms of {difficulty}")
 
@@ -336,9 +337,11 @@ def make_files(seed, split, index, cast=CAST, difficulty=DIFFICULTY, tasks="ladd
         for part in parts[1:] + parts[:1]:  # views first
             for kind, row in ladder_rows(rng, *part, row_ids, easy):
                 rows[kind].append(row)
+        rows["told"] += told_rows(rng, TOLD_SHARE) + choice_rows(rng)
     else:
         for part in parts:
-            rows["base"] += base_rows(rng, *part)
+            rows["base"] += seen_rows(rng, *part)
+        rows["base"] += told_rows(rng)
     return files, rows
 
 
@@ -364,10 +367,9 @@ def write_split(folder, count, pool, seed, *arguments):
     rooms = list(tqdm(made, f"{split} rooms", count, mininterval=1))
     for kind, file in FILES[tasks].items():
         rows = [*itertools.chain(*(room[kind] for room in rooms))]
-        if kind in ("grounding", "base"):  # a curriculum: what is easy comes first
+        if kind in ("grounding", "base", "told"):  # a curriculum: what is easy comes first
             rows.sort(key=lambda row: row.pop("level"))
-        if kind != "coldstart" or split == "train":
-            write_jsonl(folder / file, rows)
+        write_jsonl(folder / file, rows)
 
 
 def write_rooms(

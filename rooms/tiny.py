@@ -7,9 +7,10 @@ knows of it.
 """
 
 from pathlib import Path
+from string import ascii_lowercase, digits
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from checkpoint import build_model, parse_config, save_model
 from data import PROMPTS, answer_text, prompt_text, read_all, style_of
@@ -72,9 +73,20 @@ SPECIAL = (  # Qwen2.5's, in its order
 )
 PIECES = Regex(
     r'```json\n\[|\{"bbox_2d": \[|\], "label": "|"\},\n|"\}\]\n```'  # the JSON around boxes, whole
-    r'|\n[A-D]\.|(?<!user|assistant)\n[A-Z][^\n\d{}"]*[.:]'  # an option's letter; an instruction
-    r"|</?think>|</?answer>|[0-9]{1,3}| ?[A-Za-z]+(?:-[A-Za-z]+)*| ?[^\sA-Za-z0-9]|\s+"
+    r'|(?<!user|assistant)\n[A-Z][^\n\d{}"]*[.:]'  # an instruction
+    r"|</?think>|</?answer>|\.[0-9]+| ?[0-9]{1,3}| ?[A-Za-z]+(?:-[A-Za-z]+)*"
+    r"| ?[^\sA-Za-z0-9]|\n|\s+"
 )
+# A space is put before a number, a word and an option's letter, so that each is the same token
+# everywhere. Before a number: wherever none stands, but not within "bbox_2d" and 1.5. Before words
+# and letters: at the start of a line and after a tag. The first word of an answer gets none,
+# because an answer is encoded apart from "assistant\n".
+AFTER_LINE_OR_TAG = r"(?<=\n|think>|answer>)(?<!assistant\n)"
+SPACED = {digit: rf"(?<![ _.\d]){digit}" for digit in digits}
+SPACED |= {letter: rf"{AFTER_LINE_OR_TAG}{letter}" for letter in ascii_lowercase}
+SPACED |= {letter: rf"{AFTER_LINE_OR_TAG}{letter}\b" for letter in "ABCD"}
+# In what is decoded there is none: texts come back as they were written.
+SPACES = r"(?<![^\n>\[(]) (?=\d)|(?<=\n|think>|answer>) (?=[a-zA-D])"
 CHAT_TEMPLATE = (  # the chat format of data.Processor, for transformers
     "{% if messages[0].role != 'system' %}<|im_start|>system\n"
     + PROMPTS["system"]
@@ -97,7 +109,11 @@ def corpus(samples):
     for sample in samples:
         for role, parts in sample.messages or ():
             for part in parts:
-                if isinstance(part, str):
+                if role == "assistant":
+                    # After a newline its first word gets a space (SPACED), as in a sentence.
+                    yield role
+                    yield f"\n{part}"
+                elif isinstance(part, str):
                     yield f"{role}\n{part}"
         if not sample.messages:
             yield "user\n" + prompt_text(sample, style_of(sample))
@@ -108,12 +124,16 @@ def corpus(samples):
 
 
 def train_tokenizer(texts):
-    """Byte-level BPE within PIECES: a number of up to three digits or a fixed line is one token."""
+    """Byte-level BPE within PIECES: a number below NUMBERS or a fixed line is one token."""
     tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Replace(Regex(pattern), f" {text}") for text, pattern in SPACED.items()]
+    )
     split = pre_tokenizers.Split(PIECES, "isolated")
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
-    tokenizer.decoder = decoders.ByteLevel()
+    without_spaces = decoders.Replace(Regex(SPACES), "")
+    tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), without_spaces])
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
@@ -149,23 +169,24 @@ def initialize(model, seed):
 
 
 def look_back(attention, config):
-    """Let the heads of the first key head begin by attending to the token before.
+    """Let the heads of the first key head begin by attending to the token one, two, ... before.
 
     They do so nearly by their biases alone. Rotated by position times frequency f, the biases
-    (s, 0) of a key at p and (s cos f, -s sin f) of a query at q have the product
-    s^2 sum_f cos((q - p - 1) f), which is largest one token back. An induction head (Olsson et al.
+    (s, 0) of a key at p and (s cos nf, -s sin nf) of a query at q have the product
+    s^2 sum_f cos((q - p - n) f), which is largest n tokens back. An induction head (Olsson et al.
     2022), which looks up what followed a token before, needs such a head below it, and small models
-    are slow to find both at once. The other heads stay random: where all looked back, none looked
-    anything up.
+    are slow to find both at once. The second number of a place stands two tokens after the name.
+    The other heads stay random: where all looked back, none looked anything up.
     """
-    cos, sin = text_rope(torch.ones(3, 1, 1), config, torch.float32)  # (1, 1, 1, D/2), position 1
     heads = config.num_attention_heads // config.num_key_value_heads
+    back = torch.arange(1, heads + 1).expand(3, 1, -1)
+    cos, sin = text_rope(back, config, torch.float32)  # (1, 1, heads, D/2)
     key = slice(config.head_dim)
     queries = slice(heads * config.head_dim)
     attention.k_proj.weight[key] *= 0.1
     attention.k_proj.bias[: config.head_dim // 2] = 4
     attention.q_proj.weight[queries] *= 0.1
-    attention.q_proj.bias[queries] = 4 * torch.cat((cos, -sin), dim=-1).flatten().repeat(heads)
+    attention.q_proj.bias[queries] = 4 * torch.cat((cos, -sin), dim=-1).flatten()
 
 
 def order_numbers(embedding, tokenizer):
@@ -177,23 +198,11 @@ def order_numbers(embedding, tokenizer):
     wavelengths = torch.logspace(4, 10, embedding.shape[1] // 2, base=2)  # 16 to 1,024
     std = embedding.std()
     for number in range(NUMBERS):
-        row = tokenizer.token_to_id(str(number))
+        row = tokenizer.token_to_id(f"Ġ{number}")
         if row is not None:
             angles = 2 * torch.pi * torch.tensor(number) / wavelengths
             wave = torch.cat((angles.cos(), angles.sin())) * std * 2**0.5
             embedding[row] = (embedding[row] + wave) * 0.5**0.5
-
-
-def name_options(embedding, tokenizer):
-    """Begin with an option's letter, the token "\\nC.", as the letter " C", which the base learns.
-
-    What the model knows of the latter then holds for options.
-    """
-    for letter in "ABCD":
-        option = tokenizer.encode(f"\n{letter}.").ids
-        plain = tokenizer.encode(f" {letter}").ids
-        if len(option) == len(plain) == 1:  # not so where the corpus has no options
-            embedding[option] = embedding[plain]
 
 
 # ---------------------------------------------------------------------------------- the directory
@@ -249,7 +258,6 @@ def write_model(out, source, tokenizer, max_pixels, seed):
     with torch.no_grad():
         order_numbers(embedding, tokenizer)
         look_back(model.model.layers[0].self_attn, model.config.text)
-        name_options(embedding, tokenizer)
 
     out.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(out / "tokenizer.json"))

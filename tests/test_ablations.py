@@ -81,8 +81,10 @@ def test_what_the_ways_leave_out(tiny):
     assert tiny["grpo-bare"]["reward_funcs"] == ["accuracy"]
     assert tiny["grpo-bare"]["reward_weights"] == [1.0]
     # Rows of boxes are read again only where stage 1's rows were read before.
-    replay = {name for name, row in tiny.items() if row.get("replay_ratio")}
-    assert replay == {"cold-no2", "cold-mixed", "cold-self", "teacher"}
+    replayed = {name: " ".join(row["replay"]) for name, row in tiny.items() if "replay" in row}
+    boxes = {name for name, files in replayed.items() if "grounding" in files}
+    assert boxes == {"cold-no2", "cold-mixed", "cold-self", "teacher"}
+    assert all("told_data.jsonl" in files for files in replayed.values())
     for name, row in tiny.items():
         stage = name.split("-")[0]
         if stage == "grpo" and name not in ("grpo-bare", "grpo-films"):
@@ -100,7 +102,7 @@ def test_files_of_ones_own_come_with_the_folder_of_their_pictures(tiny):
         "cold-self": ["runs/tiny/self/spld_coldstart_data.jsonl"],
     }
     assert {tiny[name]["images"] for name in own} == {"runs/tiny/rooms/train/images"}
-    assert not tiny["grpo-films"]["eval_every"] and tiny["grpo-self"]["eval_every"] == 20
+    assert not tiny["grpo-films"]["eval_every"] and tiny["grpo-self"]["eval_every"] == 25
 
 
 def test_ways_of_the_paper_go_by_epochs():
@@ -112,8 +114,8 @@ def test_ways_of_the_paper_go_by_epochs():
 
 
 def test_chains_of_its_own_come_from_a_teacher(tiny):
-    """The tiny model has seen 300 steps of chains; the 3B writes them when it is asked to."""
-    assert tiny["teacher"]["max_steps"] == 300 and tiny["teacher"]["model"] == "runs/tiny/stage2"
+    """The tiny model has seen 100 steps of chains; the 3B writes them when it is asked to."""
+    assert tiny["teacher"]["max_steps"] == 100 and tiny["teacher"]["model"] == "runs/tiny/stage2"
     lines = [line for _, line in commands(ladder.settings(TINY), "self")]
     assert lines[1].startswith("python coldstart.py --model runs/tiny/teacher --data runs/tiny/")
     assert "--out runs/tiny/self/spld_coldstart_data.jsonl" in lines[1]

@@ -180,6 +180,35 @@ def test_the_papers_gain_of_grpo_stands_beside_ours(runs, printed):
     assert (name, beside, points.split()[0], paper) == ("grpo", "cold", "+25.0", "+2.1")
 
 
+def write_chain(run, chain):
+    """One more question of the test rooms with its true chain, and what the rung cold wrote."""
+    solution = "<think>bed 21 27. bed 33 45: 2</think><answer>2</answer>"
+    question = {"question_id": 7, "question_type": "object count", "options": None, "answer": "2"}
+    path = Path(run) / "rooms" / "test" / "spld_coldstart_data.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(question | {"solution": solution}) + "\n")
+    completion = f"<think>{chain}</think><answer>2</answer>"
+    row = question | {"id": "7", "completion": completion, "score": 1.0, "blind": 0.5}
+    with open(answers_of(run, "cold"), "a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def test_chains_of_all_ladders_as_one(runs, printed):
+    """By hand: one chain counts wrongly; of its three places and of the other's two one is false.
+
+    A ladder that was begun before true chains were written has no such table, nor have the others.
+    """
+    for run in runs:
+        write_answers(run, "cold", (1, 1))
+    write_chain(runs[0], "bed 21 27. bed 33 45: 2")
+    assert not any("whole" in line for line in printed(*runs))
+    write_chain(runs[1], "bed 21 27. bed 33 45. bed 9 9: 2")
+    assert printed(*runs)[-2:] == [
+        ["rung", "chains", "asked", "whole", "places"],
+        ["cold", "2", "0.500", "0.500", "0.800"],
+    ]
+
+
 # ---------------------------------------------------------------------------------- probes, charts
 
 

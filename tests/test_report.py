@@ -264,6 +264,28 @@ def test_answers_of_the_rungs_to_one_question(run):
     )
 
 
+def test_chains_are_checked_where_true_ones_are_known(tmp_path):
+    """A table of the rungs that think: one chain of two is reckoned rightly, both see the room."""
+    reference = {"question_id": 7, "question_type": "room size", "options": None, "answer": "24"}
+    solution = "<think>room 18 21: 24</think><answer>24</answer>"
+    reference |= {"solution": solution}
+    shown = {"where": "a.jsonl:7", "prompt": "How large?", "images": [], "score": 1.0}
+    row = reference | shown | {"id": "7", "prediction": "24"}
+    wrong = solution.replace("24", "25")
+    rows = [row | {"completion": solution}, row | {"completion": wrong}]
+    write(tmp_path / "eval" / "grpo" / "predictions.jsonl", *rows)
+    heading = "Answers through the rungs"
+    assert "<pre>" not in section(page(tmp_path), heading)
+    write(tmp_path / "rooms" / "test" / "spld_coldstart_data.jsonl", reference)
+    text = page(tmp_path)
+    Page(text)
+    table = section(text, heading).split("<pre>")[1].split("</pre>")[0]
+    assert [line.split() for line in table.splitlines()] == [
+        ["chains", "asked", "whole", "places"],
+        ["grpo", "2", "1.000", "0.500"],
+    ]
+
+
 def test_rollouts_are_spread_and_show_the_best_completion_first(run):
     """7 steps: every second; the highest advantage of a group is first."""
     text = section(page(run), "Sampled groups")

@@ -178,7 +178,7 @@ def exit_line(capsys, function, *arguments):
         ("--stage 1 --learning-rate nan", "--learning-rate is nan, expected a positive number"),
         ("--stage 1 --epochs inf", "--epochs is inf, expected a positive number"),
         ("--stage 1 --data a --replay-ratio 0.5", "--replay is missing"),
-        ("--stage 1 --data a --replay b", "--replay-ratio is missing"),
+        ("--stage base --data a --replay b", "--replay-ratio is missing"),
         ("--stage 1 --replay-ratio 1", "--replay-ratio is 1.0, expected 0 or more and below 1"),
         ("--stage 1 --curriculum 2", "--curriculum is 2.0, expected 0 to 1"),
         ("--stage 1 --seed -1", "--seed is -1, expected 0 or more"),
@@ -256,7 +256,7 @@ def test_rows_are_replayed_where_nothing_else_is_said():
     flags = "--stage 2 --data a.jsonl --replay b.jsonl c.jsonl"
     args = recipe_settings("", None, flags.split())
     assert args.replay == ["b.jsonl", "c.jsonl"]
-    assert args.replay_ratio == 0.2
+    assert args.replay_ratio == 0.4
 
 
 @pytest.mark.parametrize("chosen", (False, True))

@@ -5,11 +5,12 @@ import itertools
 import json
 import math
 import re
-from collections import Counter
+from collections import Counter, namedtuple
 
 import numpy as np
 import pytest
 from PIL import Image
+from test_reckon import follow, parted
 
 from files import UserError
 from rooms import render as render_module
@@ -21,6 +22,9 @@ from rooms.render import (
     FURNITURE,
     GAP,
     SIZE,
+    Camera,
+    Room,
+    Sight,
     jpeg,
     make_room,
     make_thing,
@@ -28,6 +32,7 @@ from rooms.render import (
     polygon_distance,
     render,
 )
+from rooms.talk import CHOICE_RATE, CHOICE_TASKS, TOLD, make_world
 from runtime import main_guard
 
 ROOMS = range(24)
@@ -75,6 +80,11 @@ def brute_distance(a, b):
     return np.linalg.norm(cell(a)[:, None] - cell(b), axis=2).min()
 
 
+def between(a, b):
+    """Meters from middle to middle."""
+    return abs(complex(*a.center) - complex(*b.center))
+
+
 def things_of(room, name):
     """The numbers of the things of a category."""
     return [k for k, thing in enumerate(room.things) if thing.name == name]
@@ -101,8 +111,12 @@ def view_of(row):
 
 
 def test_rooms_are_solid(made):
-    """No furniture stands in walls, in other furniture, through the ceiling or over a camera."""
+    """No furniture stands in walls, in other furniture, through the ceiling or over a camera.
+
+    Walls are whole quarter meters long.
+    """
     for _, room, _, _, _ in made:
+        assert (room.sides * 4 % 1 == 0).all()
         for a, b in itertools.combinations(room.things, 2):
             assert brute_distance(a, b) > GAP - 1e-9
             for one, other in ((a, b), (b, a)):  # no outline enters the other's box
@@ -130,6 +144,18 @@ def test_rooms_are_solid(made):
             c, s = math.cos(thing.yaw), math.sin(thing.yaw)
             local = np.c_[(vertices[:, :2] - thing.center) @ [[c, -s], [s, c]], vertices[:, 2]]
             assert np.allclose(local.max(0) - local.min(0), thing.dims)
+
+
+def test_views_go_around_the_room(made):
+    """One camera at each wall looks inwards, the next at the wall to its right."""
+    for index, room, _, _, _ in made:
+        if index % 4 < 3:
+            middle = complex(*room.sides) / 2
+            for camera, following in itertools.pairwise([*room.cameras, room.cameras[0]]):
+                inwards = middle - complex(camera.x, camera.y)
+                assert abs(np.angle(inwards / np.exp(1j * camera.yaw))) < 0.35
+                turned = np.exp(1j * (following.yaw - camera.yaw))
+                assert abs(np.angle(turned / 1j)) <= 0.2 + 1e-9
 
 
 def test_sights_are_those_of_a_second_renderer(made):
@@ -195,21 +221,26 @@ def test_cast_is_fixed_to_the_picture():
         assert (np.abs(difference - expected)[middle[..., channel]] <= 1).all()
 
 
+# Answers follow from numbers that are rounded: sizes to ten centimeters, places to a quarter meter.
+
+
 def check_size(room, row, things, pictures):
-    assert row["answer"] == str(max(round(100 * float(side)) for side in things[0].dims))
+    size = int(row["answer"])
+    assert size % 10 == 0
+    assert abs(size - 100 * sorted(things[0].dims)[-1]) <= 5 + 1e-9
 
 
 def check_distance(room, row, things, pictures):
-    distance = float(row["answer"])
-    assert distance == pytest.approx(brute_distance(*things), abs=0.06)
-    assert distance >= 0.2
+    distance = between(*things)
+    assert abs(float(row["answer"]) - distance) <= 0.15 + 1e-9
+    assert distance >= 0.5
 
 
 def check_nearest(room, row, things, pictures):
     *others, target = things
-    (least, name), (second, _), *_ = sorted((brute_distance(o, target), o.name) for o in others)
+    (least, name), (second, _), *_ = sorted((between(o, target), o.name) for o in others)
     assert chosen(row) == name
-    assert second - least > 0.25
+    assert second - least >= 0.4 - 1e-9
     assert sorted(o[3:] for o in row["options"]) == sorted(o.name for o in others)
 
 
@@ -234,6 +265,7 @@ def check_side_of_person(room, row, things, pictures):
         expected = "back"
     assert chosen(row) == expected
     assert min(abs(degrees), abs(abs(degrees) - 135)) >= 15 - 1e-6
+    assert min(abs(target - stand), abs(face - stand)) >= 0.7 - 1e-9
 
 
 def check_count(room, row, things, pictures):
@@ -241,7 +273,7 @@ def check_count(room, row, things, pictures):
 
 
 def check_room(room, row, things, pictures):
-    assert float(row["answer"]) == pytest.approx(np.prod(room.sides), abs=0.05 + 1e-9)
+    assert abs(int(row["answer"]) - np.prod(room.sides)) <= 0.5
 
 
 def check_order(room, row, things, pictures):
@@ -280,6 +312,44 @@ def test_answers_from_the_scene(made):
         check(room, row, things, pictures)
         seen.add(check)
     assert seen == {*CHECKS.values(), check_side_of_camera}
+
+
+def bare_world(rng):
+    """Four things and a camera anywhere, all in clear sight and drawn nowhere."""
+    names = rng.permutation([*FURNITURE])[:4].tolist()
+    things = [make_thing(name, rng.uniform(0, 5, 2), 0, (0.5, 0.5, 1)) for name in names]
+    camera = Camera(*rng.uniform(0, 5, 2), rng.uniform(0, 7))
+    sides = np.array([5.0, 5.0])
+    room = Room(sides=sides, things=things, solids=[], cameras=[camera], tints=None)
+    return make_world(room, [[Sight((0, 0, 9, 9), 1.0, True)] * 4], [None], "view", camera)
+
+
+@pytest.mark.parametrize(
+    "function, count, check",
+    (
+        (scenes.absolute_distance, 2, check_distance),
+        (scenes.relative_distance, 3, check_nearest),
+        (scenes.relative_distance, 4, check_nearest),
+        (scenes.relative_direction, 3, check_side_of_person),
+    ),
+)
+def test_nothing_is_asked_where_rounding_changes_the_answer(function, count, check):
+    """A thousand questions about things at places that no room was made for."""
+    rng = np.random.default_rng(0)
+    asked = Counter()
+    for _ in range(1000):
+        world = bare_world(rng)
+        question = function(world, *world.items[:count])
+        asked[bool(question)] += 1
+        if question:
+            _, answer, choices = question
+            row = {"answer": answer, "options": None}
+            if choices:
+                letters = dict(zip(choices, "ABC"))
+                options = [f"{letter}. {choice}" for choice, letter in letters.items()]
+                row = {"answer": letters[answer], "options": options}
+            check(world.room, row, world.room.things[:count], None)
+    assert asked[True] > 200 and asked[False] > 20
 
 
 def test_named_things_are_visible(made):
@@ -325,104 +395,123 @@ def test_localization_rows(made):
     assert {1, 2, 3, 4} <= set(sizes)
 
 
-# What a chain states of a thing: name, picture, four ends in it, place on the floor.
-CLAUSE = re.compile(
-    r"The (\w+)(?: in (?:view|frame) (\d))? from (\d+) (\d+) to (\d+) (\d+), "
-    r"(left|right) (\d+) (ahead|behind) (\d+)\."
-)
+# What a chain's steps are called in reckon.py, and what their facts state.
+STEPS = {
+    "object size": ("longest", "sides"),
+    "absolute distance": ("apart", "place"),
+    "relative distance": ("nearest", "place"),
+    "relative direction": ("turn", "place"),
+    "object count": ("total", "place"),
+    "room size": ("floor", "walls"),
+    "appearance order": ("order", "first"),
+}
+
+# A chain that is read. facts: [(name, numbers)] in the question's order; numbers: of the things
+# that the question names; pictures: those that the row is about; camera: of the first of them.
+Chain = namedtuple("Chain", "room row kind facts result numbers pictures camera")
 
 
-def signed(number, word, negative):
-    """A number that stands with a word in a chain."""
-    return -int(number) if word == negative else int(number)
-
-
-def chains(made, kind=None):
-    """(room, pictures, row, the one thing of each name, chain) of the spatial rows of a type."""
+def chains(made):
+    """Every chain; its steps follow from the words before them."""
     for room, pictures, row, numbers, solution in questions(made):
-        if kind in (None, row["question_type"]):
-            things = [room.things[ks[0]] for ks in numbers]
-            yield room, pictures, row, things, re.fullmatch("<think>(.*)</think>.*", solution)[1]
+        task, kind = STEPS[row["question_type"]]
+        camera = room.cameras[0]
+        if row["data_type"] == "single_image":
+            camera, pictures = room.cameras[view_of(row)], [pictures[view_of(row)]]
+            task = "compare" if task == "turn" else task
+        text = re.fullmatch("<think>(.*)</think>.*", solution)[1]
+        if row["options"]:
+            text, letter = text.rsplit(" ", 1)
+            assert letter == row["answer"]
+        steps, result = parted(task, text)
+        facts, expected = follow(task, steps)
+        assert result == expected
+        if task == "nearest":  # the question names the target last
+            facts = facts[1:] + facts[:1]
+        numbers = [*itertools.chain(*numbers)]
+        names = [room.things[k].name for k in numbers]
+        assert [name for name, _ in facts] == (names or ["room"])
+        yield Chain(room, row, kind, facts, result, numbers, pictures, camera)
 
 
-def test_solutions_end_with_the_answer(made):
-    """The chain ends with the answer's text, and with its letter if there are options."""
+def test_chains_end_with_the_answer(made):
+    """The answer's text follows from the steps; where there are options their letter stands last.
+
+    A cold start has every spatial row, with a prompt that asks for a chain of thought.
+    """
     for _, _, row, _, solution in questions(made):
         chain, answer = re.fullmatch("<think>(.*)</think><answer>(.*)</answer>", solution).groups()
         assert answer == row["answer"]
-        assert len(chain.split()) <= 75
-        if row["options"]:
-            assert chain.endswith(f": {chosen(row)} {answer}")
-        elif row["question_type"] == "object count":
-            assert chain.endswith(f" it holds {answer}")
-            assert len(CLAUSE.findall(chain)) == int(answer)
-        else:
-            assert chain.endswith(f": {answer}")
+        assert chain.endswith(f": {chosen(row)} {answer}" if row["options"] else f": {answer}")
+        assert len(chain.split()) <= 60
+    for chain in chains(made):
+        assert chain.result == (chosen(chain.row) if chain.row["options"] else chain.row["answer"])
+    for _, _, _, rows, _ in made:
+        for row, cold in zip(rows["spatial"], rows["coldstart"], strict=True):
+            assert cold | row == cold
+            assert cold.keys() - row.keys() == {"solution", "prompt"}
+            assert cold["prompt"].startswith(row["question"] + "\n")
+            assert "between <think> and </think>" in cold["prompt"]
+            assert all(option in cold["prompt"].split("\n") for option in row["options"] or ())
 
 
 def test_chains_state_where_things_are(made):
-    """With wrong boxes or places a chain would teach the model to ignore what it sees."""
-    for room, pictures, row, numbers, solution in questions(made):
-        offset = view_of(row) if row["data_type"] == "single_image" else 0
-        camera = room.cameras[offset]
-        left = [*itertools.chain(*numbers)]
-        clauses = CLAUSE.findall(solution)
-        assert len(clauses) == len(left)
-        for name, picture, x0, y0, x1, y1, side, x, order, y in clauses:
-            number = int(picture or 1) - 1 + offset
-            _, _, sights = pictures[number]
-            box = (int(x0), int(y0), int(x1), int(y1))
-            (k,) = [k for k in left if (room.things[k].name, sights[k].box) == (name, box)]
-            left.remove(k)
-            assert picture == "" or not any(p[2][k].clear for p in pictures[:number])
-            toward = complex(*room.things[k].center) - complex(camera.x, camera.y)
-            toward *= np.exp(-1j * camera.yaw)
-            assert abs(signed(x, side, "left") + 10 * toward.imag) <= 0.51
-            assert abs(signed(y, order, "behind") - 10 * toward.real) <= 0.51
+    """With wrong places a chain would teach the model to ignore what it sees.
+
+    They are in quarter meters from the first camera, at 30 30, and half of one off at most.
+    """
+    for chain in chains(made):
+        if chain.kind != "place":
+            continue
+        exact = {}
+        for k in chain.numbers:
+            exact[k] = place_on_the_map(chain.camera, chain.room.things[k])
+        for k, (_, place) in zip(chain.numbers, chain.facts):
+            if chain.row["question_type"] == "object count":  # in any order, but each thing once
+                k = min(exact, key=lambda k: abs(exact[k] - complex(*place)))
+            off = exact.pop(k) - complex(*place)
+            assert max(abs(off.real), abs(off.imag)) <= 0.5 + 1e-6
 
 
-def test_chains_of_sizes_distances_and_rooms(made):
-    """The numbers before the answer, from the scene."""
-    for _, _, row, (thing,), chain in chains(made, "object size"):
-        sides = [int(side) for side in re.search(r"(\d+) by (\d+) by (\d+): ", chain).groups()]
-        assert sides == [round(100 * side) for side in thing.dims]
-        assert str(max(sides)) == row["answer"]
-    for _, _, row, (a, b), chain in chains(made, "absolute distance"):
-        apart, gap = re.search(r"(\d+) apart: ([\d.]+)$", chain).groups()
-        assert gap == row["answer"]
-        assert abs(int(apart) / 10 - math.dist(a.center, b.center)) < 0.12
-    for _, _, _, (*others, target), chain in chains(made, "relative distance"):
-        past = re.findall(r"(\w+) (\d+)[,:]", chain[chain.index("Past") :])
-        gaps = sorted((brute_distance(other, target), other.name) for other in others)
-        assert [name for name, _ in past] == [name for _, name in gaps]
-        for (_, gap), (true, _) in zip(past, gaps):
-            assert abs(int(gap) - 10 * true) < 0.9
-    for _, _, row, _, chain in chains(made, "room size"):
-        w, d = map(int, re.search(r"(\d+) by (\d+): ", chain).groups())
-        assert f"{w * d / 100:.1f}" == row["answer"]
+def place_on_the_map(camera, thing):
+    """To the right + ahead * 1j, in quarter meters, with the camera at 30 + 30j."""
+    toward = complex(*thing.center) - complex(camera.x, camera.y)
+    toward *= 4 * np.exp(-1j * camera.yaw)  # now ahead is real, and left imaginary
+    return complex(30 - toward.imag, 30 + toward.real)
 
 
-def test_chains_of_directions_and_orders(made):
-    """What follows from the places and pictures that the chain states, or from the scene."""
-    for _, _, row, things, chain in chains(made, "relative direction"):
-        if row["data_type"] == "single_image":
-            spots = []
-            for *_, side, x, order, y in CLAUSE.findall(chain):
-                spots.append((signed(x, side, "left"), signed(y, order, "behind")))
-            (xa, ya), (xb, yb) = spots
-            side, x, order, y = re.search(
-                r"it is (left|right) (\d+) (front|back) (\d+): ", chain
-            ).groups()
-            assert (xa - xb, ya - yb) == (signed(x, side, "left"), signed(y, order, "front"))
-        else:
-            a, b, c = (complex(*thing.center) for thing in things)
-            side, degrees = re.search(r"turn (left|right) (\d+): ", chain).groups()
-            true = np.angle((c - a) / (b - a), deg=True)
-            assert abs(true - signed(degrees, side, "right")) <= 0.51
-    for _, _, row, _, chain in chains(made, "appearance order"):
-        firsts = re.findall(r"(\w+) in frame (\d)(?=[.:])", chain)
-        assert ", ".join(name for name, _ in firsts) == chosen(row)
-        assert dict(firsts) == {name: picture for name, picture, *_ in CLAUSE.findall(chain)}
+def test_chains_state_sizes_and_walls(made):
+    """Every side to the nearest ten centimeters, and walls in quarter meters, the shorter first."""
+    for chain in chains(made):
+        if chain.kind == "sides":
+            ((_, sides),) = chain.facts
+            (number,) = chain.numbers
+            assert all(side % 10 == 0 for side in sides)
+            assert np.abs(sides - 100 * chain.room.things[number].dims).max() <= 5 + 1e-9
+        if chain.kind == "walls":
+            ((_, walls),) = chain.facts
+            assert [wall / 4 for wall in walls] == sorted(chain.room.sides)
+
+
+def test_chains_state_first_pictures(made):
+    """Those that show a thing clearly."""
+    for chain in chains(made):
+        if chain.kind == "first":
+            for k, (_, (number,)) in zip(chain.numbers, chain.facts):
+                clear = [sights[k].clear for _, _, sights in chain.pictures]
+                assert number == clear.index(True) + 1
+
+
+def test_told_rows_are_of_the_base(made):
+    """Half as many as a room of the base brings, and those with options; see test_talk.py."""
+    counts = Counter()
+    for _, _, _, rows, _ in made:
+        for row in rows["told"]:
+            counts[row["question_type"]] += 1
+            assert [part["type"] for part in row["messages"][0]["content"]] == ["text"]
+    assert counts.keys() == TOLD.keys()
+    expected = len(made) * (sum(TOLD.values()) / 2 + len(CHOICE_TASKS) * CHOICE_RATE)
+    assert abs(counts.total() - expected) < 4 * expected**0.5
 
 
 @pytest.mark.slow
@@ -488,16 +577,22 @@ def test_files_do_not_depend_on_processes(tmp_path):
         scenes.write_rooms(tmp_path / str(n), 32, 4, test_scenes=4, processes=n)
     one, two = (contents(tmp_path / n) for n in "12")
     assert one == two and len(list(tmp_path.iterdir())) == 2
-    train = tmp_path / "1" / "train"
-    assert not (tmp_path / "1" / "val" / "spld_coldstart_data.jsonl").exists()
-    for kind in ("grounding", "spatial", "coldstart"):
-        assert data.read_samples(train / f"spld_{kind}_data.jsonl", train / "images")
-        for line in (train / f"spld_{kind}_data.jsonl").read_text().splitlines():
+    names = ("spld_grounding", "spld_spatial", "spld_coldstart", "told")
+    for split, name in itertools.product(scenes.SPLITS, names):
+        folder = tmp_path / "1" / split
+        file = folder / f"{name}_data.jsonl"
+        assert data.read_samples(file, folder / "images")
+        for line in file.read_text().splitlines():
             row = json.loads(line)
-            assert all((train / "images" / name).is_file() for name in row["image"])
-            assert (kind == "coldstart") == ("prompt" in row) and ("options" in row) == (
-                kind != "grounding"
-            )
+            assert all((folder / "images" / picture).is_file() for picture in row.get("image", ()))
+            assert ("prompt" in row) == (name == "spld_coldstart")
+            assert ("options" in row) == (name in ("spld_spatial", "spld_coldstart"))
+            assert (row.keys() == {"messages", "question_type"}) == (name == "told")
+            assert "level" not in row
+    bound = []  # the first thing to learn is which number or letter belongs to which name
+    for line in (tmp_path / "1" / "train" / "told_data.jsonl").read_text().splitlines():
+        bound.append(json.loads(line)["question_type"] in ("say", "choose"))
+    assert bound == sorted(bound, reverse=True) and len({*bound}) == 2
     assert any(p.suffix == ".avi" for p in one)
     assert {
         Image.open(io.BytesIO(content)).size for p, content in one.items() if p.suffix == ".jpg"

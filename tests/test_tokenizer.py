@@ -19,7 +19,7 @@ from model import generate
 from pictures import Media
 from rewards import accuracy_reward, format_reward
 
-GROUNDED = "<|object_ref_start|>lamp<|object_ref_end|><|box_start|>(10,20),(30,40)<|box_end|>"
+GROUNDED = "<|object_ref_start|>lamp<|object_ref_end|><|box_start|>(10, 20),(30, 40)<|box_end|>"
 STRUCTURE = (
     "<|im_start|>",
     "<|im_end|>",
@@ -196,7 +196,7 @@ def test_what_a_model_says_in_its_own_tokens_is_read(base):
 
 def test_a_tokenizer_with_another_video_pad_is_refused(base):
     other = replace(base.config, video_token_id=base.config.video_token_id - 4)
-    with pytest.raises(UserError, match=r"<\|video_pad\|> at .* the model 1177 and"):
+    with pytest.raises(UserError, match=r"<\|video_pad\|> at .* the model 1174 and"):
         Processor(REPO / "base", other)
 
 
@@ -234,6 +234,8 @@ def test_autotokenizer_has_the_same_ends(name, directories):
 
 def join_line_breaks(content):
     """A change of tokenizer.json: two and three line breaks are one token, as in published ones."""
+    pattern = content["pre_tokenizer"]["pretokenizers"][0]["pattern"]
+    pattern["Regex"] = pattern["Regex"].replace(r"|\n|\s+", r"|\s+")
     model = content["model"]
     for old, left, right in (("Ġsofas", "Ċ", "Ċ"), ("Ġbeds", "ĊĊ", "Ċ")):
         model["merges"] = [pair for pair in model["merges"] if "".join(pair) != old]

@@ -354,7 +354,7 @@ def test_cost_grows_with_pictures_and_words(rooms):
 @pytest.mark.parametrize(
     "flags, steps, end",
     (
-        ((), 600, "--max-steps 600 (23.5 of --epochs 1000)"),  # the recipe's
+        ((), 1200, "--max-steps 1200 (47.1 of --epochs 1000)"),  # the recipe's
         (("--epochs", 2), 51, "--epochs 2"),  # the user's wins over the recipe's --max-steps
         (("--epochs", 0.5), 13, "--epochs 0.5"),
         (("--max-steps", 30), 30, "--max-steps 30 (1.18 of --epochs 1000)"),
@@ -373,7 +373,7 @@ def test_iterations_are_steps_too():
     """GRPO: 26 rollouts with 3 updates each, 204 prompts in an epoch."""
     words = ["--model", "m", "--data", "a.jsonl", "--num-iterations", "3"]
     args = recipe_settings("", "grpo", words)
-    assert run_length(args, 204, 8) == (40, "--max-steps 40 (0.523 of --epochs 1)")
+    assert run_length(args, 204, 8) == (78, "--epochs 1 (before --max-steps 200)")
     args = recipe_settings("", "grpo", [*words, "--epochs", "1"])
     assert run_length(args, 204, 8) == (78, "--epochs 1")
 
