@@ -36,7 +36,6 @@ from rooms.render import (
     shuffled,
 )
 from rooms.talk import (
-    choice_rows,
     clear_groups,
     clear_kinds,
     in_order,
@@ -66,7 +65,6 @@ EASY = 0.3  # share of training rooms with views that hold one category
 SIZE_SHARE = 0.25  # share of size questions that become spatial rows
 COUNT_ONE = 0.12  # chance to count a category of one thing where no category has more
 CANDIDATES = 60  # choices of things that a question is tried with, at most
-TOLD_SHARE = 0.5  # of the texts that a room of the base brings
 
 # Margins that make answers unambiguous.
 NEAREST_MARGIN = 0.4  # meters from the nearest thing to the second nearest
@@ -337,7 +335,7 @@ def make_files(seed, split, index, cast=CAST, difficulty=DIFFICULTY, tasks="ladd
         for part in parts[1:] + parts[:1]:  # views first
             for kind, row in ladder_rows(rng, *part, row_ids, easy):
                 rows[kind].append(row)
-        rows["told"] += told_rows(rng, TOLD_SHARE) + choice_rows(rng)
+        rows["told"] += told_rows(rng)
     else:
         for part in parts:
             rows["base"] += seen_rows(rng, *part)

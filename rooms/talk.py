@@ -212,8 +212,9 @@ def told_facts(rng, task):
     if task.steps is reckon.total:
         names += [names[0]] * draw(rng, (0, task.most))
     facts = shuffled(rng, [made_up(rng, task.fact, name) for name in names])
-    if task.steps is reckon.total:
-        return facts, [fact for fact in facts if fact.name == names[0]]
+    if task.steps is reckon.total:  # from left to right, as in clear_groups
+        counted = [fact for fact in facts if fact.name == names[0]]
+        return facts, sorted(counted, key=attrgetter("numbers"))
     most = min(task.most, len(facts))
     return facts, shuffled(rng, facts)[: draw(rng, (task.least, most + 1))]
 
@@ -370,23 +371,22 @@ def in_order(items):
 # ---------------------------------------------------------------------------------- rows
 
 TOLD = {  # how many rows of each a room brings
-    "say": 2.0,
-    "choose": 0.6,
+    "say": 1.0,
+    "choose": 0.4,
     "compare": 0.5,
-    "apart": 0.5,
+    "apart": 0.4,
     "nearest": 0.6,
-    "turn": 0.8,
-    "longest": 0.3,
-    "floor": 0.5,
-    "total": 0.3,
-    "order": 0.4,
+    "turn": 0.6,
+    "longest": 0.2,
+    "floor": 0.3,
+    "total": 0.4,
+    "order": 0.6,
 }
-CHOICE_TASKS = ("compare", "nearest", "turn", "order")
-CHOICE_RATE = 1.6  # rows of each that a room of the ladder brings
+CHOICE_TASKS = ("compare", "nearest", "turn", "order")  # every second told row of these has options
 FIRST_TASKS = ("say", "choose")  # which number or letter belongs to which name
-ROWS = {"": 4, "view": 6, "frame": 10}  # about one picture, about views, about frames
+ROWS = {"": 3, "view": 8, "frame": 16}  # about one picture, about views, about frames
 SEEN = {  # how often each is tried, in the order of ROWS
-    "read": (4, 0, 0),
+    "read": (3, 0, 0),
     "show": (8, 0, 0),
     "outline": (4, 0, 0),
     "say": (8, 10, 8),
@@ -397,7 +397,7 @@ SEEN = {  # how often each is tried, in the order of ROWS
     "turn": (2, 5, 3),
     "longest": (4, 3, 4),
     "floor": (0, 0, 4),
-    "total": (2, 4, 3),
+    "total": (2, 5, 3),
     "order": (0, 0, 5),
 }
 REASONED = ("compare", "apart", "nearest", "turn", "order")  # answers go beyond the facts
@@ -422,23 +422,23 @@ def make_row(name, question, answer, media, level):
     return {"messages": messages, "question_type": name, "level": level}
 
 
-def told_rows(rng, share=1.0):
-    """Rows about no picture, as many as TOLD says, or a share of them."""
+def told_row(rng, name):
+    """A row of a task about no picture."""
+    if name == "choose":
+        exchange = choose(rng)
+    elif name in CHOICE_TASKS and rng.random() < 0.5:
+        exchange = tell_and_choose(rng, name)
+    else:
+        exchange = tell_and_ask(rng, name)
+    return make_row(name, *exchange, [], order_of_learning(name, None))
+
+
+def told_rows(rng):
+    """Rows about no picture, as many as TOLD says on average."""
     rows = []
     for name, rate in TOLD.items():
-        for _ in range(rng.poisson(share * rate)):
-            question, answer = choose(rng) if name == "choose" else tell_and_ask(rng, name)
-            rows.append(make_row(name, question, answer, [], order_of_learning(name, None)))
-    return rows
-
-
-def choice_rows(rng):
-    """Rows about no picture whose answers end with an option's letter, for the ladder."""
-    rows = []
-    for name in CHOICE_TASKS:
-        for _ in range(rng.poisson(CHOICE_RATE)):
-            question, answer = tell_and_choose(rng, name)
-            rows.append(make_row(name, question, answer, [], order_of_learning(name, None)))
+        for _ in range(rng.poisson(rate)):
+            rows.append(told_row(rng, name))
     return rows
 
 
