@@ -11,8 +11,8 @@ of reckon.py. Where it is *told*, the facts stand before the question, among oth
     lamp 33 45 bed 21 27: right 12 back 18: right-back.
 
 Where it is *seen*, one picture, four views or a video stand in their place, and the answer is the
-same. None of it is in the ladder's formats: no JSON boxes, none of its questions, no <think> and
-<answer>.
+same. Of the ladder's formats there are only the lines of options: no JSON boxes, none of its
+questions, no <think> and <answer>.
 """
 
 import itertools

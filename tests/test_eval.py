@@ -44,8 +44,9 @@ def always(tiny_model, tmp_path_factory):
         model = build_model(parse_config(source)).to_empty(device="cpu")
         given = load_model(tiny_model, torch.float32)
         processor = Processor(tiny_model, model.config)
-        ids = processor.tokenizer.encode(f"\n{answer}").ids
-        chain = [*ids, processor.special["<|im_end|>"]]
+        # An answer is encoded apart from the prompt, which ends in a new line.
+        ids = [processor.tokenizer.encode(text).ids for text in ("\n", answer)]
+        chain = [*itertools.chain(*ids), processor.special["<|im_end|>"]]
         assert len(set(chain)) == len(chain)
         with torch.no_grad():
             for name, parameter in model.named_parameters():

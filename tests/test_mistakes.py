@@ -472,11 +472,15 @@ COMMANDS = (
         PLAN + " 99x80 --stage grpo",
         "--prompts-per-step is 8, expected at least one for each of the 99 processes",
     ),
-    # look.report, look.compare
+    # look.report, look.chains, look.compare
     ("report.py", "the following arguments are required: run"),
     ("report.py {rooms}/none", "none: no such directory; expected the --out of ladder.py"),
     ("report.py {ladders}/torn", "torn/grpo/log.jsonl:1: not JSON"),
     ("report.py {ladders}/1 --out {out}", "unknown argument --out"),
+    ("chains.py", "the following arguments are required: run"),
+    ("chains.py {rooms}/none", "none: no chains to read; expected true ones in "),
+    ("chains.py {rooms}", "rooms: no chains to read; expected true ones in "),
+    ("chains.py {ladders}/1 --out {out}", "unknown argument --out"),
     ("compare.py", "the following arguments are required: runs"),
     ("compare.py {rooms}/none", "none/config_run.json: no such file"),
     ("compare.py {rooms}", "rooms: no ladder there, expected an --out of ladder.py"),

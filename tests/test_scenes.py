@@ -32,7 +32,7 @@ from rooms.render import (
     polygon_distance,
     render,
 )
-from rooms.talk import CHOICE_RATE, CHOICE_TASKS, TOLD, make_world
+from rooms.talk import TOLD, make_world
 from runtime import main_guard
 
 ROOMS = range(24)
@@ -503,14 +503,14 @@ def test_chains_state_first_pictures(made):
 
 
 def test_told_rows_are_of_the_base(made):
-    """Half as many as a room of the base brings, and those with options; see test_talk.py."""
+    """As many as a room of the base brings; see test_talk.py."""
     counts = Counter()
     for _, _, _, rows, _ in made:
         for row in rows["told"]:
             counts[row["question_type"]] += 1
             assert [part["type"] for part in row["messages"][0]["content"]] == ["text"]
     assert counts.keys() == TOLD.keys()
-    expected = len(made) * (sum(TOLD.values()) / 2 + len(CHOICE_TASKS) * CHOICE_RATE)
+    expected = len(made) * sum(TOLD.values())
     assert abs(counts.total() - expected) < 4 * expected**0.5
 
 
