@@ -86,7 +86,7 @@ SPACED = {digit: rf"(?<![ _.\d]){digit}" for digit in digits}
 SPACED |= {letter: rf"{AFTER_LINE_OR_TAG}{letter}" for letter in ascii_lowercase}
 SPACED |= {letter: rf"{AFTER_LINE_OR_TAG}{letter}\b" for letter in "ABCD"}
 # In what is decoded there is none: texts come back as they were written.
-SPACES = r"(?<![^\n>\[(]) (?=\d)|(?<=\n|think>|answer>) (?=[a-zA-D])"
+SPACES = r"(?<![^\n>\[(-]) (?=\d)|(?<=\n|think>|answer>) (?=[a-zA-D])"
 CHAT_TEMPLATE = (  # the chat format of data.Processor, for transformers
     "{% if messages[0].role != 'system' %}<|im_start|>system\n"
     + PROMPTS["system"]

@@ -307,8 +307,8 @@ class Evaluation:
 @pytest.fixture
 def mine(call, monkeypatch, loud, rooms, tmp_path):
     """Six rows, one of them about boxes."""
-    shutil.copytree(rooms / "test" / "images", tmp_path / "images")
-    rows = read_rows(rooms / "test" / SPATIAL)[:5] + read_rows(rooms / "test" / GROUNDING)[:1]
+    shutil.copytree(rooms / "train" / "images", tmp_path / "images")
+    rows = read_rows(rooms / "train" / SPATIAL)[:5] + read_rows(rooms / "train" / GROUNDING)[:1]
     run = Evaluation(call, monkeypatch, shutil.copytree(loud, tmp_path / "loud"), tmp_path, rows)
     first, answered = run.run("out")
     assert answered == 6 and len({row["completion"] for row in first}) > 3
@@ -405,7 +405,7 @@ def test_an_evaluation_may_move(mine):
 def test_other_questions_are_another_evaluation(mine, rooms):
     """Not one answer would be used: the folder holds something else, which stays."""
     before = (mine.folder / "out" / "predictions.jsonl").read_bytes()
-    mine.write(read_rows(rooms / "test" / SPATIAL)[5:9])
+    mine.write(read_rows(rooms / "train" / SPATIAL)[5:9])
     with pytest.raises(UserError, match="out: its answers are to other questions; give another"):
         mine.run("out")
     assert (mine.folder / "out" / "predictions.jsonl").read_bytes() == before
