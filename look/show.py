@@ -47,16 +47,18 @@ def token_runs(example, processor):
     for token, label in zip(example.ids, example.labels):
         kind = "trained" if label >= 0 else "prompt"
         kinds.append("vision" if token in vision else kind)
+    before = []  # a decoder may treat the start of a text in its own way, so nothing starts one
     for kind, places in groupby(range(len(kinds)), kinds.__getitem__):
         places = list(places)
         texts = []
         pending = []
         for token in example.ids[places].tolist():
             pending.append(token)
-            text = processor.tokenizer.decode(pending, skip_special_tokens=False)
+            length = len(processor.tokenizer.decode(before, skip_special_tokens=False))
+            text = processor.tokenizer.decode(before + pending, skip_special_tokens=False)[length:]
             if "\ufffd" not in text:  # else a part of a character that the next token completes
                 texts.append(text)
-                pending = []
+                before, pending = pending, []
         yield kind, texts, example.positions[:, places]
 
 
