@@ -188,7 +188,7 @@ def edit_prompts(parts):
 
 
 def draw_anew(parts):
-    invert(*(parts / "train" / "images").rglob("*.*"))
+    invert(*(parts / "train" / "images").rglob("*.jpg"))
 
 
 @pytest.mark.slow
