@@ -142,7 +142,7 @@ RECIPES = {  # preset -> stage -> what differs from settings.SETTINGS
             "model": "runs/tiny/stage2",
             "data": [ROOMS + COLDSTART],
             "out": "runs/tiny/cold",
-            "max_steps": 500,
+            "max_steps": 300,
             "learning_rate": 4e-4,
         },
         # 200 steps of 8 prompts x 8 completions.
