@@ -152,7 +152,7 @@ RECIPES = {  # preset -> stage -> what differs from settings.SETTINGS
             "data": [ROOMS + SPATIAL],
             "out": "runs/tiny/grpo",
             "max_steps": 200,
-            "learning_rate": 1e-4,
+            "learning_rate": 4e-5,
             "max_completion_length": 64,
         },
     },
