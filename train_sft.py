@@ -1,7 +1,7 @@
 """Supervised fine-tuning: stage 1 (see), stage 2 (understand), the cold start (reason).
 
     python train_sft.py --stage 1                        # the tiny model on procedural rooms
-    python train_sft.py --stage base                     # trains the folder base/ again (hours)
+    python train_sft.py --stage base                     # a base from random weights (hours)
     torchrun --nproc-per-node 4 train_sft.py --stage 2 --preset paper --model DIR ...
 
 One loop; the stages differ in their row of ladder.RECIPES only. A row of the data decides how it is

@@ -569,7 +569,7 @@ def test_seen_questions_are_worded_both_ways(seen):
 
 
 def test_nothing_is_said_in_the_ladders_words(told, seen):
-    """No boxes as JSON, no tags, none of its questions and instructions, but its lines of options."""
+    """No boxes as JSON, no tags, none of its questions and instructions; options apart."""
     questions = [*VIDEO.values(), *scenes.SINGLE_IMAGE.values()]
     texts = itertools.chain(*(texts for _, texts in questions))
     ladder = [re.escape(text).replace(r"\{\}", r"\w+") for text in texts]
