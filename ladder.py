@@ -107,7 +107,7 @@ PAPER_SFT = PAPER | {"warmup_ratio": 0.1}
 
 RECIPES = {  # preset -> stage -> what differs from settings.SETTINGS
     "tiny": {
-        # A base from random weights: texts first, then pictures. docs/miniature.md has what base/ is.
+        # A base from random weights: texts first, then pictures (docs/miniature.md).
         "base": TINY_SFT
         | {
             "model": "runs/base/start",
