@@ -228,14 +228,6 @@ def clear_facts(rng, task):
     return facts, asked
 
 
-def tell_and_ask(rng, name):
-    """(question, answer) of a task; the question tells the facts, among others."""
-    task = TASKS[name]
-    facts, asked = clear_facts(rng, task)
-    question, answer = ask(rng, task, asked)
-    return f"{tell_all(facts)}. {question}", answer
-
-
 def choose(rng):
     """Lines with letters; the letters are asked for in another order."""
     words = shuffled(rng, [*NAMES, *SIDES, *TURNS])[: rng.integers(2, 5)]
@@ -272,14 +264,20 @@ def choices(name, asked):
     return SIDES if name == "compare" else TURNS
 
 
-def tell_and_choose(rng, name):
-    """(question, answer) of a task with options; the question tells the facts."""
+def tell_and_ask(rng, name, with_options=False):
+    """(question, answer) of a task; the question tells the facts, among others.
+
+    with_options: lines of options follow, and the answer ends with the letter of the right one.
+    """
     task = TASKS[name]
     facts, asked = clear_facts(rng, task)
     question, answer = ask(rng, task, asked)
+    question = f"{tell_all(facts)}. {question}"
+    if not with_options:
+        return question, answer
     _, result = task.steps(*asked)
     options, letter = with_letters(rng, result, choices(name, asked))
-    lines = [f"{tell_all(facts)}. {question}", "Options:", *options]
+    lines = [question, "Options:", *options]
     return "\n".join(lines), f"{answer.removesuffix('.')} {letter}."
 
 
@@ -426,10 +424,9 @@ def told_row(rng, name):
     """A row of a task about no picture."""
     if name == "choose":
         exchange = choose(rng)
-    elif name in CHOICE_TASKS and rng.random() < 0.5:
-        exchange = tell_and_choose(rng, name)
     else:
-        exchange = tell_and_ask(rng, name)
+        with_options = name in CHOICE_TASKS and rng.random() < 0.5
+        exchange = tell_and_ask(rng, name, with_options)
     return make_row(name, *exchange, [], order_of_learning(name, None))
 
 

@@ -11,8 +11,10 @@ from PIL import Image
 
 from data import read_prompts, read_samples
 from files import write_jsonl
+from ladder import RECIPES
 from pictures import Media
 from rewards import CHOICE_TYPES, NUMBER_TYPES
+from settings import SETTINGS
 
 REPOSITORY = Path(__file__).parent.parent
 README = REPOSITORY / "README.md"
@@ -283,6 +285,14 @@ def test_prompts_and_the_chat_row_are_read(tmp_path, pictures):
     (sample,) = read_samples(tmp_path / "rows.jsonl", tmp_path / "images")
     assert sample.media[0].kind == "image"
     assert sample.messages[1] == ("assistant", ("85",))
+
+
+def test_the_rate_of_a_model_without_the_paper_preset():
+    """README says how much higher the tiny preset's is, for its command with --stage 2."""
+    times = re.search(r"a learning rate (\d+) times as high", text_of(README))[1]
+    rate = RECIPES["tiny"]["2"]["learning_rate"]
+    assert "learning_rate" not in RECIPES["paper"]["2"]
+    assert rate == pytest.approx(int(times) * SETTINGS["learning_rate"].default)
 
 
 def test_the_rows_are_read(tmp_path):

@@ -22,7 +22,7 @@ from rooms.talk import (
     TOLD,
     look_and_ask,
     make_world,
-    tell_and_choose,
+    tell_and_ask,
     told_rows,
 )
 
@@ -201,7 +201,7 @@ def test_the_letter_is_that_of_the_result(task):
     letters = Counter()
     rng = np.random.default_rng(3)
     for _ in range(200):
-        question, answer = tell_and_choose(rng, task)
+        question, answer = tell_and_ask(rng, task, with_options=True)
         told, lines = question.split("\nOptions:\n")
         options = dict(line.split(". ") for line in lines.split("\n"))
         chain, letter = re.fullmatch(r"(.*) ([A-D])\.", answer).groups()
