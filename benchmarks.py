@@ -551,13 +551,17 @@ def option_text(option):
     return re.sub(r"^[(\[]?[A-Za-z](?![A-Za-z0-9])[)\].:]*\s*", "", option.strip())
 
 
-def true_text(sample):
-    """The answer; of a choice the text of the right option, as letters are shuffled."""
-    right = parse_choice(sample.answer)
-    for letter, option in zip(letters_of(sample.options), sample.options):
-        if letter == right:
+def meaning(answer, options):
+    """The text of the option that an answer names, as letters are shuffled; else the answer.
+
+    >>> meaning("B", ["A. left", "B. right"]), meaning("5.5", ())
+    ('right', '5.5')
+    """
+    named = parse_choice(answer)
+    for letter, option in zip(letters_of(options), options):
+        if letter == named:
             return option_text(option)
-    return sample.answer
+    return answer
 
 
 def blind_baseline(train, samples, match=our_match):
@@ -574,7 +578,7 @@ def blind_baseline(train, samples, match=our_match):
     seen = defaultdict(Counter)  # (question or "" for any, type) -> how often each answer was right
     for sample in train:
         for question in (sample.question, ""):
-            seen[question, sample.question_type][true_text(sample)] += 1
+            seen[question, sample.question_type][meaning(sample.answer, sample.options)] += 1
 
     @cache
     def best_text(key):

@@ -333,7 +333,7 @@ def save_model(directory, tensors, config, side_files=None, pixel_limits=None):
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_json(directory / "model.safetensors.index.json", index)
 
-    if side_files is not None and Path(side_files).resolve() != directory.resolve():
+    if side_files is not None:
         for name in SIDE_FILES:
             if (Path(side_files) / name).is_file():
                 shutil.copyfile(Path(side_files) / name, directory / name)

@@ -381,6 +381,15 @@ def cost(sample):
     return words + 100 * sum(len(media.sources) for media in sample.media)
 
 
+def slices(items, size):
+    """Slices of `size` items.
+
+    >>> slices(["a", "b", "c"], 2)
+    [['a', 'b'], ['c']]
+    """
+    return [items[first : first + size] for first in range(0, len(items), size)]
+
+
 def check_media(sample):
     """The sample, if its pictures are there and usable, and its boxes lie inside: by headers."""
     with located(sample.where):

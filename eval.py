@@ -33,7 +33,7 @@ from benchmarks import (
     table,
 )
 from checkpoint import load_config, load_model
-from data import Processor, cost, picture_paths, read_all
+from data import Processor, cost, picture_paths, read_all, slices
 from files import (
     CONFIG,
     MADE_OF,
@@ -181,9 +181,8 @@ def saved_answers(out):
     """
     answers = {}
     for path in sorted(out.glob("answers-rank*.jsonl")):
-        if path.is_file():
-            os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
-            answers |= {row.pop("key", None): row for _, row in read_jsonl(path)}
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+        answers |= {row.pop("key"): row for _, row in read_jsonl(path)}
     return answers
 
 
@@ -205,9 +204,8 @@ def answer_once(samples, size, ranks, out, answer):
     # what does not fit into memory shows at once, and no rank gets the longest last. Batches of
     # one size are the same in every try: their rows are all saved, or all left.
     order = sorted(range(len(samples)), key=lambda row: (cost(samples[row]), row), reverse=True)
-    batches = [order[first : first + size] for first in range(0, len(order), size)]
     left = []
-    for batch in batches[ranks.rank :: ranks.world]:
+    for batch in slices(order, size)[ranks.rank :: ranks.world]:
         if any(names[row] not in saved for row in batch):
             left.append(batch)
     # Only rank 0 shows a bar: its share is as large as the others'.

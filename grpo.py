@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from checkpoint import load_config
-from data import Processor, Sample, collate, picture_paths, read_all, style_of
+from data import Processor, Sample, collate, picture_paths, read_all, slices, style_of
 from files import UserError
 from model import Batch, generate, to_device
 from rewards import REWARDS, call_reward, check_row
@@ -43,7 +43,7 @@ from runtime import (
 )
 
 LOG_RATIO_LIMIT = 20.0  # keeps exp(d) finite; beyond it a token's KL has no gradient
-SUMS = ("policy", "kl_loss", "kl", "entropy", "clipped")  # what an update adds up
+SUMS = ("loss", "kl", "entropy", "clipped")  # what an update adds up
 
 # ---------------------------------------------------------------------------------- the formulas
 
@@ -347,10 +347,9 @@ def loss_terms(model, part, kept, counts, args, banned, device):
     policy, clipped = policy_loss(log_probs, old, advantages, args.epsilon, epsilon_high)
     kl = kl_k3(log_probs, reference)
 
-    policy_sum = (weights * policy).sum()
-    kl_sum = args.beta * (weights * kl).sum()
-    sums = torch.stack((policy_sum, kl_sum, kl.sum(), entropies.sum(), clipped.sum()))
-    return policy_sum + kl_sum, sums.detach()
+    loss = (weights * (policy + args.beta * kl)).sum()
+    sums = torch.stack((loss, kl.sum(), entropies.sum(), clipped.sum()))
+    return loss, sums.detach()
 
 
 def accumulate_gradient(model, groups, counts, args, banned, device):
@@ -442,13 +441,12 @@ def rollout_metrics(groups, ranks):
 def held_out_metrics(model, processor, samples, args, ranks):
     """Mean rewards of greedy answers to held-out samples, over all ranks."""
     mine = samples[ranks.rank :: ranks.world]
-    prompts = max(1, args.prompts_per_step // ranks.world)
-    size = prompts * args.num_generations  # as many completions at once as in a rollout
+    # As many completions at once as in a rollout.
+    size = args.prompts_per_step // ranks.world * args.num_generations
     totals = dict.fromkeys(args.reward_funcs, 0.0)
     # Greedy: one completion a prompt, without noise.
     with gathered(model):
-        for first in range(0, len(mine), size):
-            some = mine[first : first + size]
+        for some in slices(mine, size):
             room = args.max_completion_length
             groups = sample_completions(
                 model, processor, some, 1, None, args, ranks.device, room=room
@@ -564,9 +562,8 @@ def main():
         # update
         sums = accumulate_gradient(model, groups, counts, args, banned, ranks.device)
         sums = ranks.sum_named(sums)
-        loss = sums["policy"] + sums["kl_loss"]
         where = [samples[row].where for row in sorted(rows)]
-        rate, norm = update_weights(model, optimizer, step, steps, args, loss, where)
+        rate, norm = update_weights(model, optimizer, step, steps, args, sums["loss"], where)
         updated = time.perf_counter()
 
         # held-out questions, log, save
@@ -575,9 +572,7 @@ def main():
             asked = held_out_metrics(model, processor, held_out, args, ranks)
         entry = {
             "epoch": step * args.prompts_per_step / args.num_iterations / len(samples),
-            "loss": loss,
-            "loss/policy": sums["policy"],
-            "loss/kl": sums["kl_loss"],
+            "loss": sums["loss"],
             "learning_rate": rate,
             "grad_norm": norm,
             "num_tokens": counts["prompt_tokens"] + counts["tokens"],

@@ -16,7 +16,6 @@ same command goes on from there. The trainers read RECIPES. This file needs no t
 
 import os
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -28,7 +27,6 @@ from files import (
     MADE_OF,
     UserError,
     claim,
-    hold,
     made_of,
     read_json,
     read_jsonl,
@@ -97,13 +95,12 @@ PAPER = {
     "max_pixels": 128 * 28 * 28,
     "input_as": "authors",  # resized twice: a picture of theirs has 108 tokens, not 117
     "micro_batch": 1,
-    "workers": 4,
     "save_every": 200,
     "keep_last": 1,
     "activation_checkpointing": True,
 }
 # The defaults have the rest of theirs: learning rate 1e-5 with cosine decay, no weight decay.
-PAPER_SFT = PAPER | {"warmup_ratio": 0.1}
+PAPER_SFT = PAPER | {"warmup_ratio": 0.1, "workers": 4}
 
 RECIPES = {  # preset -> stage -> what differs from settings.SETTINGS
     "tiny": {
@@ -114,7 +111,7 @@ RECIPES = {  # preset -> stage -> what differs from settings.SETTINGS
             "data": ["runs/base/rooms/train/base_data.jsonl"],
             "out": "runs/base/model",
             "curriculum": 0.005,
-            "max_steps": 12000,
+            "max_steps": 13000,
             "learning_rate": 1e-3,
             "batch_size": 32,
             "micro_batch": 16,
@@ -357,7 +354,6 @@ def settings(argv=None):
     parser.add_argument("--limit", type=int, help="questions of each type (default: 150 in rooms)")
     parser.add_argument("--scenes", type=int, default=ROOMS_MADE, help="training rooms to make")
     parser.add_argument("--smoke", action="store_true", help="hardly any steps and rooms")
-    parser.add_argument("--fresh", action="store_true", help="delete what an earlier ladder left")
     parser.add_argument("--nproc-per-node", type=int, default=1, help="processes, one for each GPU")
     # These numbers are no rows of settings.SETTINGS, so their checks stand here.
     parser.checks |= dict.fromkeys(("limit", "scenes", "nproc_per_node"), positive)
@@ -382,7 +378,8 @@ def settings(argv=None):
 
     args.folder = Path(args.out or folder)
     args.out = shlex.quote(str(args.folder))
-    args.model = shlex.quote(args.model or os.path.relpath(Path(__file__).parent / BASE))
+    args.base = args.model or os.path.relpath(Path(__file__).parent / BASE)
+    args.model = shlex.quote(args.base)
     args.test = args.test and shlex.quote(args.test)
     if args.data:
         args.rooms = None
@@ -407,19 +404,13 @@ def climb(args, commands, rungs):
 
 def main():
     args = settings()
-    begun = args.folder / CONFIG
-    # Only what a ladder began is deleted: a trainer's folder has other settings.
-    if args.fresh and begun.is_file() and read_json(begun).keys() >= args.config.keys():
-        hold(args.folder)
-        shutil.rmtree(args.folder)
     # A new folder, or this very ladder, which then goes on. Other test rows are no other ladder:
     # eval.py answers what it has not answered.
     data = args.config["data"]
     rows = data and [Path(data) / name for name in (GROUNDING, SPATIAL, COLDSTART)]
-    base = args.config["model"] or Path(__file__).parent / BASE
-    config = args.config | {MADE_OF: made_of(base, {"data": rows})}
+    config = args.config | {MADE_OF: made_of(args.base, {"data": rows})}
     claim(args.folder, config, (*MAY_CHANGE, "test"))
-    write_json(begun, config)
+    write_json(args.folder / CONFIG, config)
 
     rungs = []
     climb(args, commands(args), rungs)

@@ -460,7 +460,6 @@ class KVCache:
     def __init__(self, lengths):
         self.lengths = lengths  # (R,) keys of each sequence
         self.keys, self.values = [], []  # of each layer (R, K, S, D)
-        self.decoding = False
         self.used = 0  # upper bound of the longest sequence's keys
         # Of the present step, set by begin_step:
         self.sequences = None  # (R,) 0, 1, 2, ...
@@ -478,7 +477,6 @@ class KVCache:
         self.keys = [grow(k) for k in self.keys]
         self.values = [grow(v) for v in self.values]
         self.lengths = self.lengths.repeat_interleave(group)
-        self.decoding = True
 
     def keep(self, kept):
         """Keep only these sequences. kept: int64 indices."""
@@ -499,7 +497,7 @@ class KVCache:
         self.mask = (index < self.lengths[:, None])[:, None, None]
 
     def attend(self, layer, q, k, v):
-        if not self.decoding:
+        if self.mask is None:  # prefill: no decoding step has begun
             self.keys.append(k)
             self.values.append(v)
             return attend_causal(q, k, v)
@@ -742,8 +740,9 @@ class QwenVL(nn.Module):
     def logits(self, x, banned, temperature):
         """Logits (R, V) in fp32 of hidden states (R, W)."""
         x = self.model.norm(x) / temperature
-        # This way round: with a few rows in fp32 a CPU is faster at it.
-        return ban((self.head() @ x.T).T.float(), banned)
+        # This way round a CPU is faster at a few rows in fp32, and copying them into rows that lie
+        # together pays: the softmax that follows takes a sixth of the time (docs/speed.md).
+        return ban((self.head() @ x.T).T.contiguous().float(), banned)
 
 
 # ---------------------------------------------------------------------------------- generation

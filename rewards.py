@@ -153,11 +153,11 @@ def box_area(x1, y1, x2, y2):
     return max(0.0, x2 - x1) * max(0.0, y2 - y1)
 
 
-def localization_scores(predicted, true, match_iou=0.5):
+def localization_scores(predicted, true):
     """Compare predicted boxes (None for an answer that is not valid) with one or more true ones.
 
     "ious" holds, for each true object, the IoU of the best prediction of its label, 0 if there is
-    none. Precision and recall count pairs of at least `match_iou`, each box used once, best pairs
+    none. Precision and recall count pairs of an IoU of at least 0.5, each box used once, best pairs
     first: a duplicate costs precision.
 
     >>> bed, desk = ({"bbox_2d": [0, 0, 2, 2], "label": label} for label in ("bed", "desk"))
@@ -176,7 +176,7 @@ def localization_scores(predicted, true, match_iou=0.5):
     # Greedy: the best pair first, then the best of those whose boxes are both free.
     matches = {}  # true index -> predicted index
     for iou, i, j in sorted(pairs, reverse=True):
-        if iou >= match_iou and i not in matches and j not in matches.values():
+        if iou >= 0.5 and i not in matches and j not in matches.values():
             matches[i] = j
     return {
         "ious": ious,

@@ -37,7 +37,7 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from checkpoint import build_model, load_config, load_weights, save_model
-from data import style_of
+from data import slices, style_of
 from files import (
     CONFIG,
     MADE_OF,
@@ -164,7 +164,7 @@ def make_missing(paths):
     # missing data.
     for folder, command in MADE_BY.items():
         needed = any(Path(path).is_relative_to(folder) for path in paths)
-        complete = any((Path(folder) / name).is_file() for name in ("config.json", "meta.json"))
+        complete = any((Path(folder) / name).exists() for name in ("config.json", "train"))
         if complete or not needed:
             continue
         if " -m rooms." not in command:  # a training: it takes long and is not started unasked
@@ -473,8 +473,8 @@ def micro_batches(rows, costs, size, rank, world):
     # All ranks sort alike, so that each knows its share without asking the others.
     ordered = [row for _, row in sorted(zip(costs, rows))]
     batches = []
-    for first in range(0, len(ordered), size):
-        batches.append([(row, True) for row in ordered[first : first + size]])
+    for some in slices(ordered, size):
+        batches.append([(row, True) for row in some])
     # All ranks must make equally many forwards: their weights are gathered together.
     while len(batches) % world:
         batches.append([(rows[0], False)])
@@ -660,7 +660,7 @@ class Run:
                 {"model": model_state, "optimizer": optimizer_state}, checkpoint_id=str(beside)
             )
             if self.ranks.rank == 0:
-                meta = {"step": step, "world": self.ranks.world, "config": self.config}
+                meta = {"step": step, "config": self.config}
                 write_json(beside / "meta.json", meta)
                 # Renaming is all or nothing: a state under its own name is whole.
                 shutil.rmtree(final, ignore_errors=True)

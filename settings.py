@@ -162,20 +162,15 @@ PICTURES = (  # what Processor takes
     *("min_pixels", "max_pixels", "input_as", "num_frames", "fps", "max_frames", "video_seconds"),
     "prompts",
 )
-COMMON = (  # what every trainer takes
-    *("model", "data", "images", "out", "resume", "seed", "workers", *PICTURES),
-    *("epochs", "max_steps", "micro_batch", "learning_rate", "lr_scheduler_type", "warmup_ratio"),
-    *("weight_decay", "betas", "max_grad_norm", "save_every", "keep_last", "device", "dtype"),
-    *("threads", "activation_checkpointing", "freeze_vision"),
-)
-SFT = (*COMMON, "replay", "replay_ratio", "curriculum", "batch_size")
-GRPO = (
-    *COMMON,
+ONLY_SFT = ("replay", "replay_ratio", "curriculum", "workers", "batch_size")
+ONLY_GRPO = (
     *("prompt_style", "prompts_per_step", "num_generations", "max_completion_length"),
     *("temperature", "beta", "epsilon", "epsilon_high", "num_iterations", "loss_type"),
     *("scale_rewards", "mask_truncated_completions", "reward_funcs", "reward_weights"),
     *("eval_every", "eval_data", "eval_limit"),
 )
+SFT = tuple(name for name in SETTINGS if name not in ONLY_GRPO)
+GRPO = tuple(name for name in SETTINGS if name not in ONLY_SFT)
 MAY_CHANGE = tuple(name for name, setting in SETTINGS.items() if setting.may_change)
 
 

@@ -29,9 +29,10 @@ import re
 from collections import namedtuple
 from pathlib import Path
 
+from benchmarks import meaning
 from files import CONFIG, UserError, read_json, read_jsonl, text_table
 from ladder import COLDSTART, RUNGS
-from rewards import WELL_FORMED, is_well_formed, parse_choice
+from rewards import WELL_FORMED, is_well_formed
 from rooms import reckon
 from rooms.reckon import Fact
 from runtime import main_guard
@@ -45,6 +46,7 @@ NAME = "[a-z]+"
 NUMBER = "[0-9]{1,4}"
 FIRST = f"{NAME} {NUMBER}"
 PLACE = f"{NAME} {NUMBER} {NUMBER}"
+COUNTED = f"{NUMBER} {PLACE}"
 SIDES = f"{NAME} {NUMBER} {NUMBER} {NUMBER}"
 WAY = f"{PLACE} {PLACE}: (?:left|right) {NUMBER} (?:front|back) {NUMBER}"
 APART = f"{WAY}: {NUMBER} apart"
@@ -60,13 +62,13 @@ FORMS = {  # by question type
     "object size": Form(SIDES, SIDES, "lengths"),
     "room size": Form(PLACE, PLACE, "lengths"),  # walls are written like a place
     "appearance order": Form(rf"{FIRST}(?:\. {FIRST})*", FIRST, "pictures"),
-    "object count": Form(rf"{PLACE}(?:\. {PLACE})*", PLACE, "places"),
+    "object count": Form(rf"{COUNTED}(?:\. {COUNTED})*", PLACE, "places"),
     "absolute distance": Form(APART, PLACE, "places"),
     "relative distance": Form(rf"{APART}(?:\. {APART})*", PLACE, "places"),
     # seen from a thing, or from the camera
     "relative direction": Form(rf"{AT}\. {AT}: turn {NUMBER}|{WAY}", PLACE, "places"),
 }
-OF_FACTS = {  # results that follow from the facts at once
+OF_FACTS = {  # steps and result follow from the facts at once
     "object size": reckon.longest,
     "room size": reckon.floor,
     "appearance order": reckon.order,
@@ -103,8 +105,7 @@ def reckoning(question_type, chain):
     [False, True, False]
     """
     if question_type in OF_FACTS:
-        _, result = OF_FACTS[question_type](*chain.facts)
-        return [chain.result == result]
+        return [(chain.steps, chain.result) == OF_FACTS[question_type](*chain.facts)]
 
     # 1. Each way, and the number that is said of it.
     turned = re.search(f"turn ({NUMBER})", chain.steps)
@@ -158,16 +159,6 @@ def sight(share, fact, truths):
     return [abs(said - true) <= true / 10 for said, true in zip(fact.numbers, same[0])]
 
 
-def meaning(answer, options):
-    """The text of the option that an answer names; an answer without options as it is.
-
-    >>> meaning("B", ["A. left", "B. right"]), meaning(" 5.5", None)
-    ('right', '5.5')
-    """
-    texts = dict(option.split(". ", 1) for option in options or ())
-    return texts.get(parse_choice(answer), answer.strip())
-
-
 def judge(completion, reference):
     """{share: whether each thing that counts is right} of a well-formed completion.
 
@@ -188,7 +179,7 @@ def judge(completion, reference):
         "asked": [[fact.name for fact in chain.facts] == [fact.name for fact in truths]],
         "whole": [all(follows)],
         "steps": follows,
-        "answer": [chain.result == meaning(answer, reference["options"])],
+        "answer": [chain.result == meaning(answer.strip(), reference["options"] or ())],
         form.counts_for: seen,
     }
 

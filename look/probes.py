@@ -45,7 +45,7 @@ from ask import draw_boxes
 from benchmarks import bootstrap_interval
 from checkpoint import load_model
 from coldstart import JUDGED, sample_chains
-from data import IGNORE, Processor, collate, read_all, style_of
+from data import IGNORE, Processor, collate, read_all, slices, style_of
 from eval import answer_rows, our_files, subset
 from files import (
     CONFIG,
@@ -141,15 +141,6 @@ def meaning(text, sample):
     return parse(extract_answer(text, text))
 
 
-def batches(items, size):
-    """Slices of `size` items.
-
-    >>> batches(["a", "b", "c"], 2)
-    [['a', 'b'], ['c']]
-    """
-    return [items[first : first + size] for first in range(0, len(items), size)]
-
-
 def save_picture(picture, path):
     with writing(path):
         picture.save(path)
@@ -241,7 +232,7 @@ def probe_hints(model, processor, pairs, args, device):
         samples = [hinted(*pair, condition) for pair in pairs]
         picture = open_picture(samples[0].media[0].source)
         save_picture(picture, args.pictures.with_name(condition + ".png"))
-        for rows in batches(range(len(pairs)), args.micro_batch):
+        for rows in slices(range(len(pairs)), args.micro_batch):
             answers = answer_rows(model, processor, samples, rows, args, device)
             for row, answer in zip(rows, answers):
                 text = answer["completion"]
@@ -379,7 +370,7 @@ def probe_attention(model, processor, pairs, args, device):
     others = [another_picture(pairs, row) for row in range(len(pairs))]
     maps = {"": [], "locating: ": []}
     for kind, samples in zip(maps, zip(*pairs)):
-        for part in batches(samples, args.micro_batch):
+        for part in slices(samples, args.micro_batch):
             maps[kind] += attention_maps(model, processor, part, device)
 
     rng = np.random.default_rng(args.seed)
@@ -444,7 +435,7 @@ def semantic_entropy(meanings):
 def probe_entropy(model, processor, pairs, args, device):
     """Yield {figure: number} of each question; the entropy counts for its type as well."""
     samples = [sample for sample, _ in pairs]
-    for rows in batches(range(len(pairs)), max(1, args.micro_batch // args.num_generations)):
+    for rows in slices(range(len(pairs)), max(1, args.micro_batch // args.num_generations)):
         chains = sample_chains(model, processor, samples, rows, args, device)
         for row, chain in zip(rows, chains):
             meanings = [meaning(text, samples[row]) for text in chain["completions"]]

@@ -406,7 +406,6 @@ def write_rooms(
             for split, count in rooms.items():
                 write_split(beside / split, count, pool, seed, cast, difficulty, tasks)
         write_json(beside / CONFIG, request)
-        write_json(beside / "meta.json", rooms)
         os.replace(beside, out)
 
 

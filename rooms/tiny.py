@@ -12,11 +12,10 @@ from string import ascii_lowercase, digits
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from checkpoint import build_model, parse_config, save_model
+from checkpoint import PREPROCESSING, build_model, parse_config, save_model
 from data import PROMPTS, answer_text, prompt_text, read_all, style_of
 from files import UserError, write_json
 from model import text_rope
-from pictures import MEAN, STD
 from rooms.render import SIZE
 from runtime import main_guard
 from settings import Parser
@@ -225,13 +224,9 @@ def side_files(token, max_pixels):
         "preprocessor_config.json": {
             "image_processor_type": "Qwen2VLImageProcessor",
             "processor_class": "Qwen2_5_VLProcessor",
-            "patch_size": 14,
-            "temporal_patch_size": 2,
-            "merge_size": 2,
             "min_pixels": 4 * 28 * 28,
             "max_pixels": max_pixels,
-            "image_mean": MEAN,  # vLLM does not normalize without them
-            "image_std": STD,
+            **PREPROCESSING,  # vLLM does not normalize without a mean and a std
         },
     }
 

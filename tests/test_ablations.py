@@ -166,10 +166,10 @@ def ran(monkeypatch, call):
 def test_seeds_and_scales_are_ladders_of_their_own(ran, tmp_path):
     """With all that was asked; ways stand beside the first scale's; in the end all are compared."""
     flags = ("--seeds", 2, "--ways", "no1", "bare", "--data_scale", 1, 0.5, "--limit", 500)
-    lines = ran(*flags, "--fresh", "--out", tmp_path / "a b")
+    lines = ran(*flags, "--out", tmp_path / "a b")
     folders = [f"{tmp_path}/a b/{name}" for name in ("0", "1", "0-rooms-x0.5", "1-rooms-x0.5")]
     ladders = [shlex.split(line) for line in lines if isinstance(line, str)]
-    same = ["python", "ladder.py", "--limit", "500", "--fresh"]
+    same = ["python", "ladder.py", "--limit", "500"]
     for words, folder, scenes in zip(ladders, folders, ("3600", "3600", "1800", "1800")):
         seed = folder.split("/")[-1][0]
         assert words == [*same, "--out", folder, "--seed", seed, "--scenes", scenes]

@@ -203,7 +203,7 @@ def shared_update(world, groups, args, fillers=0):
     """Loss and gradients of grpo.update."""
     counts = counts_of(groups, args, fillers)
     sums = accumulate_gradient(world.model, groups, counts, args, world.banned, "cpu")
-    return sums["policy"] + sums["kl_loss"], gradients(world.model)
+    return sums["loss"], gradients(world.model)
 
 
 def log_probs_of(model, world, groups, size=4, temperature=1.0):
@@ -351,7 +351,7 @@ def test_loss_is_trls(loss_type, masked):
 
     sums = accumulate_gradient(model, [group], counts_of([group], args), args, None, "cpu")
     assert counts_of([group], args)["kept_tokens"] == int(mask.sum())
-    assert abs(sums["policy"] + sums["kl_loss"] - expected.item()) <= 1e-6
+    assert abs(sums["loss"] - expected.item()) <= 1e-6
     assert torch.allclose(mine.grad, per_token_logps.grad[inside], atol=1e-7)
 
 
@@ -675,8 +675,6 @@ KEYS = [
     "completions/clipped_ratio",
     "rollout_time",
     "update_time",
-    "loss/policy",
-    "loss/kl",
 ]
 
 
@@ -740,10 +738,7 @@ def test_a_run_writes_log_and_rollouts(call, rooms, tiny_model, tmp_path, monkey
     assert log[0]["rewards/accuracy/std"] == pytest.approx(accuracy.std())
     assert log[0]["reward_std"] == pytest.approx(total.std(1, ddof=1).mean())
     assert log[0]["frac_reward_zero_std"] == pytest.approx((total.std(1) == 0).mean())
-    assert (
-        log[0]["loss"] == pytest.approx(log[0]["loss/policy"] + log[0]["loss/kl"])
-        and abs(log[0]["loss"]) < 1e-6
-    )
+    assert abs(log[0]["loss"]) < 1e-6
     assert (
         log[0]["kl"] == pytest.approx(0, abs=1e-9) and log[1]["kl"] > 0 and log[0]["grad_norm"] > 0
     )

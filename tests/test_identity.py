@@ -464,6 +464,7 @@ def sample(call, monkeypatch, parts):
             coldstart,
             *("--model", parts / "model", "--data", few, "--images", parts / "train" / "images"),
             *("--num-generations", 4, "--max-completion-length", 8, "--batch-size", 1),
+            *("--min-accuracy", 0.5),
             *("--out", parts / "cold.jsonl", *more),
         )
         return read_rows(parts / "cold.jsonl"), list(asked)
@@ -531,7 +532,8 @@ def test_a_ladder_knows_its_base_and_its_rows(call, monkeypatch, parts):
         change(moved)
         with pytest.raises(UserError, match=f"run: was begun .* other contents of {name} .*; give"):
             climb(moved)
-        climb(moved, "--fresh")
+        (moved / "run" / CONFIG).unlink()
+        climb(moved)
 
 
 # ---------------------------------------------------------------------------------- one at a time
@@ -599,28 +601,12 @@ def test_every_script_keeps_out_of_a_folder_that_is_in_use(call, monkeypatch, pa
         (coldstart, sample, "cold.jsonl", "cold.samples"),
         (probes, probe, "probes", "probes/entropy"),
         (ladder, climb, "run", "run"),
-        (ladder, (*climb, "--fresh"), "run", "run"),
     ):
         with held(parts / folder):
             before = sorted(parts.rglob("*"))
             with pytest.raises(UserError, match="another process is at work there"):
                 call(script, *flags, "--out", parts / out)
             assert sorted(parts.rglob("*")) == before
-
-
-def test_fresh_deletes_no_ladder_that_is_at_work(call, monkeypatch, parts):
-    monkeypatch.setattr(ladder, "climb", lambda *_: None)
-    monkeypatch.setattr(ladder, "run", lambda *_: None)
-    flags = ("--out", parts / "run", "--scenes", 4)
-    begun = ladder.settings([*map(str, flags)]).config
-    (parts / "run").mkdir()
-    (parts / "run" / CONFIG).write_text(json.dumps(begun))
-    (parts / "run" / "results.json").write_text("{}")
-    with held(parts / "run"), pytest.raises(UserError, match="another process is at work there"):
-        call(ladder, *flags, "--fresh")
-    assert (parts / "run" / "results.json").is_file()
-    call(ladder, *flags, "--fresh")
-    assert not (parts / "run" / "results.json").exists()
 
 
 @pytest.mark.slow

@@ -379,7 +379,7 @@ def test_table_and_lesson_say_what_the_scores_say():
 
 
 def test_a_ladder_goes_on_with_equal_settings_only(monkeypatch, call, capsys, tmp_path):
-    """With more processes too, but not with other rooms; --fresh begins anew."""
+    """With more processes too, but not with other rooms."""
     ran = pretend(monkeypatch)
     out = tmp_path / "run"
     call(ladder, "--out", out)
@@ -389,12 +389,11 @@ def test_a_ladder_goes_on_with_equal_settings_only(monkeypatch, call, capsys, tm
     assert len(ran) == 2 * first and (out / "thesis.txt").is_file()
     with pytest.raises(ladder.UserError, match="other settings: limit 150, now 20; give another"):
         call(ladder, "--out", out, "--limit", 20)
-    call(ladder, "--out", out, "--limit", 20, "--fresh")
-    assert len(ran) == 3 * first and not (out / "thesis.txt").exists()
+    assert len(ran) == 2 * first and (out / "thesis.txt").is_file()
     begun = json.loads((out / "config_run.json").read_text())
     keys = ("preset", "model", "data", "test", "seed", "limit", "scenes", "smoke")
     made_of = begun.pop("made_of")
-    assert begun == dict(zip(keys, ("tiny", None, None, None, 0, 20, 3600, False)))
+    assert begun == dict(zip(keys, ("tiny", None, None, None, 0, 150, 3600, False)))
     assert set(made_of) == {"model"}
 
 
@@ -407,9 +406,8 @@ def test_a_ladder_goes_on_with_equal_settings_only(monkeypatch, call, capsys, tm
         (["--limit", "0"], "--limit is 0, expected a positive number"),
         (["--sede", "1"], "unknown argument --sede, did you mean --seed?"),
         (["--out", "TAKEN"], "not empty; give another --out"),
-        (["--out", "TAKEN", "--fresh"], "not empty; give another --out"),
         (["--out", "BEGUN"], "was begun with other settings: seed 8, now 0"),
-        (["--out", "STAGE", "--fresh"], "was begun with other settings"),
+        (["--out", "STAGE"], "was begun with other settings"),
         (["--out", "FILE"], "cannot write"),
     ),
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

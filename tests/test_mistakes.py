@@ -419,7 +419,6 @@ COMMANDS = (
     ("ladder.py --preset paper --model {model}", "--data is missing"),
     ("ladder.py --preset huge", "argument --preset: invalid choice: 'huge'"),
     ("ladder.py --out {rooms}", "rooms: was begun with other settings: "),
-    ("ladder.py --out {rooms} --fresh", "rooms: was begun with other settings: "),
     ("ladder.py --out {model}", "base: not empty; give another --out"),
     ("ladder.py --out {void}", "void.jsonl: cannot write there"),
     ("ladder.py --nproc-per-node 0 --out {out}", "--nproc-per-node is 0, expected a positive"),

@@ -634,10 +634,10 @@ def test_folder_mistakes(tmp_path, capsys, monkeypatch):
     """A folder of other data is not touched; the same rooms are not made twice; one line each."""
     out = tmp_path / "rooms"
     scenes.write_rooms(out, 1, 0, test_scenes=0, processes=1)
-    before = (out / "meta.json").stat().st_mtime_ns
+    before = (out / "config_run.json").stat().st_mtime_ns
     scenes.write_rooms(out, 1, 0, test_scenes=0, processes=1)
     assert "already" in capsys.readouterr().out
-    assert (out / "meta.json").stat().st_mtime_ns == before
+    assert (out / "config_run.json").stat().st_mtime_ns == before
     with pytest.raises(UserError, match="begun with other settings: seed 0, now 1"):
         scenes.write_rooms(out, 1, 1, test_scenes=0, processes=1)
     (tmp_path / "full").mkdir()
