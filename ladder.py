@@ -111,7 +111,7 @@ RECIPES = {  # preset -> stage -> what differs from settings.SETTINGS
             "data": ["runs/base/rooms/train/base_data.jsonl"],
             "out": "runs/base/model",
             "curriculum": 0.005,
-            "max_steps": 13000,
+            "max_steps": 12000,
             "learning_rate": 1e-3,
             "batch_size": 32,
             "micro_batch": 16,

@@ -51,14 +51,14 @@ def with_replay(samples, earlier, ratio, seed):
 def competence(step, steps, start):
     """Share of the rows, from the easy end of the file, that a step draws from.
 
-    It grows in a straight line from `start` to 1, which it reaches in the middle of the run.
+    It grows in a straight line from `start` to 1, which it reaches after 3/4 of the run.
 
     Source: competence-based curriculum learning (Platanios et al. 2019).
 
-    >>> [competence(step, 100, 0.25) for step in (0, 25, 50, 100)]
-    [0.25, 0.625, 1.0, 1.0]
+    >>> [competence(step, 100, 0.25) for step in (0, 25, 75, 100)]
+    [0.25, 0.5, 1.0, 1.0]
     """
-    return min(1.0, start + (1 - start) * step / (0.5 * steps))
+    return min(1.0, start + (1 - start) * step / (0.75 * steps))
 
 
 class Rows(Dataset):

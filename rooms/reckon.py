@@ -208,13 +208,12 @@ def floor(room):
 
 
 def total(*things):
-    """How many there are: each has its number, as all have the same name.
+    """How many there are.
 
     >>> total(Fact("chair", (33, 45)), Fact("chair", (21, 27)))
-    ('1 chair 33 45. 2 chair 21 27', '2')
+    ('chair 33 45. chair 21 27', '2')
     """
-    steps = [f"{number} {tell(thing)}" for number, thing in enumerate(things, 1)]
-    return ". ".join(steps), str(len(things))
+    return tell_all(things), str(len(things))
 
 
 def order(*things):

@@ -377,11 +377,10 @@ TOLD = {  # how many rows of each a room brings
     "turn": 0.6,
     "longest": 0.2,
     "floor": 0.3,
-    "total": 0.8,
-    "order": 1.4,
+    "total": 0.4,
+    "order": 0.6,
 }
-# Share of the told rows of a task that have options. An order's are long: they need more practice.
-WITH_OPTIONS = {"compare": 0.5, "nearest": 0.5, "turn": 0.5, "order": 0.75}
+CHOICE_TASKS = ("compare", "nearest", "turn", "order")  # every second told row of these has options
 FIRST_TASKS = ("say", "choose")  # which number or letter belongs to which name
 ROWS = {"": 3, "view": 8, "frame": 16}  # about one picture, about views, about frames
 SEEN = {  # how often each is tried, in the order of ROWS
@@ -395,7 +394,7 @@ SEEN = {  # how often each is tried, in the order of ROWS
     "nearest": (2, 3, 2),
     "turn": (2, 5, 3),
     "longest": (4, 3, 4),
-    "floor": (0, 2, 4),
+    "floor": (0, 0, 4),
     "total": (2, 5, 3),
     "order": (0, 0, 5),
 }
@@ -426,7 +425,7 @@ def told_row(rng, name):
     if name == "choose":
         exchange = choose(rng)
     else:
-        with_options = rng.random() < WITH_OPTIONS.get(name, 0)
+        with_options = name in CHOICE_TASKS and rng.random() < 0.5
         exchange = tell_and_ask(rng, name, with_options)
     return make_row(name, *exchange, [], order_of_learning(name, None))
 
