@@ -104,7 +104,7 @@ PAPER_SFT = PAPER | {"warmup_ratio": 0.1, "workers": 4}
 
 RECIPES = {  # preset -> stage -> what differs from settings.SETTINGS
     "tiny": {
-        # A base from random weights: texts first, then pictures (docs/miniature.md).
+        # A base from random weights: texts first, then pictures (docs/base.md).
         "base": TINY_SFT
         | {
             "model": "runs/base/start",

@@ -4,7 +4,7 @@
         --seed 1 --view-categories 3 5
     python train_sft.py --stage base
 
-docs/miniature.md has all commands. A row is one question, and its answer is made of the sentences
+docs/base.md has all commands. A row is one question, and its answer is made of the sentences
 of reckon.py. Where it is *told*, the facts stand before the question, among others:
 
     bed 21 27. lamp 33 45. bin 40 12. Compare lamp to bed.

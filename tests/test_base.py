@@ -38,7 +38,7 @@ def answers_of_base(call, folder, rows, *flags):
 
 @pytest.mark.slow
 def test_base_answers_what_it_is_told(call, tmp_path):
-    """Rows that it has never read, word for word; docs/miniature.md has the shares."""
+    """Rows that it has never read, word for word; docs/base.md has the shares."""
     assert LEAST.keys() == TOLD.keys() - {"choose", "total"}
     rng = np.random.default_rng(2026)
     rows = []
