@@ -182,7 +182,7 @@ def saved_answers(out):
     answers = {}
     for path in sorted(out.glob("answers-rank*.jsonl")):
         os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
-        answers |= {row.pop("key"): row for _, row in read_jsonl(path)}
+        answers |= {row.pop("key", None): row for _, row in read_jsonl(path)}
     return answers
 
 
