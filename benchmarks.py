@@ -551,10 +551,10 @@ def option_text(option):
     return re.sub(r"^[(\[]?[A-Za-z](?![A-Za-z0-9])[)\].:]*\s*", "", option.strip())
 
 
-def meaning(answer, options):
+def chosen_text(answer, options):
     """The text of the option that an answer names, as letters are shuffled; else the answer.
 
-    >>> meaning("B", ["A. left", "B. right"]), meaning("5.5", ())
+    >>> chosen_text("B", ["A. left", "B. right"]), chosen_text("5.5", ())
     ('right', '5.5')
     """
     named = parse_choice(answer)
@@ -577,8 +577,9 @@ def blind_baseline(train, samples, match=our_match):
     # against all the others.
     seen = defaultdict(Counter)  # (question or "" for any, type) -> how often each answer was right
     for sample in train:
+        text = chosen_text(sample.answer, sample.options)
         for question in (sample.question, ""):
-            seen[question, sample.question_type][meaning(sample.answer, sample.options)] += 1
+            seen[question, sample.question_type][text] += 1
 
     @cache
     def best_text(key):

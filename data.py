@@ -381,10 +381,10 @@ def cost(sample):
     return words + 100 * sum(len(media.sources) for media in sample.media)
 
 
-def slices(items, size):
-    """Slices of `size` items.
+def chunks(items, size):
+    """A list in pieces of `size` items, the last one may be shorter.
 
-    >>> slices(["a", "b", "c"], 2)
+    >>> chunks(["a", "b", "c"], 2)
     [['a', 'b'], ['c']]
     """
     return [items[first : first + size] for first in range(0, len(items), size)]

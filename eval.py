@@ -33,7 +33,7 @@ from benchmarks import (
     table,
 )
 from checkpoint import load_config, load_model
-from data import Processor, cost, picture_paths, read_all, slices
+from data import Processor, chunks, cost, picture_paths, read_all
 from files import (
     CONFIG,
     MADE_OF,
@@ -205,7 +205,7 @@ def answer_once(samples, size, ranks, out, answer):
     # one size are the same in every try: their rows are all saved, or all left.
     order = sorted(range(len(samples)), key=lambda row: (cost(samples[row]), row), reverse=True)
     left = []
-    for batch in slices(order, size)[ranks.rank :: ranks.world]:
+    for batch in chunks(order, size)[ranks.rank :: ranks.world]:
         if any(names[row] not in saved for row in batch):
             left.append(batch)
     # Only rank 0 shows a bar: its share is as large as the others'.

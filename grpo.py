@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from checkpoint import load_config
-from data import Processor, Sample, collate, picture_paths, read_all, slices, style_of
+from data import Processor, Sample, chunks, collate, picture_paths, read_all, style_of
 from files import UserError
 from model import Batch, generate, to_device
 from rewards import REWARDS, call_reward, check_row
@@ -446,7 +446,7 @@ def held_out_metrics(model, processor, samples, args, ranks):
     totals = dict.fromkeys(args.reward_funcs, 0.0)
     # Greedy: one completion a prompt, without noise.
     with gathered(model):
-        for some in slices(mine, size):
+        for some in chunks(mine, size):
             room = args.max_completion_length
             groups = sample_completions(
                 model, processor, some, 1, None, args, ranks.device, room=room

@@ -37,7 +37,7 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from checkpoint import build_model, load_config, load_weights, save_model
-from data import slices, style_of
+from data import chunks, style_of
 from files import (
     CONFIG,
     MADE_OF,
@@ -473,7 +473,7 @@ def micro_batches(rows, costs, size, rank, world):
     # All ranks sort alike, so that each knows its share without asking the others.
     ordered = [row for _, row in sorted(zip(costs, rows))]
     batches = []
-    for some in slices(ordered, size):
+    for some in chunks(ordered, size):
         batches.append([(row, True) for row in some])
     # All ranks must make equally many forwards: their weights are gathered together.
     while len(batches) % world:

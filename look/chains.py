@@ -29,7 +29,7 @@ import re
 from collections import namedtuple
 from pathlib import Path
 
-from benchmarks import meaning
+from benchmarks import chosen_text
 from files import CONFIG, UserError, read_json, read_jsonl, text_table
 from ladder import COLDSTART, RUNGS
 from rewards import WELL_FORMED, is_well_formed
@@ -179,7 +179,7 @@ def judge(completion, reference):
         "asked": [[fact.name for fact in chain.facts] == [fact.name for fact in truths]],
         "whole": [all(follows)],
         "steps": follows,
-        "answer": [chain.result == meaning(answer.strip(), reference["options"] or ())],
+        "answer": [chain.result == chosen_text(answer.strip(), reference["options"] or ())],
         form.counts_for: seen,
     }
 

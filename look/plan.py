@@ -159,8 +159,8 @@ def rollout_bytes(config, args, gpus, longest, itemsize, weights):
         "gathered weights": itemsize * weights,
         "key-value cache": cache,
         "its copy when rows leave": 0.75 * cache,
-        # bf16, fp32 twice, fp64 probabilities and their running sums
-        "logits": 24 * completions * text.vocab_size,
+        # bf16 twice (columns, rows), fp32, its softmax, and the softmax padded to whole blocks
+        "logits": 16 * completions * text.vocab_size,
     }
 
 

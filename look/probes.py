@@ -45,7 +45,7 @@ from ask import draw_boxes
 from benchmarks import bootstrap_interval
 from checkpoint import load_model
 from coldstart import JUDGED, sample_chains
-from data import IGNORE, Processor, collate, read_all, slices, style_of
+from data import IGNORE, Processor, chunks, collate, read_all, style_of
 from eval import answer_rows, our_files, subset
 from files import (
     CONFIG,
@@ -232,7 +232,7 @@ def probe_hints(model, processor, pairs, args, device):
         samples = [hinted(*pair, condition) for pair in pairs]
         picture = open_picture(samples[0].media[0].source)
         save_picture(picture, args.pictures.with_name(condition + ".png"))
-        for rows in slices(range(len(pairs)), args.micro_batch):
+        for rows in chunks(range(len(pairs)), args.micro_batch):
             answers = answer_rows(model, processor, samples, rows, args, device)
             for row, answer in zip(rows, answers):
                 text = answer["completion"]
@@ -370,7 +370,7 @@ def probe_attention(model, processor, pairs, args, device):
     others = [another_picture(pairs, row) for row in range(len(pairs))]
     maps = {"": [], "locating: ": []}
     for kind, samples in zip(maps, zip(*pairs)):
-        for part in slices(samples, args.micro_batch):
+        for part in chunks(samples, args.micro_batch):
             maps[kind] += attention_maps(model, processor, part, device)
 
     rng = np.random.default_rng(args.seed)
@@ -435,7 +435,7 @@ def semantic_entropy(meanings):
 def probe_entropy(model, processor, pairs, args, device):
     """Yield {figure: number} of each question; the entropy counts for its type as well."""
     samples = [sample for sample, _ in pairs]
-    for rows in slices(range(len(pairs)), max(1, args.micro_batch // args.num_generations)):
+    for rows in chunks(range(len(pairs)), max(1, args.micro_batch // args.num_generations)):
         chains = sample_chains(model, processor, samples, rows, args, device)
         for row, chain in zip(rows, chains):
             meanings = [meaning(text, samples[row]) for text in chain["completions"]]

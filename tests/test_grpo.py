@@ -200,7 +200,7 @@ def counts_of(groups, args, fillers=0):
 
 
 def shared_update(world, groups, args, fillers=0):
-    """Loss and gradients of grpo.update."""
+    """Loss and gradients of grpo.accumulate_gradient."""
     counts = counts_of(groups, args, fillers)
     sums = accumulate_gradient(world.model, groups, counts, args, world.banned, "cpu")
     return sums["loss"], gradients(world.model)
