@@ -201,8 +201,8 @@ def main():
     config[MADE_OF] = ranks.once(made_of, args.model, {"prompts": args.prompts})
     ranks.once(claim, folder, config, MAY_CHANGE)
     processor = Processor(args.model, load_config(args.model), args)
-    room = args.max_completion_length
-    ranks.once(check_lengths, processor, samples, args.prompt_style, False, room)
+    reserve = args.max_completion_length
+    ranks.once(check_lengths, processor, samples, args.prompt_style, False, reserve)
     model = load_model(args.model, compute_dtype(args.dtype, ranks.device), ranks.device)
     ranks.once(write_json, folder / CONFIG, config)
 

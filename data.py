@@ -1,13 +1,13 @@
 """From a jsonl line to what the model takes: rows, prompts, positions, tokens, batches.
 
-    jsonl line -> Sample -> messages -> Example (ids, labels, positions, patches, grids) -> Batch
+    jsonl line -> Sample -> turns -> Example (ids, labels, positions, patches, grids) -> Batch
 
     processor = Processor("path/to/Qwen2.5-VL-3B-Instruct", config)
     samples = read_samples("spld_spatial_data.jsonl", "images")
     examples = [processor.example(sample, style_of(sample)) for sample in samples]
     batch = collate(examples, config)
 
-Training, rollouts, the reference and evaluation all take this one way, for pictures, views and
+Training, rollouts and evaluation all take this one way, for pictures, views and
 video alike; pictures.py opens them and cuts them into patches. Only the prompt style differs:
 "localize" asks for boxes as JSON, "direct" for the bare answer, "thinking" for a chain of thought
 in <think></think> and the answer in <answer></answer>.
@@ -31,7 +31,7 @@ from torch.nn.utils.rnn import pad_sequence
 from checkpoint import read_pixel_limits, read_stop_ids
 from files import REQUIRED, UserError, need, parse_line, read_json, read_lines, without_nulls
 from films import read_video  # noqa: F401  see open_picture
-from layouts import TAG, turns_of
+from layouts import MEDIA_TAG, turns_of
 from model import Batch
 from pictures import (
     PATCH,
@@ -83,7 +83,7 @@ SPECIAL_TOKENS = (
     "<|image_pad|>",
     "<|video_pad|>",
 )
-# The chat's structure. Written in a row's text, these become ordinary characters.
+# The chat's structure. Even in an answer these become ordinary characters, others do not.
 STRUCTURE = (*SPECIAL_TOKENS, "<|vision_pad|>", "<|endoftext|>")
 
 
@@ -114,7 +114,7 @@ class Sample:
     media: tuple = ()
     data_type: str = ""
     prompt: str | None = None  # a complete user text, used in place of a template
-    solution: str | None = None  # the chain of thought that a cold start imitates
+    solution: str | None = None  # what a cold start imitates: chain and answer, with their tags
     messages: tuple | None = None  # of a chat: ((role, (text or Media, ...)), ...)
 
 
@@ -175,7 +175,7 @@ def parse_question(row, where, name, images):
 
     if isinstance(row.get("answer"), list):
         question_type = "localization"
-        answer = parse_boxes(row)
+        answer = boxes_of_row(row)
     else:
         # A cold start may leave out its type and its answer: the solution is what is trained.
         default = REQUIRED if solution is None else ""
@@ -202,7 +202,7 @@ def without_tags(row, key, text):
 
     One tag may stand for all pictures, or there is one for each.
     """
-    tags = TAG.findall(text)
+    tags = MEDIA_TAG.findall(text)
     if not tags:
         return text
     files, data_type = len(row["image"]), row["data_type"]
@@ -212,7 +212,7 @@ def without_tags(row, key, text):
     if tags not in allowed:
         found = " ".join([f"<{tag}>" for tag in tags])
         raise UserError(f"{key} has {found:.80} for {files} files of data_type {data_type}")
-    return TAG.sub("", text).strip()
+    return MEDIA_TAG.sub("", text).strip()
 
 
 def parse_media(row, images):
@@ -262,7 +262,7 @@ def source_of(name, images):
     return str(images / name)
 
 
-def parse_boxes(row):
+def boxes_of_row(row):
     """The boxes of a localization, all in one picture, in pixels of the original file."""
     boxes, pictures, data_type = row["answer"], len(row["image"]), row["data_type"]
     if not boxes or pictures != 1 or data_type != "single_image":
@@ -500,7 +500,8 @@ def vision_tokens(grid):
 def vision_positions(t, h, w, step):
     """Positions of the t * h * w vision tokens of one picture or video, counted from its start.
 
-    Args:    step: time positions from one of the t slices to the next.
+    Args:    t: slices: a picture, or pairs of frames. h, w: in tokens, not patches.
+             step: time positions from one slice to the next.
     Returns: (3, t * h * w) int64: time, height, width.
 
     >>> vision_positions(2, 1, 3, 4.5).tolist()  # two slices of 1 x 3 tokens
@@ -546,7 +547,7 @@ def mrope_positions(ids, grids, seconds_per_grid, config):
     position = 0  # of the next token
     for (t, h, w), seconds in zip(grids, seconds_per_grid):
         # The text before this picture: the same number on all axes.
-        before = int(is_vision[done:].nonzero()[0])  # text tokens before this picture
+        before = int(is_vision[done:].nonzero()[0])  # its tokens
         pieces.append(torch.arange(position, position + before).expand(3, -1))
         position += before
         # The picture: 2 x 2 patches are one token.
@@ -561,7 +562,7 @@ def mrope_positions(ids, grids, seconds_per_grid, config):
 
 # ------------------------------------------------------------ token ids: Sample -> Example
 # Everything that the model is given for a sample is made here, in Processor.example. Training,
-# rollouts and evaluation differ only in `style` and `answer`.
+# rollouts and evaluation differ only in the arguments of `example`.
 
 
 @dataclass
@@ -660,7 +661,7 @@ class Processor:
     def banned(self, device):
         """(V,) bool: tokens that sampler, policy and reference never use.
 
-        These are the vision tokens and the rows of the embedding that no token has.
+        These are <|im_start|>, the vision tokens and the rows of the embedding that no token has.
         """
         # A sampled picture token would have no picture; a padded row of the embedding no text.
         banned = torch.arange(self.config.text.vocab_size) >= self.tokenizer.get_vocab_size()
@@ -670,11 +671,11 @@ class Processor:
         return banned.to(device)
 
     def encode(self, text):
-        """Ids of a text in which special tokens are spelled out."""
+        """Ids of a text; a special token that is written in it becomes ordinary characters."""
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode_answer(self, text):
-        """Ids of what the assistant says, in which the model's own tokens are tokens."""
+        """Ids of what the assistant says; <|box_start|> and the like become one token each."""
         # re.split keeps what matches a pattern in brackets: the tokens are pieces too.
         ids = []
         for piece in self.own_pattern.split(text):
@@ -696,13 +697,13 @@ class Processor:
         counts = [vision_tokens(grid) for grid in example.grids]
         return re.sub(r"(<\|(?:image|video)_pad\|>)\1+", r"\1", text), counts
 
-    def example(self, sample, style, with_answer=True, pixels=True, room=0):
+    def example(self, sample, style, with_answer=True, pixels=True, reserve=0):
         """Render one sample in the chat format.
 
         Args:    with_answer: with the answer and its labels (training), or up to where the
                  assistant begins (generation).
                  pixels: False reads only headers, to count tokens; there are no patches then.
-                 room: tokens of a completion (--max-completion-length) that have to fit behind it.
+                 reserve: tokens (--max-completion-length) that have to fit behind it.
         Raises:  UserError that begins with the sample's file:line.
         """
         # That a box lies within its picture is only known when the picture's header is read.
@@ -715,17 +716,17 @@ class Processor:
             seconds = [item.seconds for item in loaded]
             boxes = ()
             if sample.question_type == "localization":
-                # Qwen2.5-VL gives boxes in pixels of the picture that it sees. They have one.
+                # Qwen2.5-VL gives boxes in pixels of the one picture that it sees.
                 boxes = scale_boxes(sample.answer, loaded[0].scale)
                 sample = replace(sample, answer=boxes)
             turns = self.turns(sample, style, with_answer)
             grid_of = dict(zip(sample.media, grids))  # equal Media have equal grids
             ids, labels = self.render(turns, grid_of, with_answer)
             context = self.config.text.max_position_embeddings
-            if len(ids) + room > context:
+            if len(ids) + reserve > context:
                 problem = f"{len(ids)} tokens"
                 if len(ids) <= context:
-                    problem = f"--max-completion-length {room} does not fit behind {problem}"
+                    problem = f"--max-completion-length {reserve} does not fit behind {problem}"
                 raise UserError(f"{problem}; the model's context has {context}")
             positions = mrope_positions(ids, grids, seconds, self.config)
         # A text without pictures has no patches: cat needs one tensor at least.
@@ -741,14 +742,14 @@ class Processor:
         else:
             count, (width, height), interval = measure(media, *self.frames)
         # The size that the model sees, and the sizes on the way to it.
-        in_video = count if media.kind == "video" else 0
+        video_frames = count if media.kind == "video" else 0
         limits = self.limits[media.kind]
-        steps = resizes(height, width, limits, self.input_as, in_video, media.is_video_file)
-        *before, ((h, w), _) = steps
+        sizes = resizes(height, width, limits, self.input_as, video_frames, media.is_video_file)
+        *before, ((h, w), _) = sizes
         if pixels:
-            for (rows, columns), how in before:
-                frames = [frame.resize((columns, rows), how) for frame in frames]
-            patches, _ = to_patches(frames, (h, w))
+            for (tall, wide), how in before:
+                frames = [frame.resize((wide, tall), how) for frame in frames]
+            patches, _ = to_patches(frames, (h, w))  # which resizes to the last size
         if media.kind == "image":
             seconds = None
         elif self.video_seconds == "real" and interval is not None:

@@ -6,12 +6,14 @@
 One step: sample a group of G completions for each of a few prompts; reward each completion (format
 and accuracy); its advantage is how much better it is than its group; raise the log-probs of the
 better, lower those of the worse, and stay near the reference model. Vision encoder and prompt are
-computed once for each group, in the rollout and in the update: a group is the one sequence
-[prompt | c1 | ... | cG] (model.SharedPrompt), P + G * C tokens, not G * (P + C).
+computed once for each group in the rollout, and in the update once for each --micro-batch of its
+completions: these are one sequence [prompt | c1 | ... | cG] (model.SharedPrompt), P + G * C tokens,
+not G * (P + C).
 
 Where this differs from the authors' trainer, and why: docs/departures.md.
 
-Letters in shapes: P prompt tokens, C completion tokens, G completions in a group, n scored tokens.
+Letters in shapes, as in model.py: B prompts, P prompt tokens, C completion tokens, G completions in
+a group, n scored tokens.
 """
 
 import dataclasses
@@ -101,15 +103,15 @@ def policy_loss(log_probs, old, advantages, epsilon, epsilon_high):
     return -torch.minimum(plain, bounded), bounded < plain
 
 
-def token_weights(lengths, kept, loss_type, max_length, sequences, tokens):
+def token_weights(lengths, kept, loss_type, max_length, sequences, kept_tokens):
     """What every token of a completion counts in the loss, so that the loss is one weighted sum.
 
     grpo     mean over a completion's tokens, then over completions   1 / (length * sequences)
     dr_grpo  sum over tokens, divided by a constant                   1 / (max_length * sequences)
-    dapo     mean over all tokens of the step                         1 / tokens
+    dapo     mean over all kept tokens of the step                    1 / kept_tokens
 
     Args:    lengths (G,). kept (G,) bool: False for a truncated completion that is left out.
-             sequences, tokens: of the whole step and all ranks; tokens of kept completions.
+             sequences (left-out ones too), kept_tokens: of the whole step and all ranks.
     Returns: (G,)
     Source:  DeepSeekMath; Liu et al. 2025; Yu et al. 2025.
 
@@ -121,7 +123,7 @@ def token_weights(lengths, kept, loss_type, max_length, sequences, tokens):
     elif loss_type == "dr_grpo":
         divisor = torch.full_like(lengths, max_length * sequences)
     else:
-        divisor = torch.full_like(lengths, tokens)
+        divisor = torch.full_like(lengths, kept_tokens)
     return kept / divisor.clamp(min=1)
 
 
@@ -144,21 +146,22 @@ class Group:
     rewards: dict | None = None  # of each kind: name -> G floats
     reward: torch.Tensor | None = None  # (G,) their weighted sum
     advantages: torch.Tensor | None = None  # (G,)
-    # Log-probs of each completion's tokens, (length,) each. `old`: by the policy that sampled; None
-    # with one update for each rollout. Not those of the rollout: the same forward as in the update
-    # gives ratios of exactly 1. `reference`: by the reference model; None without KL penalty.
-    old: tuple | None = None
-    reference: tuple | None = None
+    # Log-probs of each completion's tokens, (length,) each. Old ones: by the policy that sampled;
+    # None with one update for each rollout. Not those of the rollout: the same forward as in the
+    # update gives ratios of exactly 1. Those of the reference model are None without KL penalty.
+    old_log_probs: tuple | None = None
+    reference_log_probs: tuple | None = None
     shown: tuple = ()  # the prompt as text and how often its pads repeat; see Processor.shown
 
 
-def parts(group, size):
-    """The group in groups of at most `size` completions: what one forward takes."""
+def split_group(group, size):
+    """Groups of at most `size` completions each, with the same prompt: one forward takes one."""
     split = []
     for first in range(0, len(group.ids), size):
         part = dataclasses.replace(group)
         # Texts and rewards stay whole: they are for the log, no forward reads them.
-        for name in ("ids", "lengths", "finished", "advantages", "old", "reference"):
+        names = ("ids", "lengths", "finished", "advantages", "old_log_probs", "reference_log_probs")
+        for name in names:
             of_completions = getattr(group, name)
             if of_completions is not None:
                 setattr(part, name, of_completions[first : first + size])
@@ -166,7 +169,7 @@ def parts(group, size):
     return split
 
 
-def noise(seed, step, place, group, length):
+def noise(seed, step, place, G, C):
     """(G, C) uniforms of one group, a function of where it stands: world size changes nothing.
 
     Args:    place: the prompt's place in its step, not its row: a row that is drawn twice in a step
@@ -174,16 +177,16 @@ def noise(seed, step, place, group, length):
     """
     # One generator for each completion: a group of 8 begins with the completions of a group of 4.
     draws = []
-    for completion in range(group):
+    for completion in range(G):
         generator = np.random.default_rng((seed, step, place, completion))
-        draws.append(generator.random(length, dtype=np.float32))
+        draws.append(generator.random(C, dtype=np.float32))
     return torch.from_numpy(np.stack(draws))
 
 
-def sample_completions(model, processor, samples, G, uniforms, args, device, room=0):
+def sample_completions(model, processor, samples, G, uniforms, args, device, reserve=0):
     """G completions for each of the samples, all in one batch; greedy where uniforms is None.
 
-    Args:    uniforms (len(samples) * G, C). room: tokens that have to fit behind a prompt.
+    Args:    uniforms (B * G, C). reserve: tokens that have to fit behind a prompt.
     Returns: [Group] without rewards. A localization sample's boxes are in pixels as the model sees
              them.
     """
@@ -191,13 +194,13 @@ def sample_completions(model, processor, samples, G, uniforms, args, device, roo
     examples = []
     for sample in samples:
         style = style_of(sample, args.prompt_style)
-        examples.append(processor.example(sample, style, with_answer=False, room=room))
+        examples.append(processor.example(sample, style, with_answer=False, reserve=reserve))
     rollout = generate(
         model,
         collate(examples, processor.config).to(device),
         args.max_completion_length,
         processor.stop_ids,
-        group=G,
+        G=G,
         uniforms=uniforms,
         banned=processor.banned(device),
         temperature=args.temperature,
@@ -209,15 +212,15 @@ def sample_completions(model, processor, samples, G, uniforms, args, device, roo
 
     groups = []
     for i, (sample, example) in enumerate(zip(samples, examples)):
-        completions = slice(i * G, (i + 1) * G)
-        lengths = all_lengths[completions]
-        ids = all_ids[completions, : int(lengths.max())]  # (G, C)
+        own = slice(i * G, (i + 1) * G)
+        lengths = all_lengths[own]
+        ids = all_ids[own, : int(lengths.max())]  # (G, C), where C is now this group's longest
         texts = [processor.decode(ids[g, : lengths[g]].tolist()) for g in range(G)]
         if example.boxes:  # the reward compares boxes on the picture that the model was shown
             sample = dataclasses.replace(sample, answer=example.boxes)
-        prompt = collate([example], processor.config)
+        prompt = collate([example], processor.config)  # alone: without padding
         shown = processor.shown(example)
-        finished = all_finished[completions]
+        finished = all_finished[own]
         groups.append(Group(sample, prompt, ids, lengths, finished, texts, shown=shown))
     return groups
 
@@ -230,7 +233,7 @@ def sample_groups(model, processor, samples, places, step, args, device):
     G, C = args.num_generations, args.max_completion_length
     uniforms = torch.cat([noise(args.seed, step, place, G, C) for place in places])  # (B * G, C)
     uniforms = to_device(uniforms, device)
-    groups = sample_completions(model, processor, samples, G, uniforms, args, device, room=C)
+    groups = sample_completions(model, processor, samples, G, uniforms, args, device, reserve=C)
     for group in groups:
         group.rewards = {}
         # Added up in float64, then rounded: 0.1 + 0.2 and 0.3 are equal rewards.
@@ -273,7 +276,7 @@ def group_batch(prompt, ids, lengths):
 
 @torch.no_grad()
 def add_log_probs(groups, name, model, args, banned, device):
-    """Set `old` or `reference` of each group: log-probs by a model, without gradient.
+    """Set old_log_probs or reference_log_probs of each group: by a model, without gradient.
 
     A tuple of G tensors, (length,) each: what the update compares with.
     """
@@ -281,10 +284,10 @@ def add_log_probs(groups, name, model, args, banned, device):
     with gathered(model):
         for group in groups:
             of_group = []
-            for part in parts(group, args.micro_batch):
+            for part in split_group(group, args.micro_batch):
                 batch = group_batch(part.prompt, part.ids, part.lengths).to(device)
-                scores, _ = model(batch, None, banned, args.temperature)  # (n,)
-                of_group += scores.split(part.lengths.tolist())
+                log_probs, _ = model(batch, banned=banned, temperature=args.temperature)  # (n,)
+                of_group += log_probs.split(part.lengths.tolist())
             setattr(group, name, tuple(of_group))
 
 
@@ -313,19 +316,19 @@ def step_counts(groups, args, ranks):
         }
     )
     counts = {name: int(count) for name, count in counts.items()}
-    forwards = sum(len(parts(group, args.micro_batch)) for group in groups)
+    forwards = sum(len(split_group(group, args.micro_batch)) for group in groups)
     return counts | {"forwards": max(ranks.gather(forwards))}
 
 
 def loss_terms(model, part, kept, counts, args, banned, device):
-    """The loss of a part of a group, (): one weighted sum over its tokens.
+    """The loss of a part of a group: one weighted sum over its tokens.
 
-    Returns: loss, and a tensor of SUMS.
+    Returns: loss, a scalar that carries the gradient; its SUMS (4,).
     """
     batch = group_batch(part.prompt, part.ids, part.lengths).to(device)
     # The same banned tokens and the same temperature as in sampling: the distribution that is
     # trained is the one that the completions were drawn from.
-    log_probs, entropies = model(batch, None, banned, args.temperature)  # (n,), (n,)
+    log_probs, entropies = model(batch, banned=banned, temperature=args.temperature)  # (n,) each
     weights = token_weights(
         part.lengths,
         kept,
@@ -338,11 +341,11 @@ def loss_terms(model, part, kept, counts, args, banned, device):
     weights = to_device(weights.repeat_interleave(part.lengths), device)
     advantages = to_device(part.advantages.repeat_interleave(part.lengths), device)
 
-    # One update for each rollout (old is None): the policy is the one that sampled, ratios are 1.
-    # They still carry the gradient: that of ratio * A is A times that of the log-prob.
-    old = log_probs.detach() if part.old is None else torch.cat(part.old)
+    # One update for each rollout, no old log-probs: the policy is the one that sampled, all ratios
+    # are 1. They still carry the gradient: that of ratio * A is A times that of the log-prob.
+    old = log_probs.detach() if part.old_log_probs is None else torch.cat(part.old_log_probs)
     # Without a reference (beta 0) the KL is that to the old policy: logged, of weight nothing.
-    reference = old if part.reference is None else torch.cat(part.reference)
+    reference = old if part.reference_log_probs is None else torch.cat(part.reference_log_probs)
     epsilon_high = args.epsilon if args.epsilon_high is None else args.epsilon_high
     policy, clipped = policy_loss(log_probs, old, advantages, args.epsilon, epsilon_high)
     kl = kl_k3(log_probs, reference)
@@ -361,7 +364,7 @@ def accumulate_gradient(model, groups, counts, args, banned, device):
     """
     work = []
     for group in groups:
-        work += parts(group, args.micro_batch)
+        work += split_group(group, args.micro_batch)
     totals = []
     for i in range(counts["forwards"]):
         # All ranks gather the sharded weights together, so all make equally many forwards. A filler
@@ -374,7 +377,7 @@ def accumulate_gradient(model, groups, counts, args, banned, device):
         if not filler:
             totals.append(sums)
     totals = torch.stack(totals).double().sum(0)
-    return dict(zip(SUMS, totals.tolist()))  # the host waits here, once a step
+    return dict(zip(SUMS, totals.tolist()))  # the host waits here, not for each part
 
 
 # ---------------------------------------------------------------------------------- log
@@ -421,8 +424,8 @@ def rollout_metrics(groups, ranks):
         return torch.cat([getattr(group, name) for group in groups]).tolist()
 
     # A group of equal rewards teaches nothing: its advantages are 0. Where this share grows, the
-    # prompts are too easy or too hard. Compared, as the std of 8 x 1.9 in fp32 is not 0.
-    equal = [float(group.reward.min() == group.reward.max()) for group in groups]
+    # prompts are too easy or too hard.
+    equal = [not group.advantages.any() for group in groups]
     numbers = {
         "reward": of_all("reward"),
         "reward_std": [group.reward.std().item() for group in groups],
@@ -444,12 +447,17 @@ def held_out_metrics(model, processor, samples, args, ranks):
     # As many completions at once as in a rollout.
     size = args.prompts_per_step // ranks.world * args.num_generations
     totals = dict.fromkeys(args.reward_funcs, 0.0)
-    # Greedy: one completion a prompt, without noise.
     with gathered(model):
         for some in chunks(mine, size):
-            room = args.max_completion_length
             groups = sample_completions(
-                model, processor, some, 1, None, args, ranks.device, room=room
+                model,
+                processor,
+                some,
+                G=1,
+                uniforms=None,  # greedy: the likeliest token, without noise
+                args=args,
+                device=ranks.device,
+                reserve=args.max_completion_length,
             )
             for group in groups:
                 for name in totals:
@@ -520,14 +528,14 @@ def main():
     if run.finished:
         return
     processor = Processor(args.model, load_config(args.model), args)
-    room = args.max_completion_length
-    ranks.once(check_lengths, processor, samples + held_out, args.prompt_style, False, room)
+    reserve = args.max_completion_length
+    ranks.once(check_lengths, processor, samples + held_out, args.prompt_style, False, reserve)
 
     # policy and reference: the reference is the model that the policy starts from, and stays so
     model = load_sharded(args, ranks)
-    reference = None
+    reference_model = None
     if args.beta:
-        reference = load_sharded(args, ranks).requires_grad_(False)
+        reference_model = load_sharded(args, ranks).requires_grad_(False)
     banned = processor.banned(ranks.device)
     optimizer = adamw(model, args)
     done = run.restore(model, optimizer)
@@ -551,12 +559,13 @@ def main():
             run.append("rollouts.jsonl", rollout_rows(groups, step, ranks))
             metrics = rollout_metrics(groups, ranks)
             counts = step_counts(groups, args, ranks)
-            # With one update for each rollout `old` is what the update itself computes; see
-            # loss_terms.
+            # With one update for each rollout the old log-probs are those of the update itself.
             if args.num_iterations > 1:
-                add_log_probs(groups, "old", model, args, banned, ranks.device)
+                add_log_probs(groups, "old_log_probs", model, args, banned, ranks.device)
             if args.beta:
-                add_log_probs(groups, "reference", reference, args, banned, ranks.device)
+                add_log_probs(
+                    groups, "reference_log_probs", reference_model, args, banned, ranks.device
+                )
         sampled = time.perf_counter()
 
         # update

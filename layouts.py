@@ -21,9 +21,9 @@ from files import UserError, need, without_nulls
 from pictures import PICTURE_SUFFIXES
 
 ROLES = {"human": "user", "gpt": "assistant"}
-TAG = re.compile(r"<(image|video)>")
+MEDIA_TAG = re.compile(r"<(image|video)>")
 # Of LLaVA's "<image>\nHow wide?" the line break goes with the tag, as in Qwen's own training code.
-TAG_OF_LINE = re.compile(rf"\n?{TAG.pattern}\n?")
+TAG_OF_LINE = re.compile(rf"\n?{MEDIA_TAG.pattern}\n?")
 
 # Keys that would change what is trained, in a row and in a turn. They are refused, not passed over.
 UNREAD = ("objects", "audio", "audios", "tools")

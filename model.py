@@ -120,10 +120,8 @@ class Batch:
     patches: torch.Tensor  # (N, 3 * 2 * 14 * 14) float32
     grids: list  # [(t, h, w)] in patches, one for each picture or video
     vision_at: torch.Tensor  # (M,) int64: indices into the flattened ids, of the vision tokens
-    predict_at: (
-        torch.Tensor
-    )  # (n,) int64: indices into the flattened ids whose next token is scored
-    targets: torch.Tensor  # (n,) int64: those next tokens
+    predict_at: torch.Tensor  # (n,) int64: places in the flattened ids that predict the targets
+    targets: torch.Tensor  # (n,) int64: the tokens that are scored there
     group: tuple | None = None  # (G, C): the one sequence is [prompt | c1 | ... | cG]
 
     def to(self, device):
@@ -428,8 +426,7 @@ class SharedPrompt:
         self.G, self.C = group
         self.P = tokens - self.G * self.C
         own = torch.ones(self.C, self.C, dtype=torch.bool, device=device).tril()
-        prompt = own.new_ones(self.C, self.P)
-        self.mask = torch.cat((prompt, own), dim=1)  # (C, P + C)
+        self.mask = torch.cat((own.new_ones(self.C, self.P), own), dim=1)  # (C, P + C)
 
     def attend(self, layer, q, k, v):
         split = (self.P, self.G * self.C)
@@ -438,7 +435,8 @@ class SharedPrompt:
         v_prompt, v = v.split(split, dim=2)
         prompt = attend_causal(q_prompt, k_prompt, v_prompt)  # (1, H, P, D)
 
-        # The completions become a batch, each with the prompt's keys before its own.
+        # The completions become a batch, each with the prompt's keys before its own:
+        # (1, H or K, G*C, D) -> (G, H or K, C, D).
         q, k, v = (x[0].unflatten(1, (self.G, self.C)).transpose(0, 1) for x in (q, k, v))
         k = torch.cat((k_prompt.expand(self.G, -1, -1, -1), k), dim=2)  # (G, K, P + C, D)
         v = torch.cat((v_prompt.expand(self.G, -1, -1, -1), v), dim=2)
@@ -452,7 +450,7 @@ class KVCache:
     """Keys and values of all layers while decoding; each sequence keeps its own length.
 
     The first forward (prefill) stores the prompts' keys; `expand` copies them to the completions of
-    each group, with room to grow; each further forward brings one token a sequence, written at the
+    each group, with space to grow; each further forward brings one token a sequence, written at the
     sequence's own length. Later keys are hidden by a length mask. The number of keys in use is
     counted on the CPU, so that no step waits for the GPU, and rounded up to KEY_BLOCK.
     """
@@ -467,16 +465,16 @@ class KVCache:
         self.seen = 0  # keys that are attended to, masked or not
         self.mask = None  # (R, 1, 1, seen) True for a key that its sequence has
 
-    def expand(self, group, room):
-        """B prompts become B * group sequences with room for more keys; decoding begins."""
+    def expand(self, G, reserve):
+        """B prompts become B * G sequences with space for more keys; decoding begins."""
         self.used = self.keys[0].shape[2]
 
-        def grow(x):  # (B, K, P, D) -> (R, K, P + room, D)
-            return F.pad(x, (0, 0, 0, room)).repeat_interleave(group, dim=0)
+        def grow(x):  # (B, K, P, D) -> (R, K, P + reserve, D)
+            return F.pad(x, (0, 0, 0, reserve)).repeat_interleave(G, dim=0)
 
         self.keys = [grow(k) for k in self.keys]
         self.values = [grow(v) for v in self.values]
-        self.lengths = self.lengths.repeat_interleave(group)
+        self.lengths = self.lengths.repeat_interleave(G)
 
     def keep(self, kept):
         """Keep only these sequences. kept: int64 indices."""
@@ -738,7 +736,7 @@ class QwenVL(nn.Module):
         return self.logits(x[:, 0], banned, temperature)
 
     def logits(self, x, banned, temperature):
-        """Logits (R, V) in fp32 of hidden states (R, W)."""
+        """Last norm and head: hidden states (R, W) -> logits (R, V) in fp32."""
         x = self.model.norm(x) / temperature
         # This way round a CPU is faster at a few rows in fp32. The copy makes each row's logits lie
         # together: with it the softmax that follows takes a third of the time (docs/speed.md).
@@ -760,7 +758,7 @@ class Rollout:
     def append(self, step, live, tokens, log_probs, stops):
         """Write the tokens of one step.
 
-        Args:    live: the completion that each of the tokens belongs to.
+        Args:    live: the number of the completion that each of the tokens belongs to.
         Returns: going, bool for each of live: has not ended with this token or before.
         """
         was_going = ~self.finished[live]
@@ -789,14 +787,16 @@ def draw(p, uniform):
     >>> draw(torch.tensor([[0.5, 0.25, 0.25]]), torch.tensor([0.6])).item()
     1
     """
-    blocks = F.pad(p, (0, -p.shape[1] % DRAW_BLOCK)).unflatten(1, (-1, DRAW_BLOCK))  # (R, n, 512)
-    sums = blocks.sum(-1).double()  # (R, n)
+    blocks = F.pad(p, (0, -p.shape[1] % DRAW_BLOCK)).unflatten(
+        1, (-1, DRAW_BLOCK)
+    )  # (R, blocks, 512)
+    sums = blocks.sum(-1).double()  # (R, blocks)
     cdf = sums.cumsum(-1)
-    drawn = uniform.double()[:, None] * cdf[:, -1:]  # the CDF ends at 1 only up to rounding
-    block = torch.searchsorted(cdf, drawn, right=True)  # (R, 1)
+    target = uniform.double()[:, None] * cdf[:, -1:]  # the CDF ends at 1 only up to rounding
+    block = torch.searchsorted(cdf, target, right=True)  # (R, 1)
 
     # What is left of u within the block. Rounding may bring it out of the block by a little.
-    rest = drawn - (cdf - sums).gather(1, block)
+    rest = target - (cdf - sums).gather(1, block)
     chosen = blocks.take_along_dim(block[:, :, None], dim=1)[:, 0]  # (R, 512)
     cdf = chosen.cumsum(-1, dtype=torch.float64)
     zero = torch.zeros_like(rest)
@@ -823,18 +823,18 @@ def next_positions(batch):
 
 @torch.no_grad()
 def generate(
-    model, batch, max_new_tokens, stop_ids, group=1, uniforms=None, banned=None, temperature=1.0
+    model, batch, max_new_tokens, stop_ids, G=1, uniforms=None, banned=None, temperature=1.0
 ):
-    """Continue every prompt of the batch `group` times; each prompt is computed once.
+    """Continue every prompt of the batch G times; each prompt is computed once.
 
     A completion ends at any of `stop_ids`; ended ones leave the cache once they are a quarter of
     it. The host waits for the device once in a step: to know how many go on. FSDP's weights must be
     gathered (runtime.gathered).
 
-    Args:    uniforms: (B * group, max_new_tokens) in [0, 1), the noise; None decodes greedily.
+    Args:    uniforms: (B * G, max_new_tokens) in [0, 1), the noise; None decodes greedily.
     Returns: Rollout, on the batch's device.
     """
-    R, device = len(batch.ids) * group, batch.ids.device
+    R, device = len(batch.ids) * G, batch.ids.device
     rollout = Rollout(
         ids=torch.zeros(R, max_new_tokens, dtype=torch.long, device=device),
         lengths=torch.zeros(R, dtype=torch.long, device=device),
@@ -843,11 +843,11 @@ def generate(
     )
     stops = to_device(torch.tensor(stop_ids), device)
     cache = KVCache(batch.lengths)
-    logits = model(batch, cache, banned, temperature).repeat_interleave(group, dim=0)  # (R, V)
-    cache.expand(group, max_new_tokens)
-    position = next_positions(batch).repeat_interleave(group)  # (R,)
+    logits = model(batch, cache, banned, temperature).repeat_interleave(G, dim=0)  # (R, V)
+    cache.expand(G, max_new_tokens)
+    position = next_positions(batch).repeat_interleave(G)  # (R,)
 
-    # Some sequences leave the cache; live: the completion of each that is still in it.
+    # Some sequences leave the cache; live: the number of the completion of each that is in it.
     live = torch.arange(R, device=device)
     for step in range(max_new_tokens):
         uniform = None if uniforms is None else uniforms[live, step]

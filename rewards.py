@@ -125,8 +125,8 @@ def mean_relative_accuracy(prediction, truth):
     """Share of the ten confidences theta with |prediction - truth| / truth <= 1 - theta.
 
     Source: VSI-Bench (Yang et al. 2024): < in its formula, <= in its code. Rounding decides on the
-    boundary: keep the expression, in float64. Ours: a truth of 0 is met by 0 only, a negative one
-    divides by |truth|, a prediction that is not finite earns 0.
+    boundary: do not rearrange the expression, in float64. Ours: a truth of 0 is met by 0 only, a
+    negative one divides by |truth|, a prediction that is not finite earns 0.
 
     >>> [mean_relative_accuracy(p, t) for p, t in ((3, 4), (1.2, 1), (80, 100), (0, 0), (-4, -4))]
     [0.6, 0.7, 0.6, 1.0, 1.0]
@@ -257,7 +257,7 @@ REWARDS = {"format": format_reward, "accuracy": accuracy_reward}
 
 
 def check_row(name, sample):
-    """Raise UserError if a reward of this file cannot score this row. Your own are not asked."""
+    """Raise UserError if accuracy_reward cannot score this row; no other reward is asked."""
     if REWARDS[name] is accuracy_reward and sample.question_type != "localization":
         how_to_score(sample)
 

@@ -132,7 +132,7 @@ def run_length(args, rows, size):
     return steps, end
 
 
-def check_lengths(processor, samples, style=None, with_answer=True, room=0):
+def check_lengths(processor, samples, style=None, with_answer=True, reserve=0):
     """Raise UserError for the first row that is longer than the model's context.
 
     For most rows a quick upper bound is enough: no text has more tokens than bytes, and no picture
@@ -144,7 +144,7 @@ def check_lengths(processor, samples, style=None, with_answer=True, room=0):
     for sample in samples:
         row_style = style_of(sample, style)
         # An upper bound of its tokens: each part brings at most 9 of the chat format's own.
-        most = room + 9
+        most = reserve + 9
         for _, parts in processor.turns(sample, row_style, with_answer):
             for part in parts:
                 most += 9
@@ -155,7 +155,7 @@ def check_lengths(processor, samples, style=None, with_answer=True, room=0):
                     most += (pixels // 28**2 + 1) * len(part.sources)  # a token is 28 x 28 pixels
         files = any(media.is_video_file for media in sample.media)
         if most > processor.config.text.max_position_embeddings and not files:
-            processor.example(sample, row_style, with_answer, pixels=False, room=room)
+            processor.example(sample, row_style, with_answer, pixels=False, reserve=reserve)
 
 
 def make_missing(paths):
@@ -302,7 +302,7 @@ def load_sharded(args, ranks):
 
     It is built on the meta device, sharded, then filled with the rows that this rank holds.
     Sharded (FSDP2) under torchrun, on a GPU, or for bfloat16; fp32 on a CPU runs the bare module.
-    Gradients are reduced in fp32 and summed: the loss is divided once, by the count of all ranks.
+    Gradients are reduced in fp32 and summed: each rank divides by the count of all ranks.
     """
     dtype = compute_dtype(args.dtype, ranks.device)
     model = build_model(load_config(args.model))  # on the meta device: shapes without memory

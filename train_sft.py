@@ -96,9 +96,9 @@ def load_batches(samples, processor, plan, workers):
     """Iterate over the micro-batches of a plan, in the order in which the steps take them."""
     # Reading pictures takes as long as a small model's step. The loader's workers (--workers) read
     # the next micro-batches while the model computes.
-    order = []
-    for _, batches in plan:
-        order += batches
+    order = []  # one list of (row, trained) for each micro-batch
+    for _, items in plan:
+        order += items
     loader = DataLoader(
         Rows(samples, processor),
         batch_sampler=order,
@@ -119,11 +119,12 @@ def accumulate_gradient(model, batches, num_targets):
     losses = []
     for batch in batches:
         log_probs, _ = model(batch)  # (n,) of the answer tokens
-        # One sum, divided once: the same gradient for every micro-batch size and world size.
+        # Divided by the count of all ranks' tokens, not of this batch: the same gradient for every
+        # micro-batch size and world size.
         loss = -log_probs.sum() / num_targets
         loss.backward()
         losses.append(loss.detach())
-    return torch.stack(losses).double().sum().item()  # the host waits here, once a step
+    return torch.stack(losses).double().sum().item()  # the host waits here, not for each batch
 
 
 def main():
@@ -158,10 +159,10 @@ def main():
     plan = list(plan_steps(samples, done, steps, args, ranks))
     loader = load_batches(samples, processor, plan, args.workers)
     model.train()
-    for step, (rows, share) in zip(run.steps(done, steps), plan):
+    for step, (rows, items) in zip(run.steps(done, steps), plan):
         # All micro-batches of the step first: the loss is divided by the count of all targets,
         # which is known when all have been read.
-        batches = [next(loader) for _ in share]
+        batches = [next(loader) for _ in items]
         real = [batch for batch in batches if len(batch.targets)]  # a filler has none
         num_targets, num_tokens = ranks.sum(
             sum(len(batch.targets) for batch in real),

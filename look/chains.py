@@ -46,6 +46,7 @@ NAME = "[a-z]+"
 NUMBER = "[0-9]{1,4}"
 FIRST = f"{NAME} {NUMBER}"
 PLACE = f"{NAME} {NUMBER} {NUMBER}"
+COUNTED = f"{NUMBER} {PLACE}"
 SIDES = f"{NAME} {NUMBER} {NUMBER} {NUMBER}"
 WAY = f"{PLACE} {PLACE}: (?:left|right) {NUMBER} (?:front|back) {NUMBER}"
 APART = f"{WAY}: {NUMBER} apart"
@@ -61,13 +62,13 @@ FORMS = {  # by question type
     "object size": Form(SIDES, SIDES, "lengths"),
     "room size": Form(PLACE, PLACE, "lengths"),  # walls are written like a place
     "appearance order": Form(rf"{FIRST}(?:\. {FIRST})*", FIRST, "pictures"),
-    "object count": Form(rf"{PLACE}(?:\. {PLACE})*", PLACE, "places"),
+    "object count": Form(rf"{COUNTED}(?:\. {COUNTED})*", PLACE, "places"),
     "absolute distance": Form(APART, PLACE, "places"),
     "relative distance": Form(rf"{APART}(?:\. {APART})*", PLACE, "places"),
     # seen from a thing, or from the camera
     "relative direction": Form(rf"{AT}\. {AT}: turn {NUMBER}|{WAY}", PLACE, "places"),
 }
-OF_FACTS = {  # results that follow from the facts at once
+OF_FACTS = {  # steps and result follow from the facts at once
     "object size": reckon.longest,
     "room size": reckon.floor,
     "appearance order": reckon.order,
@@ -104,8 +105,7 @@ def reckoning(question_type, chain):
     [False, True, False]
     """
     if question_type in OF_FACTS:
-        _, result = OF_FACTS[question_type](*chain.facts)
-        return [chain.result == result]
+        return [(chain.steps, chain.result) == OF_FACTS[question_type](*chain.facts)]
 
     # 1. Each way, and the number that is said of it.
     turned = re.search(f"turn ({NUMBER})", chain.steps)

@@ -27,7 +27,7 @@ def seen(example):
     pictures = []
     counts = [math.prod(grid) for grid in example.grids]
     for (t, h, w), patches in zip(example.grids, example.patches.split(counts)):
-        # data.to_patches backwards, axis by axis.
+        # pictures.to_patches backwards, axis by axis.
         axes = patches.numpy().reshape(t, h // 2, w // 2, 2, 2, 3, 2, 14, 14)
         frames = axes.transpose(0, 6, 1, 3, 7, 2, 4, 8, 5).reshape(2 * t, 14 * h, 14 * w, 3)
         pixels = 255 * (frames * STD + MEAN)

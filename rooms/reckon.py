@@ -208,12 +208,13 @@ def floor(room):
 
 
 def total(*things):
-    """How many there are.
+    """How many there are: each has its number, as all have the same name.
 
     >>> total(Fact("chair", (33, 45)), Fact("chair", (21, 27)))
-    ('chair 33 45. chair 21 27', '2')
+    ('1 chair 33 45. 2 chair 21 27', '2')
     """
-    return tell_all(things), str(len(things))
+    steps = [f"{number} {tell(thing)}" for number, thing in enumerate(things, 1)]
+    return ". ".join(steps), str(len(things))
 
 
 def order(*things):

@@ -159,6 +159,8 @@ TASKS = {
     "total": Task(reckon.total, "place", 1, 4, ("Count {a}.", "How many of {a} are there?")),
     "order": Task(reckon.order, "first", 3, 3, ("Sort {all}.", "Which comes first: {all}?")),
 }
+# Share of a task's rows that have options. An order's are long: they need more practice.
+WITH_OPTIONS = {"compare": 0.5, "nearest": 0.5, "turn": 0.5, "order": 0.75}
 
 
 def reword(rng, task, names):
@@ -172,11 +174,49 @@ def reword(rng, task, names):
     return text.format(**slots, others=", ".join(names[1:]), all=", ".join(names))
 
 
-def ask(rng, task, facts):
-    """(question, answer), or None where nothing is clear."""
+# ---------------------------------------------------------------------------------- options
+
+
+def with_letters(rng, answer, choices):
+    """(options in any order, three wrong ones at most; the letter of the right one)."""
+    wrong = [choice for choice in choices if choice != answer]
+    texts = shuffled(rng, [*shuffled(rng, wrong)[:3], answer])
+    options = [f"{letter}. {text}" for letter, text in zip("ABCD", texts)]
+    return options, "ABCD"[texts.index(answer)]
+
+
+def orders(names):
+    """All orders of some names, in words."""
+    return [", ".join(some) for some in itertools.permutations(names)]
+
+
+def choices(name, asked):
+    """What may be the result of a task."""
+    names = [fact.name for fact in asked]
+    if name == "nearest":
+        return names[1:]
+    if name == "order":
+        return orders(names)
+    return SIDES if name == "compare" else TURNS
+
+
+def ask(rng, name, facts):
+    """(question, answer) of a task, or None where nothing is clear.
+
+    WITH_OPTIONS is the chance that lines of options follow. Then the answer ends with the letter
+    of the right one.
+    """
+    task = TASKS[name]
     steps, result = task.steps(*facts)
-    if result is not None:
-        return reword(rng, task, [fact.name for fact in facts]), chain(steps, result) + "."
+    if result is None:
+        return None
+    question = reword(rng, task, [fact.name for fact in facts])
+    answer = chain(steps, result)
+    if rng.random() < WITH_OPTIONS.get(name, 0):
+        options, letter = with_letters(rng, result, choices(name, facts))
+        question = "\n".join([question, "Options:", *options])
+        answer = f"{answer} {letter}"
+    return question, answer + "."
 
 
 # ---------------------------------------------------------------------------------- told
@@ -238,47 +278,11 @@ def choose(rng):
     return "Lines:\n" + "\n".join(lines) + f"\nLetters of {asked}?", answer + "."
 
 
-# ---------------------------------------------------------------------------------- options
-
-
-def with_letters(rng, answer, choices):
-    """(options in any order, three wrong ones at most; the letter of the right one)."""
-    wrong = [choice for choice in choices if choice != answer]
-    texts = shuffled(rng, [*shuffled(rng, wrong)[:3], answer])
-    options = [f"{letter}. {text}" for letter, text in zip("ABCD", texts)]
-    return options, "ABCD"[texts.index(answer)]
-
-
-def orders(names):
-    """All orders of some names, in words."""
-    return [", ".join(some) for some in itertools.permutations(names)]
-
-
-def choices(name, asked):
-    """What may be the result of a task."""
-    names = [fact.name for fact in asked]
-    if name == "nearest":
-        return names[1:]
-    if name == "order":
-        return orders(names)
-    return SIDES if name == "compare" else TURNS
-
-
-def tell_and_ask(rng, name, with_options=False):
-    """(question, answer) of a task; the question tells the facts, among others.
-
-    with_options: lines of options follow, and the answer ends with the letter of the right one.
-    """
-    task = TASKS[name]
-    facts, asked = clear_facts(rng, task)
-    question, answer = ask(rng, task, asked)
-    question = f"{tell_all(facts)}. {question}"
-    if not with_options:
-        return question, answer
-    _, result = task.steps(*asked)
-    options, letter = with_letters(rng, result, choices(name, asked))
-    lines = [question, "Options:", *options]
-    return "\n".join(lines), f"{answer.removesuffix('.')} {letter}."
+def tell_and_ask(rng, name):
+    """(question, answer) of a task; the question tells the facts, among others."""
+    facts, asked = clear_facts(rng, TASKS[name])
+    question, answer = ask(rng, name, asked)
+    return f"{tell_all(facts)}. {question}", answer
 
 
 # ---------------------------------------------------------------------------------- seen
@@ -351,10 +355,10 @@ def look_and_ask(rng, world, name):
         return PICTURED[name](rng, world)
     task = TASKS[name]
     if task.fact == "walls":
-        return ask(rng, task, [world.walls])
+        return ask(rng, name, [world.walls])
     items = seen_items(rng, world, task)
     if items and (name != "order" or in_order(items)):
-        return ask(rng, task, [getattr(item, task.fact) for item in items])
+        return ask(rng, name, [getattr(item, task.fact) for item in items])
 
 
 def in_order(items):
@@ -377,10 +381,9 @@ TOLD = {  # how many rows of each a room brings
     "turn": 0.6,
     "longest": 0.2,
     "floor": 0.3,
-    "total": 0.4,
-    "order": 0.6,
+    "total": 0.8,
+    "order": 1.4,
 }
-CHOICE_TASKS = ("compare", "nearest", "turn", "order")  # every second told row of these has options
 FIRST_TASKS = ("say", "choose")  # which number or letter belongs to which name
 ROWS = {"": 3, "view": 8, "frame": 16}  # about one picture, about views, about frames
 SEEN = {  # how often each is tried, in the order of ROWS
@@ -394,7 +397,7 @@ SEEN = {  # how often each is tried, in the order of ROWS
     "nearest": (2, 3, 2),
     "turn": (2, 5, 3),
     "longest": (4, 3, 4),
-    "floor": (0, 0, 4),
+    "floor": (0, 2, 4),
     "total": (2, 5, 3),
     "order": (0, 0, 5),
 }
@@ -422,11 +425,7 @@ def make_row(name, question, answer, media, level):
 
 def told_row(rng, name):
     """A row of a task about no picture."""
-    if name == "choose":
-        exchange = choose(rng)
-    else:
-        with_options = name in CHOICE_TASKS and rng.random() < 0.5
-        exchange = tell_and_ask(rng, name, with_options)
+    exchange = choose(rng) if name == "choose" else tell_and_ask(rng, name)
     return make_row(name, *exchange, [], order_of_learning(name, None))
 
 

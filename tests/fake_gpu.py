@@ -299,10 +299,10 @@ def run_paths(device):
     # GRPO: rollout, log-probs, update
     groups = grpo.sample_groups(model, processor, samples[:3], [0, 1, 2], 1, args, device)
     gave["sampled"] = [group.texts for group in groups]
-    grpo.add_log_probs(groups, "old", model, args, banned, device)
+    grpo.add_log_probs(groups, "old_log_probs", model, args, banned, device)
     for group in groups:
         group.advantages = torch.tensor([1.0, -1.0, 0.5, -0.5])
-        group.reference = tuple(some + 0.1 for some in group.old)
+        group.reference_log_probs = tuple(some + 0.1 for some in group.old_log_probs)
     counts = {"sequences": 12, "kept_tokens": 100, "forwards": 7}  # one filler
     gave["sums"] = list(
         grpo.accumulate_gradient(model, groups, counts, args, banned, device).values()

@@ -15,7 +15,7 @@ TURNS = ["A. right", "B. left", "C. back"]
 TRUE = {
     "object size": (None, "160", "bed 100 160 80: 160"),
     "room size": (None, "24", "room 18 21: 24"),
-    "object count": (None, "2", "chair 33 45. chair 21 27: 2"),
+    "object count": (None, "2", "1 chair 33 45. 2 chair 21 27: 2"),
     "appearance order": (
         ["A. bed, lamp, sofa", "B. lamp, bed, sofa"],
         "B",
@@ -76,9 +76,11 @@ def test_a_true_chain_is_right_in_everything(row):
         ("room size", "room 18 24: 27", {"lengths": "0.500"}),
         ("room size", "room 18 21: 25", {"whole": "0.000", "steps": "0.000"}),
         # one chair more: the two others stand where they do
-        ("object count", "chair 33 45. chair 21 27. chair 9 9: 3", {"places": "0.667"}),
-        ("object count", "chair 33 47. chair 23 28: 2", {"places": "0.500"}),
-        ("object count", "chair 33 45. chair 21 27: 3", {"whole": "0.000", "steps": "0.000"}),
+        ("object count", "1 chair 33 45. 2 chair 21 27. 3 chair 9 9: 3", {"places": "0.667"}),
+        ("object count", "1 chair 33 47. 2 chair 23 28: 2", {"places": "0.500"}),
+        ("object count", "1 chair 33 45. 2 chair 21 27: 3", {"whole": "0.000", "steps": "0.000"}),
+        # counted 1, 3
+        ("object count", "1 chair 33 45. 3 chair 21 27: 2", {"whole": "0.000", "steps": "0.000"}),
         (
             "appearance order",
             "bed 3. lamp 4. sofa 5: lamp, bed, sofa B",
@@ -257,7 +259,7 @@ def fake_ladder(run, completions):
 COMPLETIONS = (
     "<think>bed 100 160 80: 160</think><answer>160</answer>",
     "<think>room 18 24: 25</think>\n<answer>25</answer>\n",
-    "<think>chair 33 45. chair 21 27: 2",  # truncated, as is the next
+    "<think>1 chair 33 45. 2 chair 21 27: 2",  # truncated, as is the next
     "",
     "<think>lamp 13 45 bed 21 27: left 8</think><answer>5.5</answer>",
     "<think>I see</think><answer>A</answer>",

@@ -182,7 +182,7 @@ def test_the_papers_gain_of_grpo_stands_beside_ours(runs, printed):
 
 def write_chain(run, chain):
     """One more question of the test rooms with its true chain, and what the rung cold wrote."""
-    solution = "<think>bed 21 27. bed 33 45: 2</think><answer>2</answer>"
+    solution = "<think>1 bed 21 27. 2 bed 33 45: 2</think><answer>2</answer>"
     question = {"question_id": 7, "question_type": "object count", "options": None, "answer": "2"}
     path = Path(run) / "rooms" / "test" / "spld_coldstart_data.jsonl"
     path.parent.mkdir(parents=True)
@@ -200,9 +200,9 @@ def test_chains_of_all_ladders_as_one(runs, printed):
     """
     for run in runs:
         write_answers(run, "cold", (1, 1))
-    write_chain(runs[0], "bed 21 27. bed 33 45: 2")
+    write_chain(runs[0], "1 bed 21 27. 2 bed 33 45: 2")
     assert not any("whole" in line for line in printed(*runs))
-    write_chain(runs[1], "bed 21 27. bed 33 45. bed 9 9: 2")
+    write_chain(runs[1], "1 bed 21 27. 2 bed 33 45. 3 bed 9 9: 2")
     assert printed(*runs)[-2:] == [
         ["rung", "chains", "asked", "whole", "places"],
         ["cold", "2", "0.500", "0.500", "0.800"],

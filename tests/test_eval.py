@@ -138,7 +138,7 @@ def test_a_prompt_that_fits_is_answered(rooms, tiny_model):
     [row] = evaluation.answer_rows(model, processor, [sample], [0], args, "cpu")
     assert row["truncated"] or row["completion"]
     with pytest.raises(UserError, match="--max-completion-length 2 does not fit behind"):
-        grpo.sample_completions(model, processor, [sample], 1, None, args, "cpu", room=2)
+        grpo.sample_completions(model, processor, [sample], 1, None, args, "cpu", reserve=2)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

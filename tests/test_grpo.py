@@ -38,9 +38,9 @@ from grpo import (
     group_batch,
     kl_k3,
     noise,
-    parts,
     policy_loss,
     sample_groups,
+    split_group,
 )
 from model import generate
 from pictures import Media
@@ -195,7 +195,7 @@ def counts_of(groups, args, fillers=0):
     return {
         "sequences": sum(len(group.ids) for group in groups),
         "kept_tokens": kept_tokens,
-        "forwards": sum(len(parts(group, args.micro_batch)) for group in groups) + fillers,
+        "forwards": sum(len(split_group(group, args.micro_batch)) for group in groups) + fillers,
     }
 
 
@@ -210,8 +210,8 @@ def log_probs_of(model, world, groups, size=4, temperature=1.0):
     """Each group's log-probs; the groups themselves stay as they are."""
     args = SimpleNamespace(micro_batch=size, temperature=temperature)
     copies = [dataclasses.replace(group) for group in groups]
-    add_log_probs(copies, "old", model, args, world.banned, "cpu")
-    return [group.old for group in copies]
+    add_log_probs(copies, "old_log_probs", model, args, world.banned, "cpu")
+    return [group.old_log_probs for group in copies]
 
 
 def assert_same(mine, theirs, loss_tolerance=1e-6, tolerance=1e-5):
@@ -373,7 +373,7 @@ def test_update_equals_the_naive_way(world, kind, loss_type, iterations):
     for group, log_probs in zip(
         groups, log_probs_of(world.reference, world, groups, 4, args.temperature)
     ):
-        group.reference = log_probs
+        group.reference_log_probs = log_probs
     now = [plain_log_probs(world.model, world, group, args) for group in groups]
     with torch.no_grad():
         reference = [plain_log_probs(world.reference, world, group, args) for group in groups]
@@ -382,7 +382,7 @@ def test_update_equals_the_naive_way(world, kind, loss_type, iterations):
         for group, log_probs in zip(
             groups, log_probs_of(world.before, world, groups, 4, args.temperature)
         ):
-            group.old = log_probs
+            group.old_log_probs = log_probs
         with torch.no_grad():
             old = [plain_log_probs(world.before, world, group, args) for group in groups]
     loss = plain_loss(groups, now, old, reference, args)
@@ -408,7 +408,10 @@ def test_options_reach_the_loss(world, changes):
     def update(**changes):
         args = settings(**{"beta": 0.04} | changes)
         groups = make_groups(world, "multi_view", args)
-        for model, name in ((world.before, "old"), (world.reference, "reference")):
+        for model, name in (
+            (world.before, "old_log_probs"),
+            (world.reference, "reference_log_probs"),
+        ):
             for group, log_probs in zip(
                 groups, log_probs_of(model, world, groups, 4, args.temperature)
             ):
@@ -417,8 +420,8 @@ def test_options_reach_the_loss(world, changes):
 
     groups, args, mine = update(**changes)
     now = [plain_log_probs(world.model, world, group, args) for group in groups]
-    old = [group.old for group in groups]
-    reference = [group.reference for group in groups]
+    old = [group.old_log_probs for group in groups]
+    reference = [group.reference_log_probs for group in groups]
     loss = plain_loss(groups, now, old, reference, args)
     loss.backward()
     assert_same(mine, (loss.item(), gradients(world.model)))
@@ -436,7 +439,7 @@ def test_micro_batches_and_fillers_change_nothing(world, loss_type):
     """
     args = settings(loss_type=loss_type, beta=0.04)
     groups = make_groups(world, "video", args)
-    for model, name in ((world.before, "old"), (world.reference, "reference")):
+    for model, name in ((world.before, "old_log_probs"), (world.reference, "reference_log_probs")):
         for group, log_probs in zip(
             groups, log_probs_of(model, world, groups, 3, args.temperature)
         ):
@@ -1019,7 +1022,7 @@ def test_updates_are_compared_with_the_policy_that_sampled(
     olds = []
 
     def observed(model, groups, *others):
-        olds.append(groups[0].old)
+        olds.append(groups[0].old_log_probs)
         return accumulate_gradient(model, groups, *others)
 
     monkeypatch.setattr(grpo, "accumulate_gradient", observed)

@@ -490,7 +490,7 @@ def test_groups_sample_the_same_however_they_are_batched(tiny):
     examples, uniforms = examples[1:4], noise(12, 20)
     stops = tuple(range(0, 150, 15))
     together = generate(
-        model, data.collate(examples, model.config), 20, stops, group=4, uniforms=uniforms
+        model, data.collate(examples, model.config), 20, stops, G=4, uniforms=uniforms
     )
     assert len(set(together.lengths.tolist())) > 3
     for b, example in enumerate(examples):
@@ -499,7 +499,7 @@ def test_groups_sample_the_same_however_they_are_batched(tiny):
             data.collate([example], model.config),
             20,
             stops,
-            group=4,
+            G=4,
             uniforms=uniforms[4 * b : 4 * b + 4],
         )
         for g in range(4):
@@ -529,7 +529,7 @@ def test_rows_that_end_leave_without_a_trace(tiny, monkeypatch):
         "keep",
         lambda self, rows, keep=KVCache.keep: (kept.append(int(rows.sum())), keep(self, rows)),
     )
-    rollout = generate(model, batch, 24, stops, group=4, uniforms=uniforms)
+    rollout = generate(model, batch, 24, stops, G=4, uniforms=uniforms)
     assert len(kept) >= 3
     endless = generate(model, batch, 24, NEVER, group=4, uniforms=uniforms)
     for row in range(20):
@@ -557,7 +557,7 @@ def test_sampled_log_probs_are_the_scored_ones(tiny, temperature):
         data.collate(examples, model.config),
         20,
         (4, 5, 7),
-        group=3,
+        G=3,
         uniforms=noise(15, 20),
         banned=banned,
         temperature=temperature,

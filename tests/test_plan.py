@@ -95,8 +95,8 @@ def test_the_cache_is_counted_exactly(world, monkeypatch):
     sizes = []
     expand = KVCache.expand
 
-    def expands(cache, group, room):
-        expand(cache, group, room)
+    def expands(cache, G, reserve):
+        expand(cache, G, reserve)
         sizes.append(sum(x.nbytes for x in cache.keys + cache.values))
 
     monkeypatch.setattr(model_file.KVCache, "expand", expands)

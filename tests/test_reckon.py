@@ -132,6 +132,20 @@ BY_FACTS = {
 }
 
 
+def uncounted(steps):
+    """Steps that count things, without the numbers, which go up from 1.
+
+    >>> uncounted("1 bed 21 27. 2 bed 33 45")
+    'bed 21 27. bed 33 45'
+    """
+    sentences = []
+    for expected, sentence in enumerate(steps.split(". "), 1):
+        number, fact = sentence.split(" ", 1)
+        assert number == str(expected)
+        sentences.append(fact)
+    return ". ".join(sentences)
+
+
 def follow(task, steps):
     """The facts that steps state, as the question names them, and the result that follows.
 
@@ -142,7 +156,7 @@ def follow(task, steps):
     """
     if task in BY_WAYS:
         return BY_WAYS[task](*(read_way(step) for step in steps.split(". ")))
-    facts = read_facts(steps)
+    facts = read_facts(uncounted(steps) if task == "total" else steps)
     return facts, BY_FACTS[task](facts)
 
 
@@ -237,8 +251,8 @@ def facts_of(text):
         ("floor", "room 20 22", "room 20 22", "28"),
         ("floor", "room 12 12", "room 12 12", "9"),
         ("floor", "room 32 32", "room 32 32", "64"),
-        ("total", "bed 21 27", "bed 21 27", "1"),
-        ("total", "bed 2 7. bed 2 8. bed 3 7", "bed 2 7. bed 2 8. bed 3 7", "3"),
+        ("total", "bed 21 27", "1 bed 21 27", "1"),
+        ("total", "bed 2 7. bed 2 8. bed 3 7", "1 bed 2 7. 2 bed 2 8. 3 bed 3 7", "3"),
         ("order", "bed 8. bin 1. box 4", "bed 8. bin 1. box 4", "bin, box, bed"),
     ),
 )

@@ -17,12 +17,11 @@ from rooms.render import DIFFICULTY, FURNITURE, Camera, Room, Sight, make_room, 
 from rooms.scenes import FILES, VIDEO, make_files
 from rooms.talk import (
     BLOCK,
-    CHOICE_TASKS,
     NAMES,
     TOLD,
+    WITH_OPTIONS,
     look_and_ask,
     make_world,
-    tell_and_ask,
     told_rows,
 )
 
@@ -67,7 +66,8 @@ OF_PLACES = ("say", "compare", "apart", "nearest", "turn")
 REASONED = ("compare", "apart", "nearest", "turn", "order")
 
 # A row; pictures: [(camera, ids, sights)] of those that it is about, [] where facts are told.
-Row = namedtuple("Row", "room pictures task question answer level media")
+# The question without its options [(letter, text)], the answer without the letter of one of them.
+Row = namedtuple("Row", "room pictures task question answer level media options letter")
 
 
 def read_question(task, question):
@@ -88,19 +88,36 @@ def read_answer(task, answer):
     return facts
 
 
+def without_letter(answer):
+    """(the same, the letter at its end).
+
+    >>> without_letter("left-front B.")
+    ('left-front.', 'B')
+    """
+    words, letter = re.fullmatch(r"(.*) ([A-D])\.", answer).groups()
+    return f"{words}.", letter
+
+
 def as_row(row, room=None, pictures=()):
     """A Row of one that make_files gave."""
     user, assistant = row["messages"]
     assert (user["role"], assistant["role"]) == ("user", "assistant")
     *media, text = user["content"]
+    question, _, lines = text["text"].partition("\nOptions:\n")
+    options = [line.split(". ") for line in lines.splitlines()]
+    answer, letter = assistant["content"], None
+    if options:
+        answer, letter = without_letter(answer)
     return Row(
         room,
         pictures,
         row["question_type"],
-        text["text"],
-        assistant["content"],
+        question,
+        answer,
         row["level"],
         media,
+        options,
+        letter,
     )
 
 
@@ -113,9 +130,8 @@ def all_told():
 
 @pytest.fixture(scope="module")
 def told(all_told):
-    """{task: rows} of those without options, of each more than a hundred."""
-    rows = [row for row in all_told if "Options:" not in row.question]
-    return {task: [row for row in rows if row.task == task] for task in TOLD}
+    """{task: rows}, of each more than a hundred."""
+    return {task: [row for row in all_told if row.task == task] for task in TOLD}
 
 
 @pytest.fixture(scope="module")
@@ -195,24 +211,22 @@ def test_told_answers_follow_from_the_facts(told, task):
     assert min(wordings.values()) > 0.3 * wordings.total() and len(wordings) == 2
 
 
-@pytest.mark.parametrize("task", CHOICE_TASKS)
-def test_the_letter_is_that_of_the_result(task):
+@pytest.mark.parametrize("task", WITH_OPTIONS)
+def test_the_letter_is_that_of_the_result(told, seen, task):
     """Of two to four different options one is the result; each letter is right about as often."""
-    letters = Counter()
-    rng = np.random.default_rng(3)
-    for _ in range(200):
-        question, answer = tell_and_ask(rng, task, with_options=True)
-        told, lines = question.split("\nOptions:\n")
-        options = dict(line.split(". ") for line in lines.split("\n"))
-        chain, letter = re.fullmatch(r"(.*) ([A-D])\.", answer).groups()
-        steps, result = parted(task, chain)
-        facts, follows = follow(task, steps)
-        assert options[letter] == result == follows
-        assert [*options.values()].count(result) == 1 and 2 <= len(options) <= 4
-        assert len({*options.values()}) == len(options)
-        assert all(f"{name} {' '.join(map(str, numbers))}" in told for name, numbers in facts)
-        letters[letter] += 1
-    assert letters["A"] > 30 and letters["B"] > 30
+    letters = {"told": Counter(), "seen": Counter()}
+    for row in [*told[task], *of_task(seen, task)]:
+        if not row.options:
+            continue
+        options = dict(row.options)
+        _, result = parted(task, row.answer.removesuffix("."))
+        assert options[row.letter] == result
+        assert len({*options.values()}) == len(row.options)
+        assert [*options] == [*"ABCD"[: len(options)]] and len(options) >= 2
+        letters["seen" if row.media else "told"][row.letter] += 1
+    assert letters["seen"].total() > 5
+    told_letters = letters["told"]
+    assert min(told_letters["A"], told_letters["B"]) > 0.15 * told_letters.total()
 
 
 def test_told_numbers_are_within_their_bounds(told):
@@ -274,15 +288,14 @@ def test_letters_belong_to_lines(told):
 
 
 def test_every_task_is_told_as_often_as_it_says(all_told):
-    """Four standard deviations of a count that has no memory; every second choice has options."""
+    """Four standard deviations of a count that has no memory, and of those with options."""
     for task, rate in TOLD.items():
         rows = [row for row in all_told if row.task == task]
         assert abs(len(rows) - 1500 * rate) < 4 * (1500 * rate) ** 0.5
-        with_options = sum("\nOptions:\n" in row.question for row in rows)
-        if task in CHOICE_TASKS:
-            assert abs(with_options - len(rows) / 2) < 4 * (len(rows) / 4) ** 0.5
-        else:
-            assert with_options == 0
+        with_options = sum(bool(row.options) for row in rows)
+        share = WITH_OPTIONS.get(task, 0)
+        spread = (len(rows) * share * (1 - share)) ** 0.5
+        assert abs(with_options - len(rows) * share) <= 4 * spread
 
 
 # ---------------------------------------------------------------------------------- one world
@@ -317,7 +330,7 @@ def bare_room(things, cameras):
         ("apart", {"bed 32 42 lamp 26 38: right 6 back 4: 7 apart: 1.8."}),
         ("longest", {"lamp 60 60 130: 130.", "bed 100 160 80: 160."}),
         ("floor", {"room 18 20: 22."}),
-        ("total", {"lamp 26 38: 1.", "bed 32 42: 1."}),
+        ("total", {"1 lamp 26 38: 1.", "1 bed 32 42: 1."}),
         ("nearest", set()),
         ("turn", set()),
         ("order", set()),
@@ -371,7 +384,10 @@ def test_things_come_in_one_after_the_other(lamp, bed, bin_, expected):
     found = set()
     for seed in range(40):
         row = look_and_ask(np.random.default_rng(seed), world, "order")
-        found |= {row and row[1]}
+        answer = row and row[1]
+        if row and "Options:" in row[0]:
+            answer, _ = without_letter(answer)
+        found |= {answer}
     assert expected in found
     assert len(found) == (6 if expected else 1)  # the facts in any order
 
@@ -548,13 +564,13 @@ def test_pictures_and_their_tasks(seen):
     asked[1] |= {"nearest", "turn"}  # few pictures show three things clearly
     assert asked == {
         1: both | {"read", "show", "outline"},
-        4: both | {"enter"},
+        4: both | {"enter", "floor"},
         8: both | {"enter", "floor", "order"},
     }
     most = Counter()
     for rows in groups.values():
         count = len(rows[0].pictures)
-        assert len({row.question for row in rows}) == len(rows)
+        assert len({(row.question, str(row.options)) for row in rows}) == len(rows)
         most[count] = max(most[count], len(rows))
     assert most == {1: 3, 4: 8, 8: 16}
 
@@ -573,7 +589,7 @@ def test_nothing_is_said_in_the_ladders_words(told, seen):
     questions = [*VIDEO.values(), *scenes.SINGLE_IMAGE.values()]
     texts = itertools.chain(*(texts for _, texts in questions))
     ladder = [re.escape(text).replace(r"\{\}", r"\w+") for text in texts]
-    ladder += ["Where in the picture", "Options", "Reply", "Reason", "Locate"]
+    ladder += ["Where in the picture", "Reply", "Reason", "Locate"]
     for row in itertools.chain(seen, *told.values()):
         text = f"{row.question}\n{row.answer}"
         assert parse_boxes(row.answer) is None
