@@ -83,7 +83,8 @@ SPECIAL_TOKENS = (
     "<|image_pad|>",
     "<|video_pad|>",
 )
-# The chat's structure. Even in an answer these become ordinary characters, others do not.
+# The chat's structure. Written in an answer, these become ordinary characters; the model's other
+# special tokens, such as <|box_start|>, stay one token.
 STRUCTURE = (*SPECIAL_TOKENS, "<|vision_pad|>", "<|endoftext|>")
 
 
@@ -507,16 +508,16 @@ def vision_positions(t, h, w, step):
     >>> vision_positions(2, 1, 3, 4.5).tolist()  # two slices of 1 x 3 tokens
     [[0, 0, 0, 4, 4, 4], [0, 0, 0, 0, 0, 0], [0, 1, 2, 0, 1, 2]]
     """
-    times = torch.tensor([math.floor(frame * step) for frame in range(t)])
+    times = torch.tensor([math.floor(i * step) for i in range(t)])
     axes = torch.meshgrid(times, torch.arange(h), torch.arange(w), indexing="ij")
     return torch.stack(axes).flatten(1)
 
 
-def mrope_positions(ids, grids, seconds_per_grid, config):
+def mrope_positions(ids, grids, seconds_per_slice, config):
     """The three position axes of one sequence: time, height, width.
 
     Text counts on all three axes together. The tokens of a picture share one time and spread over
-    height and width. A video's also move in time, by tokens_per_second * seconds_per_grid a slice
+    height and width. A video's also move in time, by tokens_per_second * seconds_per_slice a slice
     (multiplied first, then rounded down). What follows goes on one after the largest position so
     far, on any axis. Two text tokens, a picture of (1, 4, 6) patches, two text tokens:
 
@@ -529,7 +530,7 @@ def mrope_positions(ids, grids, seconds_per_grid, config):
     goes on at its start + max(h, w) / 2 instead.)
 
     Args:    ids: (T,) int64. grids: [(t, h, w)] in patches, in order.
-             seconds_per_grid: of each grid the seconds between two slices, None for a picture.
+             seconds_per_slice: of each grid; None for a picture.
     Returns: (3, T) int64.
     Raises:  UserError if `ids` does not hold a placeholder for every vision token of `grids`.
     """
@@ -545,7 +546,7 @@ def mrope_positions(ids, grids, seconds_per_grid, config):
     pieces = []  # (3, n) each: text, vision, text, vision, ..., text
     done = 0  # tokens that have positions
     position = 0  # of the next token
-    for (t, h, w), seconds in zip(grids, seconds_per_grid):
+    for (t, h, w), seconds in zip(grids, seconds_per_slice):
         # The text before this picture: the same number on all axes.
         before = int(is_vision[done:].nonzero()[0])  # its tokens
         pieces.append(torch.arange(position, position + before).expand(3, -1))
@@ -745,7 +746,7 @@ class Processor:
         video_frames = count if media.kind == "video" else 0
         limits = self.limits[media.kind]
         sizes = resizes(height, width, limits, self.input_as, video_frames, media.is_video_file)
-        *before, ((h, w), _) = sizes
+        *before, ((h, w), _) = sizes  # in pixels
         if pixels:
             for (tall, wide), how in before:
                 frames = [frame.resize((wide, tall), how) for frame in frames]

@@ -7,13 +7,13 @@ One step: sample a group of G completions for each of a few prompts; reward each
 and accuracy); its advantage is how much better it is than its group; raise the log-probs of the
 better, lower those of the worse, and stay near the reference model. Vision encoder and prompt are
 computed once for each group in the rollout, and in the update once for each --micro-batch of its
-completions: these are one sequence [prompt | c1 | ... | cG] (model.SharedPrompt), P + G * C tokens,
-not G * (P + C).
+completions. Such a part is one sequence [prompt | c1 | ... | cG] (model.SharedPrompt): P + G * C
+tokens, not G * (P + C).
 
 Where this differs from the authors' trainer, and why: docs/departures.md.
 
 Letters in shapes, as in model.py: B prompts, P prompt tokens, C completion tokens, G completions in
-a group, n scored tokens.
+a group (in the update: in a part of it), n scored tokens.
 """
 
 import dataclasses
@@ -45,7 +45,7 @@ from runtime import (
 )
 
 LOG_RATIO_LIMIT = 20.0  # keeps exp(d) finite; beyond it a token's KL has no gradient
-SUMS = ("loss", "kl", "entropy", "clipped")  # what an update adds up
+SUMS = ("loss", "kl", "entropy", "clipped")  # names of what loss_terms adds up, in its order
 
 # ---------------------------------------------------------------------------------- the formulas
 
@@ -56,14 +56,14 @@ def group_advantages(rewards, scale="group", eps=1e-4):
     Args:    rewards (G,), G >= 2. scale: "none" does not divide (Dr. GRPO, Liu et al. 2025).
     Returns: (G,); equal rewards give exact zeros.
     Source:  DeepSeekMath (Shao et al. 2024), outcome supervision. The std is unbiased and eps is
-             1e-4, as in the authors' code (756-763).
+             1e-4, as in the authors' trainer.
 
     >>> advantages = group_advantages(torch.tensor([2.0, 0.0, 0.0, 0.0]))  # mean 0.5, std 1
     >>> [round(advantage, 5) for advantage in advantages.tolist()]
     [1.49985, -0.49995, -0.49995, -0.49995]
     """
-    # Handled separately: the mean of equal rewards may be rounded (8 x 1.9 leaves 1e-7), and the
-    # division by eps would make something of it.
+    # Handled separately: the mean of equal rewards may be rounded (8 x 1.9 leaves 1e-7), which a
+    # division by eps = 1e-4 would turn into an advantage of 1e-3.
     if rewards.min() == rewards.max():
         return torch.zeros_like(rewards)
     centred = rewards - rewards.mean()
@@ -104,7 +104,7 @@ def policy_loss(log_probs, old, advantages, epsilon, epsilon_high):
 
 
 def token_weights(lengths, kept, loss_type, max_length, sequences, kept_tokens):
-    """What every token of a completion counts in the loss, so that the loss is one weighted sum.
+    """The weight of each completion's tokens in the loss, which is one weighted sum.
 
     grpo     mean over a completion's tokens, then over completions   1 / (length * sequences)
     dr_grpo  sum over tokens, divided by a constant                   1 / (max_length * sequences)
@@ -146,9 +146,9 @@ class Group:
     rewards: dict | None = None  # of each kind: name -> G floats
     reward: torch.Tensor | None = None  # (G,) their weighted sum
     advantages: torch.Tensor | None = None  # (G,)
-    # Log-probs of each completion's tokens, (length,) each. Old ones: by the policy that sampled;
-    # None with one update for each rollout. Not those of the rollout: the same forward as in the
-    # update gives ratios of exactly 1. Those of the reference model are None without KL penalty.
+    # Tuples of G tensors, (length,) each, by the forward that the update uses: generate's differ by
+    # rounding, and ratios would not be exactly 1. Old: by the policy that sampled; None with one
+    # update for each rollout. Reference: by the reference model; None without KL penalty.
     old_log_probs: tuple | None = None
     reference_log_probs: tuple | None = None
     shown: tuple = ()  # the prompt as text and how often its pads repeat; see Processor.shown
@@ -250,7 +250,7 @@ def group_batch(prompt, ids, lengths):
     """The group as one sequence [prompt | c1 | ... | cG]; its completions' tokens are the targets.
 
     All completions start at the same position. A completion's first token is predicted at the
-    prompt's last place, each later one at the place before it.
+    prompt's last place, each later one at the place of the token before it.
 
     Args:    prompt: Batch of one row. ids (G, C), lengths (G,).
     Returns: Batch whose targets are the n = sum(lengths) tokens, completion by completion.
@@ -258,8 +258,7 @@ def group_batch(prompt, ids, lengths):
     (G, C), P = ids.shape, prompt.ids.shape[1]
     positions = prompt.positions.max() + 1 + torch.arange(C)  # (C,)
     positions = positions.repeat(G).expand(3, 1, -1)  # (3, 1, G*C)
-    # Completion g begins at place P + g * C. What stands before it there is the end of completion
-    # g - 1, so its first token is predicted from the prompt's end.
+    # Completion g begins at place P + g * C; what stands before it there is completion g - 1.
     predict_at = P + torch.arange(G * C).view(G, C) - 1
     predict_at[:, 0] = P - 1
     inside = torch.arange(C) < lengths[:, None]  # (G, C), False for padding
@@ -267,10 +266,10 @@ def group_batch(prompt, ids, lengths):
     return dataclasses.replace(
         prompt,
         ids=torch.cat((prompt.ids[0], ids.flatten()))[None],  # (1, P + G*C)
-        positions=torch.cat((prompt.positions, positions), dim=2),
-        predict_at=predict_at[inside],
-        targets=ids[inside],
-        group=(G, C),
+        positions=torch.cat((prompt.positions, positions), dim=2),  # (3, 1, P + G*C)
+        predict_at=predict_at[inside],  # (n,)
+        targets=ids[inside],  # (n,)
+        group_shape=(G, C),
     )
 
 
@@ -323,7 +322,7 @@ def step_counts(groups, args, ranks):
 def loss_terms(model, part, kept, counts, args, banned, device):
     """The loss of a part of a group: one weighted sum over its tokens.
 
-    Returns: loss, a scalar that carries the gradient; its SUMS (4,).
+    Returns: loss, a scalar that carries the gradient; (4,) the numbers that SUMS names, without it.
     """
     batch = group_batch(part.prompt, part.ids, part.lengths).to(device)
     # The same banned tokens and the same temperature as in sampling: the distribution that is
@@ -362,15 +361,15 @@ def accumulate_gradient(model, groups, counts, args, banned, device):
 
     Returns: this rank's SUMS, by name.
     """
-    work = []
+    parts = []
     for group in groups:
-        work += split_group(group, args.micro_batch)
+        parts += split_group(group, args.micro_batch)
     totals = []
     for i in range(counts["forwards"]):
         # All ranks gather the sharded weights together, so all make equally many forwards. A filler
         # goes through forward and backward with weights of zero.
-        filler = i >= len(work)
-        part = work[0] if filler else work[i]
+        filler = i >= len(parts)
+        part = parts[0] if filler else parts[i]
         kept = torch.zeros_like(part.finished) if filler else kept_completions(part, args)
         loss, sums = loss_terms(model, part, kept, counts, args, banned, device)
         loss.backward()
@@ -523,7 +522,7 @@ def main():
     # data
     need_inputs(args, ranks)
     samples, held_out = read_prompts_and_questions(args)
-    steps, end = run_length(args, len(samples), args.prompts_per_step)
+    steps, until = run_length(args, len(samples), args.prompts_per_step)
     run = Run(args, ranks, samples)
     if run.finished:
         return
@@ -542,15 +541,14 @@ def main():
     G = args.num_generations
     size = f"{args.prompts_per_step} groups of {G}"
     source = ", ".join(args.data)
-    ranks.print(f"{len(samples)} prompts, {steps} steps of {size}, until {end}: {source}")
+    ranks.print(f"{len(samples)} prompts, {steps} steps of {size}, until {until}: {source}")
 
-    model.train()
     for step in run.steps(done, steps):
         began = time.perf_counter()
         if (step - 1) % args.num_iterations == 0:
             # sample, reward, advantage: one rollout for every num_iterations updates
-            number = (step - 1) // args.num_iterations + 1  # of the rollout
-            rows = rows_of_step(number, len(samples), args.prompts_per_step, args.seed)
+            rollout = (step - 1) // args.num_iterations + 1
+            rows = rows_of_step(rollout, len(samples), args.prompts_per_step, args.seed)
             # The step's prompts are dealt out to the ranks by turns.
             places = range(ranks.rank, len(rows), ranks.world)
             mine = [samples[rows[place]] for place in places]
@@ -593,6 +591,7 @@ def main():
             "rollout_time": sampled - began,
             "update_time": updated - sampled,
         }
+        # A state can be saved only between two rollouts: it does not hold their groups.
         boundary = step % args.num_iterations == 0
         if run.end_step(model, optimizer, step, entry, boundary):
             break

@@ -122,7 +122,7 @@ class Batch:
     vision_at: torch.Tensor  # (M,) int64: indices into the flattened ids, of the vision tokens
     predict_at: torch.Tensor  # (n,) int64: places in the flattened ids that predict the targets
     targets: torch.Tensor  # (n,) int64: the tokens that are scored there
-    group: tuple | None = None  # (G, C): the one sequence is [prompt | c1 | ... | cG]
+    group_shape: tuple | None = None  # (G, C): the one sequence is [prompt | c1 | ... | cG]
 
     def to(self, device):
         tensors = {}
@@ -422,8 +422,8 @@ class SharedPrompt:
     padded on the right: its own tokens stand before the padding and never see it.
     """
 
-    def __init__(self, group, tokens, device):
-        self.G, self.C = group
+    def __init__(self, group_shape, tokens, device):
+        self.G, self.C = group_shape
         self.P = tokens - self.G * self.C
         own = torch.ones(self.C, self.C, dtype=torch.bool, device=device).tril()
         self.mask = torch.cat((own.new_ones(self.C, self.P), own), dim=1)  # (C, P + C)
@@ -456,8 +456,8 @@ class KVCache:
     """
 
     def __init__(self, lengths):
-        self.lengths = lengths  # (R,) keys of each sequence
-        self.keys, self.values = [], []  # of each layer (R, K, S, D)
+        self.lengths = lengths  # (B,) keys of each sequence; (R,) after expand, fewer after keep
+        self.keys, self.values = [], []  # of each layer (B, K, P, D); (R, K, S, D) after expand
         self.used = 0  # upper bound of the longest sequence's keys
         # Of the present step, set by begin_step:
         self.sequences = None  # (R,) 0, 1, 2, ...
@@ -632,7 +632,7 @@ class TokenScores(torch.autograd.Function):
         for _, z, here, column in vocabulary_pieces(hidden, targets, head, banned):
             z_target = torch.where(here, z.gather(1, column)[:, 0], z_target)
             p = z.softmax(1)
-            # log p[j] = z[j] - L_i for every j. The likeliest one's log cannot underflow.
+            # L_i = z[j] - log p[j] for every j. Taken at the likeliest j: its p cannot underflow.
             log_sum = z.amax(1) - p.amax(1).log()
             log_sums.append(log_sum)
             entropies.append(log_sum - (p * z).sum(1))  # -sum of p * log p
@@ -704,8 +704,8 @@ class QwenVL(nn.Module):
         """
         if cache is not None:
             layout = cache
-        elif batch.group:
-            layout = SharedPrompt(batch.group, batch.ids.shape[1], batch.ids.device)
+        elif batch.group_shape:
+            layout = SharedPrompt(batch.group_shape, batch.ids.shape[1], batch.ids.device)
         else:
             layout = Causal()
         x = self.embed(batch)
@@ -723,7 +723,7 @@ class QwenVL(nn.Module):
     def decode(self, tokens, position, cache, banned=None, temperature=1.0):
         """One more token for each sequence. FSDP's weights must be gathered (runtime.gathered).
 
-        Args:    tokens (R,), position (R,): the same on all three axes.
+        Args:    tokens (R,), position (R,): the same on all three axes. R: those in the cache.
         Returns: logits (R, V) of the token that follows.
         """
         cache.begin_step()
@@ -758,7 +758,7 @@ class Rollout:
     def append(self, step, live, tokens, log_probs, stops):
         """Write the tokens of one step.
 
-        Args:    live: the number of the completion that each of the tokens belongs to.
+        Args:    live: which of the R completions each of the tokens belongs to.
         Returns: going, bool for each of live: has not ended with this token or before.
         """
         was_going = ~self.finished[live]
@@ -847,7 +847,7 @@ def generate(
     cache.expand(G, max_new_tokens)
     position = next_positions(batch).repeat_interleave(G)  # (R,)
 
-    # Some sequences leave the cache; live: the number of the completion of each that is in it.
+    # live[i]: which of the R completions row i of the cache is. Rows of ended ones are dropped.
     live = torch.arange(R, device=device)
     for step in range(max_new_tokens):
         uniform = None if uniforms is None else uniforms[live, step]

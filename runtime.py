@@ -438,7 +438,7 @@ def update_weights(model, optimizer, step, steps, args, loss, where):
 
 
 def rows_of_step(step, count, batch_size, seed, window=1.0):
-    """Row numbers of optimizer step 1, 2, ...: a pure function, so any step can be repeated.
+    """Row numbers of SFT step or GRPO rollout 1, 2, ...: a pure function, so any can be repeated.
 
     Epochs follow one another without a gap; each is a new permutation of all rows. With a window
     below 1 rows are drawn from that share at the file's beginning: of a file that goes from easy

@@ -97,8 +97,8 @@ def load_batches(samples, processor, plan, workers):
     # Reading pictures takes as long as a small model's step. The loader's workers (--workers) read
     # the next micro-batches while the model computes.
     order = []  # one list of (row, trained) for each micro-batch
-    for _, items in plan:
-        order += items
+    for _, step_batches in plan:
+        order += step_batches
     loader = DataLoader(
         Rows(samples, processor),
         batch_sampler=order,
@@ -141,7 +141,7 @@ def main():
         replayed = len(mixed) - len(samples)
         source = f"{len(samples)} of {source}, {replayed} replayed of {', '.join(args.replay)}"
         samples = mixed
-    steps, end = run_length(args, len(samples), args.batch_size)
+    steps, until = run_length(args, len(samples), args.batch_size)
     run = Run(args, ranks, samples)
     if run.finished:
         return
@@ -152,17 +152,16 @@ def main():
     model = load_sharded(args, ranks)
     optimizer = adamw(model, args)
     done = run.restore(model, optimizer)
-    length = f"{steps} steps of {args.batch_size}, until {end}"
+    length = f"{steps} steps of {args.batch_size}, until {until}"
     ranks.print(f"{len(samples)} rows, {length}: {source}")
 
     # Which rows each step takes is known before the first step, so workers can read ahead.
     plan = list(plan_steps(samples, done, steps, args, ranks))
     loader = load_batches(samples, processor, plan, args.workers)
-    model.train()
-    for step, (rows, items) in zip(run.steps(done, steps), plan):
+    for step, (rows, step_batches) in zip(run.steps(done, steps), plan):
         # All micro-batches of the step first: the loss is divided by the count of all targets,
         # which is known when all have been read.
-        batches = [next(loader) for _ in items]
+        batches = [next(loader) for _ in step_batches]
         real = [batch for batch in batches if len(batch.targets)]  # a filler has none
         num_targets, num_tokens = ranks.sum(
             sum(len(batch.targets) for batch in real),

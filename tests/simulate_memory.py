@@ -257,7 +257,7 @@ def make_group(G, C):
         positions=torch.zeros(3, 1, TOKENS + scored, dtype=torch.long),
         predict_at=torch.arange(scored),
         targets=torch.zeros(scored, dtype=torch.long),
-        group=(G, C),
+        group_shape=(G, C),
     )
 
 

@@ -726,7 +726,7 @@ def test_group_that_shares_its_prompt_is_the_rows_apart(pair, media, tied):
         prompt,
         ids=torch.cat((example.ids, words.flatten()))[None],
         lengths=torch.tensor([P + G * C]),
-        group=(G, C),
+        group_shape=(G, C),
         positions=torch.cat((example.positions, following.expand(3, -1)), dim=1)[:, None],
         predict_at=predict_at,
         targets=torch.cat([row[:n] for row, n in zip(words, lengths)]),
