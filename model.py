@@ -752,10 +752,9 @@ class Rollout:
 
     ids: torch.Tensor  # (R, C) int64, zeros after a completion's end
     lengths: torch.Tensor  # (R,) int64, the end-of-turn token included
-    log_probs: torch.Tensor  # (R, C) fp32, of the sampled tokens; zeros after the end
     finished: torch.Tensor  # (R,) bool, False where max_new_tokens cut the completion
 
-    def append(self, step, live, tokens, log_probs, stops):
+    def append(self, step, live, tokens, stops):
         """Write the tokens of one step.
 
         Args:    live: which of the R completions each of the tokens belongs to.
@@ -763,7 +762,6 @@ class Rollout:
         """
         was_going = ~self.finished[live]
         self.ids[live, step] = tokens * was_going
-        self.log_probs[live, step] = log_probs * was_going
         self.lengths[live] += was_going
         self.finished[live] |= torch.isin(tokens, stops)
         return ~self.finished[live]
@@ -780,7 +778,7 @@ def draw(p, uniform):
     of probability 0 is never drawn.
 
     Args:    p (R, V) fp32. uniform (R,) in [0, 1).
-    Returns: tokens (R, 1).
+    Returns: tokens (R,).
 
     0.6 lies beyond the first token's 0.5 and within the second's 0.5 to 0.75.
 
@@ -801,18 +799,17 @@ def draw(p, uniform):
     cdf = chosen.cumsum(-1, dtype=torch.float64)
     zero = torch.zeros_like(rest)
     rest = torch.minimum(rest, cdf[:, -1:].nextafter(zero)).maximum(zero)
-    return block * DRAW_BLOCK + torch.searchsorted(cdf, rest, right=True)
+    return (block * DRAW_BLOCK + torch.searchsorted(cdf, rest, right=True))[:, 0]
 
 
 def choose_tokens(logits, uniform):
-    """One token for each sequence: drawn with a uniform number, or the likeliest.
+    """One token for each sequence, (R,): drawn with a uniform number, or the likeliest.
 
-    Args:    logits (R, V). uniform (R,) in [0, 1), or None for the most likely.
-    Returns: tokens (R,), their log-probabilities (R,).
+    Args:    logits (R, V). uniform (R,) in [0, 1), or None for the likeliest.
     """
-    p = logits.softmax(-1)
-    tokens = logits.argmax(-1, keepdim=True) if uniform is None else draw(p, uniform)
-    return tokens[:, 0], p.gather(-1, tokens)[:, 0].log()
+    if uniform is None:
+        return logits.argmax(-1)
+    return draw(logits.softmax(-1), uniform)
 
 
 def next_positions(batch):
@@ -838,7 +835,6 @@ def generate(
     rollout = Rollout(
         ids=torch.zeros(R, max_new_tokens, dtype=torch.long, device=device),
         lengths=torch.zeros(R, dtype=torch.long, device=device),
-        log_probs=torch.zeros(R, max_new_tokens, device=device),
         finished=torch.zeros(R, dtype=torch.bool, device=device),
     )
     stops = to_device(torch.tensor(stop_ids), device)
@@ -851,8 +847,8 @@ def generate(
     live = torch.arange(R, device=device)
     for step in range(max_new_tokens):
         uniform = None if uniforms is None else uniforms[live, step]
-        tokens, log_probs = choose_tokens(logits, uniform)
-        going = rollout.append(step, live, tokens, log_probs, stops)
+        tokens = choose_tokens(logits, uniform)
+        going = rollout.append(step, live, tokens, stops)
         count = int(going.sum())  # the host waits here
         if count == 0 or step + 1 == max_new_tokens:
             break

@@ -26,6 +26,29 @@ WORDS, VISION_START, VISION_END, IMAGE, VIDEO = (
 )  # text ids are those below WORDS
 
 
+def keep_log_probs(patch):
+    """Rollouts get log_probs (R, C): of their tokens, by the logits that these were chosen from."""
+    import model
+
+    choose, append = model.choose_tokens, model.Rollout.append
+    last = {}
+
+    def chooses(logits, uniform):
+        last["log_probs"] = logits.log_softmax(-1)
+        return choose(logits, uniform)
+
+    def appends(rollout, step, live, tokens, stops):
+        if not hasattr(rollout, "log_probs"):
+            rollout.log_probs = torch.zeros(rollout.ids.shape)
+        going = ~rollout.finished[live]
+        of_tokens = last["log_probs"].gather(1, tokens[:, None])[:, 0]
+        rollout.log_probs[live[going], step] = of_tokens[going]
+        return append(rollout, step, live, tokens, stops)
+
+    patch.setattr(model, "choose_tokens", chooses)
+    patch.setattr(model.Rollout, "append", appends)
+
+
 def flat_config(vision=None, **text):
     """A tiny model's config.json as published: text fields at the top level, vision_config
     complete.

@@ -286,7 +286,7 @@ def roll_out(model, prompts, G, C, banned):
         cache.used = TOKENS + C - 3
         rows = prompts * G
         for _ in range(2):
-            tokens, _ = choose_tokens(logits, torch.rand(rows))
+            tokens = choose_tokens(logits, torch.rand(rows))
             position = torch.zeros(rows, dtype=torch.long)
             logits = model.decode(tokens, position, cache, banned)
         cache.keep(torch.arange(int(rows * 0.75)))

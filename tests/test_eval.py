@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import launch
+from conftest import keep_log_probs, launch
 from test_benchmarks import LAYOUTS
 
 import data
@@ -156,6 +156,7 @@ def test_every_picture_reaches_the_answers(name, tiny_model, tmp_path, monkeypat
         rollouts.append(generate(*args, **options))
         return rollouts[-1]
 
+    keep_log_probs(monkeypatch)
     monkeypatch.setattr(grpo, "generate", observed)
 
     def log_probs(row, changed=None):

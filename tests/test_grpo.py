@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import varied_reward
+from conftest import keep_log_probs, varied_reward
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -499,6 +499,7 @@ def sampled(world, rows, args, monkeypatch, step=1, share=(0, 1)):
             kept.append(original(*arguments, **options))
             return kept[0]
 
+        keep_log_probs(patch)
         patch.setattr(grpo, "generate", generates)
         groups = sample_groups(world.model, world.processor, samples, places, step, args, "cpu")
         return groups, kept[0]
