@@ -341,8 +341,8 @@ def test_loss_is_trls(loss_type, masked):
         [],
         reward=rewards_,
         advantages=group_advantages(rewards_),
-        old=old[inside].split(lengths.tolist()),
-        reference=reference[inside].split(lengths.tolist()),
+        old_log_probs=old[inside].split(lengths.tolist()),
+        reference_log_probs=reference[inside].split(lengths.tolist()),
     )
     args.micro_batch = 6
 
