@@ -142,8 +142,8 @@ RECIPES = {  # preset -> stage -> what differs from settings.SETTINGS
             "max_steps": 200,
             "learning_rate": 4e-4,
         },
-        # 200 steps of 8 prompts x 8 completions. At temperature 1 a small model rambles: what it then
-        # learns does not help its greedy answers (docs/miniature.md).
+        # 200 steps of 8 prompts x 8 completions. At temperature 1 most samples have a slip; what is
+        # learned from them does not help greedy answers (docs/miniature.md).
         "grpo": TINY
         | {
             "model": "runs/tiny/cold",

@@ -346,7 +346,7 @@ def test_loss_is_trls(loss_type, masked):
     )
     args.micro_batch = 6
 
-    def model(*_):
+    def model(*_, **__):
         return mine, torch.zeros(len(mine))
 
     sums = accumulate_gradient(model, [group], counts_of([group], args), args, None, "cpu")
