@@ -998,6 +998,7 @@ def test_metrics_of_a_rollout_by_hand(world, monkeypatch):
     for group, (reward, lengths, finished) in zip(groups, numbers):
         group.rewards = {"accuracy": reward}
         group.reward = torch.tensor(reward)
+        group.advantages = group_advantages(group.reward)
         group.lengths = torch.tensor(lengths)
         group.finished = torch.tensor(finished)
     metrics = grpo.rollout_metrics(groups, SimpleNamespace(sum=lambda *sums: list(sums)))
