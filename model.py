@@ -785,9 +785,8 @@ def draw(p, uniform):
     >>> draw(torch.tensor([[0.5, 0.25, 0.25]]), torch.tensor([0.6])).item()
     1
     """
-    blocks = F.pad(p, (0, -p.shape[1] % DRAW_BLOCK)).unflatten(
-        1, (-1, DRAW_BLOCK)
-    )  # (R, blocks, 512)
+    padded = F.pad(p, (0, -p.shape[1] % DRAW_BLOCK))
+    blocks = padded.unflatten(1, (-1, DRAW_BLOCK))  # (R, blocks, 512)
     sums = blocks.sum(-1).double()  # (R, blocks)
     cdf = sums.cumsum(-1)
     target = uniform.double()[:, None] * cdf[:, -1:]  # the CDF ends at 1 only up to rounding
