@@ -27,7 +27,8 @@ attention  The true answer is forced, token by token, in the direct style for ev
 entropy    Several answers are sampled for each question and sorted into clusters of one meaning:
            the same letter; numbers at most 10% above the smallest of their cluster; all answers
            that cannot be parsed. entropy: -sum p ln p over the clusters' shares p, in nats, mean
-           over questions. invalid: the share of answers that cannot be parsed.
+           over questions. invalid: the share of answers that cannot be parsed. accuracy: what the
+           accuracy reward pays, mean over all answers.
 """
 
 import dataclasses
@@ -438,10 +439,15 @@ def probe_entropy(model, processor, pairs, args, device):
     for rows in chunks(range(len(pairs)), max(1, args.micro_batch // args.num_generations)):
         chains = sample_chains(model, processor, samples, rows, args, device)
         for row, chain in zip(rows, chains):
-            meanings = [meaning(text, samples[row]) for text in chain["completions"]]
+            sample, texts = samples[row], chain["completions"]
+            meanings = [meaning(text, sample) for text in texts]
             entropy = semantic_entropy(meanings)
-            invalid = meanings.count(None) / len(meanings)
-            yield {"entropy": entropy, "invalid": invalid, samples[row].question_type: entropy}
+            yield {
+                "entropy": entropy,
+                "invalid": meanings.count(None) / len(meanings),
+                "accuracy": float(np.mean(accuracy_reward(texts, sample))),
+                sample.question_type: entropy,
+            }
 
 
 # ---------------------------------------------------------------------------------- results

@@ -269,19 +269,22 @@ def test_at_least_one_cell_is_attended():
 # ---------------------------------------------------------------------------------- entropy
 
 
+THOUGHT = "<think>B</think><answer>A</answer>"
+
+
 @pytest.mark.parametrize(
-    "kind, texts, sizes",
+    "kind, truth, texts, sizes, accuracy",
     [
-        ("relative direction", ["A", "a.", "(A)", "A. left-front"], [4]),
-        ("relative direction", ["A", "B", "C", "D"], [1, 1, 1, 1]),
-        ("relative direction", ["<think>B</think><answer>A</answer>", "A", "B", "left"], [1, 2, 1]),
-        # 111 is 11% above 100, 121 is 9% above 111
-        ("object size", ["100", "109.9 cm", "111", "121"], [2, 2]),
-        ("object size", ["4", "four", "about 4", ""], [3, 1]),
-        ("object count", ["0", "0", "1", "-1"], [1, 2, 1]),
+        ("relative direction", "A", ["A", "a.", "(A)", "A. left-front"], [4], 1),
+        ("relative direction", "A", ["A", "B", "C", "D"], [1, 1, 1, 1], 0.25),
+        ("relative direction", "B", [THOUGHT, "A", "B", "left"], [1, 2, 1], 0.25),
+        # 111 is 11% above 100, 121 is 9% above 111. Each keeps 10, 9, 8, 6 of the ten limits.
+        ("object size", "100", ["100", "109.9 cm", "111", "121"], [2, 2], 0.825),
+        ("object size", "4", ["4", "four", "about 4", ""], [3, 1], 0.25),
+        ("object count", "1", ["0", "0", "1", "-1"], [1, 2, 1], 0.25),
     ],
 )
-def test_clusters_of_meaning(kind, texts, sizes, loaded, grey, monkeypatch):
+def test_clusters_of_meaning(kind, truth, texts, sizes, accuracy, loaded, grey, monkeypatch):
     """The whole way from sampled texts to nats; what cannot be parsed is one cluster."""
 
     def chains(model, processor, samples, rows, args, device):
@@ -289,12 +292,13 @@ def test_clusters_of_meaning(kind, texts, sizes, loaded, grey, monkeypatch):
 
     monkeypatch.setattr(probes, "sample_chains", chains)
     args = SimpleNamespace(num_generations=4, micro_batch=4)
-    sample, _ = pair(grey, question_type=kind)
+    sample, _ = pair(grey, question_type=kind, answer=truth)
     (row,) = probes.probe_entropy(*loaded, [(sample, None)], args, "cpu")
     meanings = [probes.meaning(text, sample) for text in texts]
     assert probes.cluster_sizes(meanings) == sizes
     assert row["entropy"] == row[kind] == pytest.approx(sum(n / 4 * math.log(4 / n) for n in sizes))
     assert row["invalid"] == meanings.count(None) / 4
+    assert row["accuracy"] == pytest.approx(accuracy)
 
 
 @pytest.mark.parametrize("meanings", [*itertools.permutations([90.0, 100.0, 109.0, 98.0])])
