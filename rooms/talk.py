@@ -375,14 +375,14 @@ def in_order(items):
 TOLD = {  # how many rows of each a room brings
     "say": 1.0,
     "choose": 0.4,
-    "compare": 0.5,
-    "apart": 0.4,
-    "nearest": 0.6,
-    "turn": 0.6,
-    "longest": 0.2,
+    "compare": 0.6,
+    "apart": 0.8,
+    "nearest": 1.4,
+    "turn": 0.8,
+    "longest": 0.4,
     "floor": 0.3,
-    "total": 0.8,
-    "order": 1.4,
+    "total": 1.2,
+    "order": 1.6,
 }
 FIRST_TASKS = ("say", "choose")  # which number or letter belongs to which name
 ROWS = {"": 3, "view": 8, "frame": 16}  # about one picture, about views, about frames
