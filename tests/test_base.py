@@ -14,18 +14,18 @@ from rooms import scenes, tiny
 from rooms.talk import TOLD, WITH_OPTIONS, make_row, tell_and_ask
 from tests.conftest import REPOSITORY
 
-LEAST = {  # shares of told rows that base/ answers word for word; it hardly counts
+LEAST = {  # shares of told rows that base/ answers word for word
     "apart": 0.9,
     "compare": 0.9,
-    "floor": 0.9,
+    "floor": 0.85,
     "longest": 0.9,
-    "nearest": 0.8,
+    "nearest": 0.7,
     "order": 0.9,
     "say": 0.9,
-    "total": 0.15,
+    "total": 0.4,
     "turn": 0.8,
 }
-LEAST_WITH_OPTIONS = {"compare": 0.9, "nearest": 0.6, "order": 0.55, "turn": 0.9}
+LEAST_WITH_OPTIONS = {"compare": 0.9, "nearest": 0.6, "order": 0.65, "turn": 0.85}
 LEAST_SEEN = {1: 0.85, 4: 0.85, 8: 0.4}  # pictures: share of true places
 
 
