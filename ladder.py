@@ -123,8 +123,8 @@ RECIPES = {  # preset -> stage -> what differs from settings.SETTINGS
             "model": BASE,
             "data": [ROOMS + GROUNDING],
             "out": "runs/tiny/stage1",
-            "max_steps": 1200,
-            "learning_rate": 6e-4,
+            "max_steps": 800,
+            "learning_rate": 3e-4,
         },
         "2": TINY_REPLAY
         | {

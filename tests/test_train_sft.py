@@ -354,7 +354,7 @@ def test_cost_grows_with_pictures_and_words(rooms):
 @pytest.mark.parametrize(
     "flags, steps, end",
     (
-        ((), 1200, "--max-steps 1200 (47.1 of --epochs 1000)"),  # the recipe's
+        ((), 800, "--max-steps 800 (31.4 of --epochs 1000)"),  # the recipe's
         (("--epochs", 2), 51, "--epochs 2"),  # the user's wins over the recipe's --max-steps
         (("--epochs", 0.5), 13, "--epochs 0.5"),
         (("--max-steps", 30), 30, "--max-steps 30 (1.18 of --epochs 1000)"),
@@ -379,7 +379,7 @@ def test_iterations_are_steps_too():
 
 
 def test_epochs_that_are_given_are_trained(call, rooms, tiny_model, tmp_path, capsys):
-    """The recipe's limit of 600 steps does not end them; the line with the steps says what does."""
+    """The recipe's limit does not end them; the line with the steps says what does."""
     lines = (rooms / "train" / FILES["1"]).read_text().splitlines(True)[:5]
     (tmp_path / "five.jsonl").write_text("".join(lines))
     flags = ("--stage", "1", "--model", tiny_model, "--data", tmp_path / "five.jsonl")
