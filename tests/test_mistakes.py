@@ -370,6 +370,7 @@ COMMANDS = (
     (RL + " --reward-funcs speed", "--reward-funcs: no reward 'speed', expected of format"),
     (RL + " --eval-every 5", "--eval-every 5 needs --eval-data"),
     (RL + " --stage 1", "unknown argument --stage"),
+    (RL + " --workers 2", "unknown argument --workers"),
     (RL + " --sample-cold-start {out}", "unknown argument --sample-cold-start"),
     (RL + " --data {void}", "void.jsonl: no rows in it"),
     (RL + " --data {typeless}", "no accuracy reward for question_type ''"),
