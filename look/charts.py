@@ -177,6 +177,15 @@ def curve(title, lines, unit=""):
     return drawing(RIGHT + 14, bottom, parts)
 
 
+def short(value):
+    """A number that fits beside a chart: three digits, none after the third decimal.
+
+    >>> short(0.7171), short(-30.14), short(0.00116), short(-0.0001)
+    ('0.717', '-30.1', '0.001', '0')
+    """
+    return f"{round(value, 3) + 0:.3g}"  # + 0: no sign before a zero
+
+
 def dots(title, rows):
     """A row for each value: a dot with its interval over an axis with zero, and the numbers.
 
@@ -201,11 +210,11 @@ def dots(title, rows):
         parts.append(text(label, left - 10, y + 4, "end"))
         if low is not None:
             parts.append(line("whisker", across(low), across(high), y, y))
-            parts.append(text(f"{low:.3g} to {high:.3g}", right + 54, y + 4))
+            parts.append(text(f"{short(low)} to {short(high)}", right + 54, y + 4))
         parts.append(circle("dot", across(value), y))
         if mark is not None:
             parts.append(circle("ring", across(mark), y))
-        parts.append(text(f"{value:.3g}", right + 10, y + 4))
+        parts.append(text(short(value), right + 10, y + 4))
     return drawing(right + 200, bottom + 24, parts)
 
 
