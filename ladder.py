@@ -118,6 +118,7 @@ RECIPES = {  # preset -> stage -> what differs from settings.SETTINGS
             "save_every": 500,
             "keep_last": 1,
         },
+        # A higher rate or more steps: better boxes, worse answers (docs/miniature.md).
         "1": TINY_SEE
         | {
             "model": BASE,
