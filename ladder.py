@@ -64,7 +64,7 @@ RUNGS = (
 )
 
 # ---------------------------------------------------------------------------------- preset tiny
-# A model of 2.3 M weights on one CPU core, 15 minutes in all. All numbers were measured on this
+# A model of 2.3 M weights on one CPU core, 14 minutes in all. All numbers were measured on this
 # model; docs/miniature.md says what else was tried.
 
 BASE = "base"  # folder of the repository: a small model that can see and speak already
