@@ -51,7 +51,8 @@ PRESETS = {
         "longer": f" --max-steps {STEPS_OF_BOTH}",
         "together": f" --max-steps {STEPS_OF_BOTH}",
         "no_boxes": " --replay {data}/" + TOLD,
-        "sampling": "--limit 150 --per-question 2 --batch-size 32 --max-completion-length 64",
+        "sampling": "--limit 150 --per-question 2 --batch-size 32 --max-completion-length 64 "
+        "--temperature 0.5",  # at 1 this teacher writes hardly a chain that is well formed
     },
     "paper": {
         "longer": " --epochs 1.287",  # (5,929 + 20,680) / 20,680 rows
@@ -83,7 +84,7 @@ def own_chains(args):
         # The tiny model never writes a chain before it has seen some; the 3B does when asked to.
         model = f"{args.out}/teacher"
         cold = RUNGS[3]
-        yield None, ladder.train(args, replace(cold, name="teacher"), flags=" --max-steps 100")
+        yield None, ladder.train(args, replace(cold, name="teacher"), flags=" --max-steps 150")
     yield (
         None,
         f"{args.python} coldstart.py --model {model} --data {args.data}/{SPATIAL} "

@@ -114,8 +114,8 @@ def test_ways_of_the_paper_go_by_epochs():
 
 
 def test_chains_of_its_own_come_from_a_teacher(tiny):
-    """The tiny model has seen 100 steps of chains; the 3B writes them when it is asked to."""
-    assert tiny["teacher"]["max_steps"] == 100 and tiny["teacher"]["model"] == "runs/tiny/stage2"
+    """The tiny model has seen 150 steps of chains; the 3B writes them when it is asked to."""
+    assert tiny["teacher"]["max_steps"] == 150 and tiny["teacher"]["model"] == "runs/tiny/stage2"
     lines = [line for _, line in commands(ladder.settings(TINY), "self")]
     assert lines[1].startswith("python coldstart.py --model runs/tiny/teacher --data runs/tiny/")
     assert "--out runs/tiny/self/spld_coldstart_data.jsonl" in lines[1]
