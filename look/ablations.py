@@ -15,7 +15,7 @@ For each seed ladder.py climbs a ladder in OUT/SEED. The ways stand beside it: t
 rungs and have rungs of their own, such as stage2-no1. With --data-scale there are ladders in
 OUT/SEED-rooms-xSCALE too; the ways are climbed at the first scale. look.compare ends it with its
 tables. What is finished is not done again: the same command goes on, and one with more ways, seeds
-or scales adds them. All other flags go to ladder.py.
+or scales adds them. Other flags, such as --model, go to ladder.py.
 """
 
 import shlex

@@ -100,6 +100,12 @@ def test_dots_stand_where_their_values_are():
     assert texts(svg)[-5:] == ["a", "0.5 to 2", "1", "b", "-0.5"]
 
 
+def test_small_numbers_do_not_run_into_their_interval():
+    """0.00116 was as wide as its column."""
+    svg = dots("entropy", [("base", 0.00116, -0.00058, 0.0029, None)])
+    assert texts(svg)[-2:] == ["-0.001 to 0.003", "0.001"]
+
+
 @pytest.mark.parametrize("value", [0.0, 1.0, -3e-9, 5e7])
 def test_nothing_of_a_row_is_outside_the_picture(value):
     svg = dots("t", [("only", value, value, value, 2 * value)])
